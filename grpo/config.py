@@ -1,0 +1,318 @@
+"""One TOML file → one frozen `Config`. Imports no torch.
+
+Nothing that changes the maths has a default: the file is the run. Every key is checked before anything is loaded;
+an error names the file, the line and the key, and suggests what was meant.
+"""
+
+import difflib
+import re
+import tomllib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+CONFIG_VERSION = 1
+"""Raised when a key changes its meaning; a file of another version is refused."""
+
+SHIPPED = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
+"""Where the shipped configs lie: beside the package in a checkout, inside it in an installed wheel."""
+
+EMBEDDED = Path(__file__).parent / "tiny"
+"""Root of the embedded world: ``embedded:base`` is the folder ``grpo/tiny/base``."""
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used: the message holds one line per fault."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Thinking = Literal["on", "off"]
+
+
+def _int_keys(table: object) -> object:
+    """TOML keys are strings; the keys of this table are ESI levels."""
+    if not isinstance(table, dict):
+        return table
+    return {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in table.items()}
+
+
+class Model(Section):
+    name: Annotated[str, Field(min_length=1)]
+    """A folder, ``embedded:base``, or a hub id whose files are already on this machine."""
+    device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+    dtype: Literal["auto", "bfloat16", "float32"]
+    """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
+    gradient_checkpointing: bool
+
+
+class Lora(Section):
+    r: Positive
+    alpha: Annotated[float, Field(gt=0)]
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v))]
+    warm_start: str
+    """A PEFT adapter folder to start from; "" starts from a fresh adapter (B = 0)."""
+
+
+class Cases(Section):
+    format: Literal["jsonl"]
+    train: str
+    oversample: Annotated[
+        dict[Annotated[int, Field(ge=1, le=5)], Positive], BeforeValidator(_int_keys)
+    ]
+    """How many times a case of this level stands in the training stream; levels left out stand once."""
+    system_prompt: Annotated[str, Field(min_length=1)]
+
+
+class Rollout(Section):
+    prompts_per_step: Positive
+    group_size: Annotated[int, Field(ge=2)]
+    max_new_tokens: Positive
+    """The token budget of one completion, thinking included."""
+    temperature: Annotated[float, Field(gt=0)]
+    thinking: Literal["on", "off", "mixed"]
+    """"mixed": half of a step's prompts think, the other half answer at once."""
+
+
+class RewardSection(Section):
+    set: Annotated[str, Field(min_length=1)]
+    """A shipped set ("v49") or the path of a TOML file."""
+
+
+class Advantage(Section):
+    kind: Literal["group", "none", "batch", "leave_one_out"]
+    epsilon: Annotated[float, Field(ge=0)]
+    ddof: Literal[0, 1]
+
+
+class Loss(Section):
+    surrogate: Literal["clip", "dual_clip", "gspo", "cispo", "none"]
+    clip_low: Annotated[float, Field(gt=0, lt=1)]
+    clip_high: Annotated[float, Field(gt=0)]
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Only with ``surrogate = "dual_clip"``."""
+    token_weights: Literal["sequence", "token", "constant"]
+    kl: Literal["k1", "k2", "k3", "ratio_k3"]
+    beta: Annotated[float, Field(ge=0)]
+    reference: Literal["base", "warm_start"]
+
+    @model_validator(mode="after")
+    def _dual_clip_has_its_constant(self) -> "Loss":
+        if (self.surrogate == "dual_clip") != (self.dual_clip is not None):
+            raise ValueError('dual_clip belongs to surrogate = "dual_clip": give both or neither')
+        return self
+
+
+class Optim(Section):
+    learning_rate: Annotated[float, Field(gt=0)]
+    schedule: Literal["constant", "linear", "cosine"]
+    warmup_steps: Count
+    beta1: Annotated[float, Field(ge=0, lt=1)]
+    beta2: Annotated[float, Field(ge=0, lt=1)]
+    epsilon: Annotated[float, Field(gt=0)]
+    weight_decay: Annotated[float, Field(ge=0)]
+    max_grad_norm: Annotated[float, Field(gt=0)]
+    inner_epochs: Positive
+    """μ: optimiser steps on one batch of completions."""
+    micro_batch_size: Positive
+    """Rows in one forward and backward. Changes memory and speed, never the gradient."""
+
+
+class Train(Section):
+    steps: Positive
+    seed: Count
+    max_skipped_steps: Count
+    """So many non-finite steps in a row are skipped; one more stops the run."""
+
+
+class Checkpoint(Section):
+    every: Positive
+    keep: Positive
+
+
+class Evaluate(Section):
+    ends: dict[Name, str]
+    """Sets evaluated before and after training: name → file."""
+    during: dict[Name, str]
+    """Sets evaluated every ``every`` steps as well."""
+    every: Positive
+    thinking: Annotated[tuple[Thinking, ...], BeforeValidator(lambda v: tuple(v))]
+    max_new_tokens: Positive
+    temperature: Annotated[float, Field(ge=0)]
+    """0 is greedy."""
+    batch_size: Positive
+
+    @model_validator(mode="after")
+    def _names_are_distinct(self) -> "Evaluate":
+        if both := sorted(set(self.ends) & set(self.during)):
+            raise ValueError(f"a set is either in ends or in during, {', '.join(both)} is in both")
+        return self
+
+
+class Config(Section):
+    version: Literal[1]
+    name: Name
+    model: Model
+    lora: Lora
+    cases: Cases
+    rollout: Rollout
+    reward: RewardSection
+    advantage: Advantage
+    loss: Loss
+    optim: Optim
+    train: Train
+    checkpoint: Checkpoint
+    evaluate: Evaluate
+
+    @model_validator(mode="after")
+    def _batch_arithmetic(self) -> "Config":
+        rows = self.rollout.prompts_per_step * self.rollout.group_size
+        if self.optim.micro_batch_size > rows:
+            raise ValueError(
+                f"optim.micro_batch_size = {self.optim.micro_batch_size} is more than the {rows} completions of a step "
+                f"(rollout.prompts_per_step {self.rollout.prompts_per_step} × group_size {self.rollout.group_size})"
+            )
+        if self.loss.reference == "warm_start" and not self.lora.warm_start:
+            raise ValueError('loss.reference = "warm_start" needs lora.warm_start to name an adapter')
+        if self.optim.warmup_steps >= self.train.steps * self.optim.inner_epochs:
+            raise ValueError("optim.warmup_steps leaves no step at the full learning rate")
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where a config came from: kept beside the resolved values, so that a run can be read again."""
+
+    path: Path
+    text: str
+    overrides: tuple[str, ...]
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Source]:
+    """The checked config of a TOML file, with ``section.key=value`` overrides laid over it.
+
+    A path that does not exist but names a shipped config (``configs/tiny.toml``) is found in the installed package.
+
+    Raises:
+        ConfigError: one line per fault, each with file, line and key.
+    """
+    file = _find(Path(path))
+    text = _read(file)
+    try:
+        table = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    if table.get("version") != CONFIG_VERSION:
+        raise ConfigError(
+            f"{file}{_at(text, ('version',))}: version = {table.get('version')!r}, but this program reads config version "
+            f"{CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
+        )
+    for override in overrides:
+        _lay_over(table, override)
+    try:
+        config = Config.model_validate(table)
+    except ValidationError as error:
+        set_here = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
+        raise ConfigError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
+    return config, Source(file, text, tuple(overrides))
+
+
+def embedded(name: str) -> Path | None:
+    """The path behind ``embedded:NAME``, or None for any other name.
+
+    >>> embedded("embedded:base").name
+    'base'
+    >>> embedded("runs/x/adapter") is None
+    True
+    """
+    return EMBEDDED / name.removeprefix("embedded:") if name.startswith("embedded:") else None
+
+
+def resolve(name: str) -> Path:
+    """The path that a config's file or folder name stands for; relative names start at the current folder."""
+    return embedded(name) or Path(name).expanduser()
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    for folder in SHIPPED:
+        if path.parent.name in ("configs", "") and not path.is_absolute() and (folder / path.name).is_file():
+            return folder / path.name
+    shipped = sorted({f"configs/{file.name}" for folder in SHIPPED for file in folder.glob("*.toml")})
+    raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(shipped)}")
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{file}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+
+
+def _lay_over(table: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    keys = [part.strip() for part in key.split(".")]
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=2")
+    try:
+        parsed = tomllib.loads(f"v = {value}")["v"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()
+    for part in keys[:-1]:
+        table = table.setdefault(part, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+    table[keys[-1]] = parsed
+
+
+def _at(text: str, keys: tuple[str, ...]) -> str:
+    """``:LINE`` of a key in TOML text, of its section if the key is missing, "" if neither is there."""
+    section: tuple[str, ...] = ()
+    best, depth = "", 0
+    for number, line in enumerate(text.splitlines(), 1):
+        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
+            section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
+            found = section
+        elif pair := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line):
+            found = (*section, *(part.strip("\"'") for part in pair[1].split(".")))
+        else:
+            continue
+        if found == keys[: len(found)] and len(found) > depth:
+            best, depth = f":{number}", len(found)
+    return best
+
+
+def _explain(file: Path, text: str, overridden: set[tuple[str, ...]], fault: Any) -> str:
+    keys = tuple(str(part) for part in fault["loc"] if part != "[key]")
+    name = ".".join(keys)
+    laid_over = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
+    where = "--set" if laid_over else f"{file}{_at(text, keys)}"
+    if fault["type"] == "extra_forbidden":
+        known = _fields(keys[:-1])
+        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.6)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        return f"{where}: unknown key {name}; {hint}"
+    if fault["type"] == "missing":
+        return f"{where}: {name} is missing: nothing that changes a run has a default"
+    message = fault["msg"].removeprefix("Value error, ")
+    got = f", got {fault['input']!r}" if keys and not isinstance(fault["input"], dict) else ""
+    return f"{where}: {name + ': ' if name else ''}{message}{got}"
+
+
+def _fields(section: tuple[str, ...]) -> list[str]:
+    model: Any = Config
+    for part in section:
+        model = model.model_fields[part].annotation
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
