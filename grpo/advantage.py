@@ -1,0 +1,222 @@
+"""Advantages: how much better a completion did than the others of its prompt. NumPy only.
+
+Every variant is `(reward - mean of its group) / divisor`, so a variant is a divisor and nothing else. That
+also makes the split by reward component exact: each component is centred on its own group mean and divided
+by the divisor of the total.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+Bools = NDArray[np.bool_]
+Divisor = Callable[[Floats, Bools, float, int], Floats]
+
+
+def _centred(values: Floats, members: Bools) -> Floats:
+    counts = np.maximum(members.sum(axis=1, keepdims=True), 1)
+    means = np.where(members, values, 0.0).sum(axis=1, keepdims=True) / counts
+    return np.where(members, values - means, 0.0)
+
+
+def group_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
+    """Std of the group + epsilon, [B,1] (GRPO: DeepSeekMath, arXiv 2402.03300, which writes no epsilon).
+
+    >>> group_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
+    array([[1.5]])
+    """
+    counts = members.sum(axis=1, keepdims=True)
+    squares = (_centred(rewards, members) ** 2).sum(axis=1, keepdims=True)
+    return np.sqrt(squares / np.maximum(counts - ddof, 1)) + epsilon
+
+
+def unit_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
+    """One, [B,1]: the centred reward itself (Dr. GRPO, arXiv 2503.20783). Neither epsilon nor ddof acts.
+
+    >>> unit_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
+    array([[1.]])
+    """
+    return np.ones((len(rewards), 1))
+
+
+def batch_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
+    """Std of all rewards of the batch around the batch's mean, + epsilon, [B,1] (Lite PPO, arXiv 2508.08221).
+
+    >>> batch_divisor(np.array([[1.0, 1.0], [3.0, 3.0]]), np.ones((2, 2), bool), epsilon=0.5, ddof=0)
+    array([[1.5],
+           [1.5]])
+    """
+    flat = group_divisor(rewards.reshape(1, -1), members.reshape(1, -1), epsilon, ddof)
+    return np.repeat(flat, len(rewards), axis=0)
+
+
+def leave_one_out_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
+    """(G - 1)/G, [B,1]: the reward less the mean of the *others* (RLOO, arXiv 2402.14740).
+
+    G counts the completions in the baseline. Neither epsilon nor ddof acts.
+
+    >>> leave_one_out_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
+    array([[0.5]])
+    """
+    counts = np.maximum(members.sum(axis=1, keepdims=True), 2)
+    return (counts - 1) / counts
+
+
+ADVANTAGES: dict[str, Divisor] = {
+    "group": group_divisor,
+    "none": unit_divisor,
+    "batch": batch_divisor,
+    "leave_one_out": leave_one_out_divisor,
+}
+
+
+def advantages(
+    rewards: ArrayLike,
+    *,
+    kind: str,
+    epsilon: float,
+    ddof: int,
+    in_baseline: ArrayLike | None = None,
+) -> Floats:
+    """A = (r - group mean)/divisor, [B,G] float64; the divisor is `ADVANTAGES[kind]`.
+
+    Args:
+        rewards: [B,G] finite, one row per group (the completions of one prompt), G >= 2.
+        kind: "group" divides by the group's std + epsilon, "batch" by the batch's std + epsilon, "none" by 1,
+            "leave_one_out" by (G - 1)/G.
+        epsilon: >= 0, in units of reward, added to the std after the root.
+        ddof: 1 divides the squares by n - 1 (TRL's choice and that of v49), 0 by n. One success among eight
+            is worth 2.474 with ddof 1 and 2.645 with ddof 0 (epsilon 1e-4).
+        in_baseline: [B,G] bool. Completions marked False enter neither mean nor std and get 0. Without it
+            every completion counts, also one that the loss will leave out (TRL does the same).
+
+    A group whose rewards are all equal, decided by max == min and not by a std that rounding may leave above
+    0, gets exactly 0.0; so does one with fewer than two completions in the baseline.
+
+    Raises:
+        ValueError: unknown kind, not [B,G], G < 2, non-finite rewards, epsilon < 0, ddof not 0 or 1, or
+            rewards so far apart or so close that the result is not finite.
+
+    >>> advantages([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]], kind="group", epsilon=0.0, ddof=1)
+    array([[-1.,  0.,  1.],
+           [ 0.,  0.,  0.]])
+    >>> advantages([[0.0, 3.0, 9.0]], kind="none", epsilon=0.0, ddof=1, in_baseline=[[True, True, False]])
+    array([[-1.5,  1.5,  0. ]])
+    """
+    matrix = _reward_matrix(rewards, "rewards")
+    members = _members(in_baseline, matrix)
+    return _shares({"reward": matrix}, matrix, members, kind, epsilon, ddof)["reward"]
+
+
+def split_by_component(
+    components: Mapping[str, ArrayLike],
+    *,
+    kind: str,
+    epsilon: float,
+    ddof: int,
+    in_baseline: ArrayLike | None = None,
+) -> dict[str, Floats]:
+    """A_k = (r_k - group mean of r_k)/divisor of the total reward: the part of A that component k gives.
+
+    Args:
+        components: name -> [B,G] finite, already weighted; the total reward is their sum, added in the order
+            of the mapping. Add the rewards in that order too: rounding in another one can part equal totals.
+        kind, epsilon, ddof, in_baseline: as in `advantages`.
+
+    The parts add up to `advantages(total)`. Where the total has no variance every part is 0.0, also when two
+    components cancel: there is no advantage to split.
+
+    Raises:
+        ValueError: no components, components of different shapes, and all that `advantages` refuses.
+
+    >>> parts = {"level": [[1.0, 0.0]], "rule": [[0.5, 0.5]]}
+    >>> split_by_component(parts, kind="none", epsilon=0.0, ddof=1)
+    {'level': array([[ 0.5, -0.5]]), 'rule': array([[0., 0.]])}
+    """
+    if not components:
+        raise ValueError("expected at least one reward component, got none")
+    parts = {name: _reward_matrix(values, f"component {name!r}") for name, values in components.items()}
+    shapes = {name: part.shape for name, part in parts.items()}
+    if len(set(shapes.values())) > 1:
+        raise ValueError(f"expected components of one shape [B,G], got {shapes}")
+    total = np.zeros(next(iter(shapes.values())))
+    for part in parts.values():
+        total = total + part
+    return _shares(parts, total, _members(in_baseline, total), kind, epsilon, ddof)
+
+
+def zero_variance(rewards: ArrayLike, *, in_baseline: ArrayLike | None = None) -> Bools:
+    """max == min within each group, [B] bool: the groups whose advantages are all exactly 0.
+
+    Args:
+        rewards: [B,G] finite, G >= 2.
+        in_baseline: as in `advantages`; a group with fewer than two completions in the baseline is True.
+
+    Raises:
+        ValueError: as in `advantages`.
+
+    >>> zero_variance([[0.1, 0.1, 0.1], [0.1, 0.1, 0.2]])
+    array([ True, False])
+    """
+    matrix = _reward_matrix(rewards, "rewards")
+    return _zero_variance(matrix, _members(in_baseline, matrix))
+
+
+def _zero_variance(rewards: Floats, members: Bools) -> Bools:
+    highest = np.where(members, rewards, -np.inf).max(axis=1)
+    lowest = np.where(members, rewards, np.inf).min(axis=1)
+    return np.asarray(highest <= lowest, dtype=np.bool_)  # an empty group has -inf <= inf
+
+
+def _shares(
+    parts: Mapping[str, Floats], total: Floats, members: Bools, kind: str, epsilon: float, ddof: int
+) -> dict[str, Floats]:
+    if kind not in ADVANTAGES:
+        raise ValueError(f"expected an advantage kind out of {sorted(ADVANTAGES)}, got {kind!r}")
+    if not (np.isfinite(epsilon) and epsilon >= 0):
+        raise ValueError(f"expected a finite epsilon >= 0, got {epsilon}")
+    if ddof not in (0, 1):
+        raise ValueError(f"expected ddof 0 or 1, got {ddof}")
+    silent = _zero_variance(total, members)[:, None]
+    with np.errstate(all="ignore"):  # what overflows is refused below, with a message
+        divisor = np.where(silent, 1.0, ADVANTAGES[kind](total, members, epsilon, ddof))
+        shares = {
+            name: np.where(silent, 0.0, _centred(part, members) / divisor) for name, part in parts.items()
+        }
+    for values in (divisor, *shares.values()):
+        if not np.isfinite(values).all():
+            group = int(np.argwhere(~np.isfinite(values))[0, 0])
+            raise ValueError(f"the advantages of group {group} overflow; check the scale of the rewards")
+    return shares
+
+
+def _reward_matrix(values: ArrayLike, name: str) -> Floats:
+    matrix = np.asarray(values, dtype=np.float64)
+    if matrix.ndim != 2 or matrix.shape[0] < 1:
+        raise ValueError(f"{name}: expected shape [B,G] with B >= 1, got {list(matrix.shape)}")
+    if matrix.shape[1] < 2:
+        raise ValueError(
+            f"{name}: expected groups of at least 2 completions, got G = {matrix.shape[1]}: "
+            "a lone completion has nothing to be compared with; raise group_size"
+        )
+    if not np.isfinite(matrix).all():
+        group, member = np.argwhere(~np.isfinite(matrix))[0]
+        raise ValueError(
+            f"{name}: expected finite values, got {matrix[group, member]} at group {group}, member {member}"
+        )
+    return matrix
+
+
+def _members(in_baseline: ArrayLike | None, rewards: Floats) -> Bools:
+    if in_baseline is None:
+        return np.ones(rewards.shape, dtype=np.bool_)
+    members = np.asarray(in_baseline)
+    if members.dtype != np.bool_ or members.shape != rewards.shape:
+        raise ValueError(
+            f"in_baseline: expected bool {list(rewards.shape)}, got {members.dtype} {list(members.shape)}"
+        )
+    return members

@@ -1,0 +1,42 @@
+"""Groups and their rewards → one `Batch`: advantages and token weights are fixed here for the whole step."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from grpo.advantage import advantages
+from grpo.config import Advantage, Config
+from grpo.loss import token_weights
+from grpo.types import Batch, Group
+
+
+def make_batch(groups: Sequence[Group], rewards: np.ndarray, config: Config) -> Batch:
+    """The rows of all groups, group by group, with everything the loss needs but the policy's log-probabilities.
+
+    Args:
+        groups: B groups of G completions.
+        rewards: [B,G] float64, in the same order.
+        config: its ``[advantage]``, ``[loss]`` and ``[rollout]`` sections are used.
+    """
+    rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
+    lengths = [len(completion.ids) for _, completion in rows]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    weights = token_weights(
+        lengths, kind=config.loss.token_weights, max_new_tokens=config.rollout.max_new_tokens
+    )
+    sampler = torch.zeros(mask.shape)
+    sampler[mask] = torch.tensor([lp for _, completion in rows for lp in completion.sampler_logprobs])
+    return Batch(
+        prompt_ids=tuple(ids for ids, _ in rows),
+        completion_ids=tuple(completion.ids for _, completion in rows),
+        completion_mask=mask,
+        sampler_logprobs=sampler,
+        advantages=torch.from_numpy(normalised(rewards, config.advantage)).flatten().float(),
+        token_weights=torch.where(mask, weights[:, None], 0.0),
+    )
+
+
+def normalised(rewards: np.ndarray, section: Advantage) -> np.ndarray:
+    """`grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
+    return advantages(rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof)

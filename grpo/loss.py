@@ -1,0 +1,439 @@
+"""The loss: a surrogate and a KL term per token, and a weighted sum over tokens. Tensors and floats only.
+
+The normaliser is an input. `token_weights` fixes what one token of each completion is worth for the whole
+optimiser step; `grpo_loss` then only adds, so any cut of the step into micro-batches gives the same gradient.
+Arithmetic is in float32, or float64 for float64 logprobs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What a surrogate sees, [N,T] each, with zeros at padding.
+
+    Only `logprobs` and `log_ratio` carry a gradient. `log_ratio` is logprobs - old_logprobs in nats,
+    `advantages` repeats the completion's advantage.
+    """
+
+    logprobs: Tensor
+    log_ratio: Tensor
+    advantages: Tensor
+    mask: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """Trust region of the ratio: [1 - low, 1 + high]; `dual` > 1 caps the ratio of negative advantages."""
+
+    low: float
+    high: float
+    dual: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Surrogate:
+    """What a surrogate gives, [N,T] each: the objective to maximise, the ratio, and where clipping acted."""
+
+    objective: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LossTerms:
+    """The loss and what it was made of; everything but `loss` is detached.
+
+    loss [] is the scalar to call backward on. per_token [N,T] is each token's weighted contribution and sums
+    to the loss. ratio [N,T] is the importance ratio the surrogate used (1 at padding). clipped_low and
+    clipped_high [N,T] bool mark the tokens whose surrogate gradient clipping set to zero (cispo: whose weight
+    was capped). kl [N,T] holds the estimator's values in nats, unweighted, or is None without a reference.
+    """
+
+    loss: Tensor
+    per_token: Tensor
+    ratio: Tensor
+    clipped_low: Tensor
+    clipped_high: Tensor
+    kl: Tensor | None
+
+
+# --- surrogates -------------------------------------------------------------------------------------------
+
+
+def _clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> Surrogate:
+    bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
+    return Surrogate(
+        objective=torch.minimum(ratio * advantages, bounded * advantages),
+        ratio=ratio,
+        clipped_low=(advantages < 0) & (ratio < 1 - clip.low),
+        clipped_high=(advantages > 0) & (ratio > 1 + clip.high),
+    )
+
+
+def clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+    """min(ratio·A, clip(ratio, 1 - low, 1 + high)·A) with ratio = exp(log_ratio) (PPO, arXiv 1707.06347).
+
+    The gradient is zero iff A > 0 and ratio > 1 + high (`clipped_high`) or A < 0 and ratio < 1 - low
+    (`clipped_low`). high > low is DAPO's clip-higher (arXiv 2503.14476).
+
+    >>> double = torch.full((1, 1), math.log(2.0))
+    >>> one = torch.ones(1, 1)
+    >>> clip_surrogate(Tokens(one, double, one, one.bool()), Clip(0.2, 0.3, None)).objective
+    tensor([[1.3000]])
+    """
+    return _clipped(tokens.log_ratio.exp(), tokens.advantages, clip)
+
+
+def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+    """max(min(ratio·A, clip(ratio)·A), dual·A) where A < 0, else as "clip" (dual-clip PPO, arXiv 1912.09729).
+
+    Bounds the loss of a bad token that became much likelier. `clipped_high` also marks A < 0, ratio > dual.
+
+    >>> triple = torch.full((1, 1), math.log(3.0))
+    >>> one = torch.ones(1, 1)
+    >>> dual_clip_surrogate(Tokens(one, triple, -one, one.bool()), Clip(0.2, 0.2, 2.0)).objective
+    tensor([[-2.]])
+    """
+    if clip.dual is None:
+        raise ValueError("surrogate 'dual_clip': expected dual_clip > 1, got None")
+    single = clip_surrogate(tokens, clip)
+    floored = torch.maximum(single.objective, clip.dual * tokens.advantages)
+    negative = tokens.advantages < 0
+    return Surrogate(
+        objective=torch.where(negative, floored, single.objective),
+        ratio=single.ratio,
+        clipped_low=single.clipped_low,
+        clipped_high=single.clipped_high | (negative & (single.ratio > clip.dual)),
+    )
+
+
+def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+    """min(s·A, clip(s)·A) with s = exp(mean of log_ratio over the completion) (GSPO, arXiv 2507.18071).
+
+    s is a function of every logprob of the row and is repeated over its tokens, so with "sequence" weights
+    the row adds min(s·A, clip(s)·A)/N. A completion is clipped as a whole.
+
+    >>> log_ratio = torch.tensor([[0.0, 2 * math.log(2.0)]])
+    >>> one = torch.ones(1, 2)
+    >>> gspo_surrogate(Tokens(one, log_ratio, one, one.bool()), Clip(0.5, 2.0, None)).objective
+    tensor([[2., 2.]])
+    """
+    lengths = tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
+    mean_log_ratio = tokens.log_ratio.sum(dim=1, keepdim=True) / lengths
+    ratio = torch.where(tokens.mask, mean_log_ratio.expand_as(tokens.log_ratio), 0.0).exp()
+    return _clipped(ratio, tokens.advantages, clip)
+
+
+def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+    """detach(min(ratio, 1 + high))·A·logprob: a capped weight, and no token without gradient.
+
+    CISPO, arXiv 2506.13585, without a lower bound: `low` does not act. `clipped_high` marks the tokens whose
+    weight was capped, whatever the sign of A.
+
+    >>> logprobs = torch.tensor([[-2.0]])
+    >>> one = torch.ones(1, 1)
+    >>> cispo_surrogate(Tokens(logprobs, one, one, one.bool()), Clip(0.0, 0.5, None)).objective
+    tensor([[-3.]])
+    """
+    ratio = tokens.log_ratio.detach().exp()
+    return Surrogate(
+        objective=ratio.clamp(max=1 + clip.high) * tokens.advantages * tokens.logprobs,
+        ratio=ratio,
+        clipped_low=torch.zeros_like(tokens.mask),
+        clipped_high=ratio > 1 + clip.high,
+    )
+
+
+def plain_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+    """ratio·A, without any clip: importance-weighted REINFORCE.
+
+    >>> double = torch.full((1, 1), math.log(2.0))
+    >>> one = torch.ones(1, 1)
+    >>> plain_surrogate(Tokens(one, double, one, one.bool()), Clip(0.0, 0.0, None)).objective
+    tensor([[2.]])
+    """
+    ratio = tokens.log_ratio.exp()
+    never = torch.zeros_like(tokens.mask)
+    return Surrogate(ratio * tokens.advantages, ratio, clipped_low=never, clipped_high=never)
+
+
+SURROGATES: dict[str, Callable[[Tokens, Clip], Surrogate]] = {
+    "clip": clip_surrogate,
+    "dual_clip": dual_clip_surrogate,
+    "gspo": gspo_surrogate,
+    "cispo": cispo_surrogate,
+    "none": plain_surrogate,
+}
+
+
+# --- KL estimators ----------------------------------------------------------------------------------------
+
+
+def k1(d: Tensor, ratio: Tensor) -> Tensor:
+    """-d with d = ref_logprob - logprob. Unbiased in value; as an on-policy loss its expected gradient is 0.
+
+    >>> k1(torch.tensor([-0.5]), torch.ones(1))
+    tensor([0.5000])
+    """
+    return -d
+
+
+def k2(d: Tensor, ratio: Tensor) -> Tensor:
+    """d²/2. Biased in value; as an on-policy loss its gradient is that of KL(policy || reference).
+
+    >>> k2(torch.tensor([-0.5]), torch.ones(1))
+    tensor([0.1250])
+    """
+    return d.square() / 2
+
+
+def k3(d: Tensor, ratio: Tensor) -> Tensor:
+    """exp(d) - d - 1 >= 0. Unbiased in value; its on-policy gradient is that of KL(reference || policy).
+
+    The estimator of GRPO (arXiv 2402.03300). expm1 keeps the digits of a small d.
+
+    >>> k3(torch.tensor([math.log(2.0)]), torch.ones(1))
+    tensor([0.3069])
+    """
+    return torch.expm1(d) - d
+
+
+def ratio_k3(d: Tensor, ratio: Tensor) -> Tensor:
+    """ratio·(exp(d) - d - 1) with the token's own ratio, not detached (arXiv 2512.02556).
+
+    Value and gradient are those of KL(policy || reference), also for samples of the old policy.
+
+    >>> ratio_k3(torch.tensor([math.log(2.0)]), torch.tensor([2.0]))
+    tensor([0.6137])
+    """
+    return ratio * k3(d, ratio)
+
+
+KL_ESTIMATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "k1": k1,
+    "k2": k2,
+    "k3": k3,
+    "ratio_k3": ratio_k3,
+}
+
+
+# --- token weights ----------------------------------------------------------------------------------------
+
+
+def sequence_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
+    """1/(N·L_i): the mean over completions of the mean over their tokens (GRPO, arXiv 2402.03300).
+
+    >>> sequence_weights(torch.tensor([1.0, 2.0]), 4)
+    tensor([0.5000, 0.2500])
+    """
+    return 1 / (len(lengths) * lengths)
+
+
+def mean_token_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
+    """1/ΣL: the mean over all tokens of the step (DAPO, arXiv 2503.14476).
+
+    >>> mean_token_weights(torch.tensor([1.0, 3.0]), 4)
+    tensor([0.2500, 0.2500])
+    """
+    return (1 / lengths.sum()).expand_as(lengths)
+
+
+def constant_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
+    """1/(N·L_max): a sum over tokens, with no length in the normaliser (Dr. GRPO, arXiv 2503.20783).
+
+    >>> constant_weights(torch.tensor([1.0, 3.0]), 4)
+    tensor([0.1250, 0.1250])
+    """
+    return torch.full_like(lengths, 1 / (len(lengths) * max_new_tokens))
+
+
+TOKEN_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "sequence": sequence_weights,
+    "token": mean_token_weights,
+    "constant": constant_weights,
+}
+
+
+def token_weights(
+    lengths: Sequence[int] | Tensor,
+    *,
+    kind: str,
+    max_new_tokens: int,
+    include: Sequence[bool] | Tensor | None = None,
+) -> Tensor:
+    """What one token of each completion is worth in the loss of the whole optimiser step, [N] float32.
+
+    Args:
+        lengths: [N] tokens of each completion of the *whole step*, end token included, 1 .. max_new_tokens.
+        kind: "sequence" 1/(N·L_i), "token" 1/ΣL, "constant" 1/(N·max_new_tokens).
+        max_new_tokens: the budget of one completion, >= 1.
+        include: [N] bool; completions marked False weigh 0.
+
+    A completion left out is out of every denominator too: N and ΣL count the included ones, so the weights
+    are those of a step that never held the others. (TRL's mask_truncated_completions keeps the left-out rows
+    in N for its "grpo" and "dr_grpo".) If none is included, all weights are 0.
+
+    Raises:
+        ValueError: unknown kind, max_new_tokens < 1, a length outside 1 .. max_new_tokens, or include not
+            [N] bool.
+
+    >>> token_weights([1, 2, 4], kind="sequence", max_new_tokens=4, include=[True, True, False])
+    tensor([0.5000, 0.2500, 0.0000])
+    """
+    if kind not in TOKEN_WEIGHTS:
+        raise ValueError(f"expected token weights out of {sorted(TOKEN_WEIGHTS)}, got {kind!r}")
+    sizes = torch.as_tensor(lengths, dtype=torch.float64)
+    if sizes.ndim != 1 or max_new_tokens < 1:
+        raise ValueError(
+            f"expected lengths [N] and max_new_tokens >= 1, got {list(sizes.shape)} and {max_new_tokens}"
+        )
+    outside = (sizes < 1) | (sizes > max_new_tokens)
+    if outside.any():
+        row = int(outside.nonzero()[0])
+        raise ValueError(f"completion {row}: expected length 1 .. {max_new_tokens}, got {int(sizes[row])}")
+    included = torch.ones_like(sizes, dtype=torch.bool) if include is None else torch.as_tensor(include)
+    if included.shape != sizes.shape or (included.dtype != torch.bool and included.numel()):
+        raise ValueError(
+            f"include: expected bool {list(sizes.shape)}, got {included.dtype} {list(included.shape)}"
+        )
+    weights = torch.zeros_like(sizes)
+    if included.any():
+        weights[included] = TOKEN_WEIGHTS[kind](sizes[included], max_new_tokens)
+    return weights.to(torch.float32)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------
+
+
+def grpo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    token_weights: Tensor,
+    *,
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl: str,
+    beta: float,
+) -> LossTerms:
+    """loss = Σ over tokens of weight·(-surrogate + beta·kl): a plain sum, so micro-batches add up.
+
+    Args:
+        logprobs: [N,T] nats, of the policy; the only input that gets a gradient, the others are detached.
+        old_logprobs: [N,T] nats, of the policy that the step began with; on the first pass
+            `logprobs.detach()`: the ratio is then exactly 1, and the gradient is not zero.
+        ref_logprobs: [N,T] nats, of the reference, or None. With beta = 0 it is reported, not trained on.
+        advantages: [N], one per completion.
+        completion_mask: [N,T] bool, True at the completion's tokens. Whatever stands elsewhere, NaN and inf
+            included, reaches neither loss nor gradient.
+        token_weights: [N,T], `token_weights(...)` of the whole step repeated over each row.
+        surrogate, kl: names in SURROGATES and KL_ESTIMATORS.
+        clip_low, clip_high: >= 0; the ratio's region is [1 - clip_low, 1 + clip_high].
+        dual_clip: > 1 for the surrogate "dual_clip", None for the others.
+        beta: >= 0, the weight of the KL term.
+
+    An all-False mask gives a loss of 0 and a zero gradient.
+
+    Raises:
+        ValueError: an unknown name, a setting out of range, shapes that disagree, a mask that is not bool, or
+            beta > 0 without ref_logprobs.
+
+    >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
+    >>> terms = grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([3.0]),
+    ...     torch.tensor([[True, False]]), torch.tensor([[1.0, 1.0]]),
+    ...     surrogate="clip", clip_low=0.2, clip_high=0.2, dual_clip=None, kl="k3", beta=0.0)
+    >>> terms.loss.backward()
+    >>> terms.loss.item(), logprobs.grad
+    (-3.0, tensor([[-3.,  0.]]))
+    """
+    _check_settings(surrogate, clip_low, clip_high, dual_clip, kl, beta, ref_logprobs is not None)
+    _check_shapes(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, token_weights)
+    mask = completion_mask
+    wide = torch.promote_types(logprobs.dtype, torch.float32)
+    current = _inside(logprobs, mask, wide)
+    log_ratio = current - _inside(old_logprobs.detach(), mask, wide)
+    repeated = _inside(advantages.detach()[:, None].expand_as(mask), mask, wide)
+    tokens = Tokens(current, log_ratio, repeated, mask)
+    result = SURROGATES[surrogate](tokens, Clip(clip_low, clip_high, dual_clip))
+    penalty = None
+    if ref_logprobs is not None:
+        d = _inside(ref_logprobs.detach(), mask, wide) - current
+        penalty = KL_ESTIMATORS[kl](d, log_ratio.exp())
+    objective = result.objective if penalty is None or beta == 0 else result.objective - beta * penalty
+    per_token = -_inside(token_weights.detach(), mask, wide) * objective
+    return LossTerms(
+        loss=per_token.sum(),
+        per_token=per_token.detach(),
+        ratio=result.ratio.detach(),
+        clipped_low=result.clipped_low,
+        clipped_high=result.clipped_high,
+        kl=None if penalty is None else penalty.detach(),
+    )
+
+
+def _inside(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """The values where the mask is True and 0 elsewhere; `where` stops a NaN, a product does not."""
+    return torch.where(mask, values.to(dtype), 0.0)
+
+
+def _check_settings(
+    surrogate: str,
+    clip_low: float,
+    clip_high: float,
+    dual_clip: float | None,
+    kl: str,
+    beta: float,
+    has_reference: bool,
+) -> None:
+    if surrogate not in SURROGATES:
+        raise ValueError(f"expected a surrogate out of {sorted(SURROGATES)}, got {surrogate!r}")
+    if kl not in KL_ESTIMATORS:
+        raise ValueError(f"expected a KL estimator out of {sorted(KL_ESTIMATORS)}, got {kl!r}")
+    for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("beta", beta)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: expected a finite value >= 0, got {value}")
+    if surrogate == "dual_clip" and not (dual_clip is not None and 1 < dual_clip < math.inf):
+        raise ValueError(f"surrogate 'dual_clip': expected a finite dual_clip > 1, got {dual_clip}")
+    if surrogate != "dual_clip" and dual_clip is not None:
+        raise ValueError(f"dual_clip: expected None with surrogate {surrogate!r}, got {dual_clip}")
+    if beta > 0 and not has_reference:
+        raise ValueError(f"beta = {beta} needs ref_logprobs, got None; pass them or set beta = 0")
+
+
+def _check_shapes(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    ref_logprobs: Tensor | None,
+    advantages: Tensor,
+    completion_mask: Tensor,
+    token_weights: Tensor,
+) -> None:
+    if completion_mask.ndim != 2 or completion_mask.dtype != torch.bool:
+        raise ValueError(
+            f"completion_mask: expected bool [N,T], got {completion_mask.dtype} {list(completion_mask.shape)}"
+        )
+    shape = completion_mask.shape
+    named = {
+        "logprobs": logprobs,
+        "old_logprobs": old_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "token_weights": token_weights,
+    }
+    for name, tensor in named.items():
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(f"{name}: expected the mask's shape {list(shape)}, got {list(tensor.shape)}")
+    if advantages.shape != shape[:1]:
+        raise ValueError(f"advantages: expected shape [{shape[0]}], got {list(advantages.shape)}")

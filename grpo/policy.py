@@ -1,0 +1,300 @@
+"""Base, tokenizer and LoRA: loading them, telling them apart, and rendering prompts through the chat template.
+
+The reference is never a second model. It is the base with the adapter disabled, or the same weights with the adapter's
+tensors swapped for those it started from.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from grpo.config import Lora, Model, embedded, resolve
+from grpo.types import Case, Prompt
+
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+END_TOKENS = ("<|im_end|>", "<|endoftext|>")
+"""Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
+_SLOT = "\ue000CASE\ue001"
+"""Stands for the narrative while the chat template is rendered: private-use characters no template holds."""
+
+
+class ModelError(ValueError):
+    """A model or an adapter that cannot be used: says which, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """The trainable model and what is needed to speak with it."""
+
+    model: Any
+    """`peft.PeftModel` around the frozen base."""
+    tokenizer: Any
+    end_ids: tuple[int, ...]
+    device: torch.device
+    context: int
+    """Positions the base was made for."""
+
+    @property
+    def body(self) -> nn.Module:
+        """The decoder without its head, adapter layers included: ids → last hidden states."""
+        return self.model.get_base_model().base_model
+
+    @property
+    def head(self) -> nn.Module:
+        return self.model.get_base_model().get_output_embeddings()
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The adapter's tensors by name, in a fixed order. fp32 masters."""
+        return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
+
+
+def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
+    """Base + adapter on their device, ready to sample and to train.
+
+    Raises:
+        ModelError: the base is not on this machine, the adapter belongs to another base, disagrees with ``[lora]``,
+            or is loaded without any effect on the logits.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+
+    device = pick_device(model.device)
+    base, tokenizer = load_base(model.name, device=device, dtype=pick_dtype(model.dtype, device))
+    if lora.warm_start:
+        folder = resolve(lora.warm_start)
+        _check_adapter(folder, lora)
+        with _named(folder, "adapter"):
+            wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+        _check_tensors(folder, wrapped)
+        _set_dropout(wrapped, lora.dropout)
+    else:
+        torch.manual_seed(seed)
+        wrapped = get_peft_model(
+            base,
+            LoraConfig(
+                r=lora.r,
+                lora_alpha=lora.alpha,
+                lora_dropout=lora.dropout,
+                target_modules=list(lora.target_modules),
+                task_type="CAUSAL_LM",
+            ),
+        )
+    if model.gradient_checkpointing:
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    wrapped.eval()
+    config = base.config.get_text_config()
+    policy = Policy(wrapped, tokenizer, end_ids(tokenizer, base), device, config.max_position_embeddings)
+    if lora.warm_start:
+        _check_effect(policy, folder)
+    return policy
+
+
+def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
+
+    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
+    logging.disable_progress_bar()
+    where = str(resolve(name)) if embedded(name) or Path(name).expanduser().exists() else name
+    if where == name and not Path(where).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise ModelError(f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=True)
+    except OSError as error:
+        raise ModelError(
+            f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with\n"
+            f"    hf download {name}\nor set model.name to a folder that holds config.json, tokenizer and safetensors "
+            f"({_first_line(error)})"
+        ) from None
+    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {_first_line(error)}") from None
+    if tokenizer.chat_template is None:
+        raise ModelError(
+            f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered"
+        )
+    base.requires_grad_(False)
+    return base.to(device), tokenizer
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is a device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
+
+
+def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
+    """Every id that ends a completion: what the generation config and the tokenizer name, and both of Qwen's."""
+    named = base.generation_config.eos_token_id
+    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    vocabulary = tokenizer.get_vocab()
+    ids |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
+    ids.discard(None)
+    if not ids:
+        raise ModelError("neither the tokenizer nor the generation config names an end token")
+    return tuple(sorted(ids))
+
+
+def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: bool) -> Prompt:
+    """The chat up to where the answer begins, as ids. Control tokens come from the template alone: a narrative that
+    contains ``<|im_end|>`` or ``<think>`` reaches the model as those characters.
+
+    The narrative is encoded by itself, between the template's two halves; for ordinary text that gives the ids of
+    encoding the whole chat at once.
+    """
+    chat = tokenizer.apply_chat_template(
+        [{"role": "system", "content": system_prompt}, {"role": "user", "content": _SLOT}],
+        tokenize=False,
+        add_generation_prompt=True,
+        enable_thinking=thinking,
+    )
+    before, slot, after = chat.partition(_SLOT)
+    if not slot or _SLOT in after:
+        raise ModelError("the chat template does not show the user's turn exactly once")
+    opened = after.rstrip().endswith("<think>")
+    ids = (*_encode(tokenizer, before), *encode_plain(tokenizer, case.text), *_encode(tokenizer, after))
+    return Prompt(case, ids, opened)
+
+
+def encode_plain(tokenizer: Any, text: str) -> list[int]:
+    """Ids of a text in which nothing is a control token: a control token's spelling is cut after its first character
+    and encoded in pieces."""
+    control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
+    if not any(token in text for token in control):
+        return _encode(tokenizer, text)
+    pattern = "|".join(re.escape(token) for token in control)
+    cuts = [match.start() + 1 for match in re.finditer(f"(?=({pattern}))", text)]
+    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+    return [i for piece in pieces for i in _encode(tokenizer, piece)]
+
+
+@contextlib.contextmanager
+def adapter_swapped(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+    """Inside, the model speaks as the reference: with ``tensors`` in the adapter's place, or, for None, as the bare
+    base. Outside, the adapter holds the very bits it held before."""
+    if tensors is None:
+        with policy.model.disable_adapter():
+            yield
+        return
+    own = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    _copy_in(policy, tensors)
+    try:
+        yield
+    finally:
+        _copy_in(policy, own)
+
+
+def adapter_copy(policy: Policy) -> dict[str, Tensor]:
+    """The adapter's tensors as they are now."""
+    return {name: p.detach().clone() for name, p in policy.trainable().items()}
+
+
+def save_adapter(policy: Policy, folder: Path) -> None:
+    """Writes the adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    policy.model.save_pretrained(str(folder), safe_serialization=True)
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card: the run writes its own
+
+
+def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, p in policy.trainable().items():
+            p.copy_(tensors[name])
+
+
+def _encode(tokenizer: Any, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+def _set_dropout(wrapped: Any, p: float) -> None:
+    """The config's dropout, whatever the warm start was trained with."""
+    for name, module in wrapped.named_modules():
+        if name.endswith("lora_dropout"):
+            for key in module:
+                module[key] = nn.Dropout(p) if p else nn.Identity()
+
+
+def _check_adapter(folder: Path, lora: Lora) -> None:
+    path = folder / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ModelError(f"lora.warm_start: {path}: cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ModelError(f"lora.warm_start: {path}: not valid JSON: {_first_line(error)}") from None
+    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
+        raise ModelError(f"lora.warm_start: {path}: not a LoRA adapter")
+    wanted = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
+    targets = found.get("target_modules")
+    there = {**found, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
+    for key, value in wanted.items():
+        if there.get(key) != value:
+            raise ModelError(f"lora.warm_start: {path}: {key} is {there.get(key)!r}, [lora] says {value!r}")
+    if found.get("modules_to_save") or found.get("use_dora") or found.get("bias", "none") != "none":
+        raise ModelError(
+            f"lora.warm_start: {path}: only plain LoRA weights are trained here (no bias, DoRA or modules)"
+        )
+
+
+def _check_tensors(folder: Path, wrapped: Any) -> None:
+    """Every LoRA tensor of the model must come from the file, and every tensor of the file must have its place."""
+    path = folder / "adapter_model.safetensors"
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    expected = {
+        n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n
+    }
+    if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:
+        raise ModelError(
+            f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or shape, first {wrong[0]}"
+        )
+
+
+@contextlib.contextmanager
+def _named(folder: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"lora.warm_start: {what} {folder}: cannot be loaded on this base: {_first_line(error)}"
+        ) from None
+
+
+@torch.no_grad()
+def _check_effect(policy: Policy, folder: Path) -> None:
+    """An adapter can load without an error and without an effect, when its module names match nothing that runs."""
+    ids = torch.tensor([_encode(policy.tokenizer, "ESI triage: chest pain, 120/58.")], device=policy.device)
+    with_adapter = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+    with policy.model.disable_adapter():
+        without = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+    if torch.equal(with_adapter, without):
+        raise ModelError(
+            f"lora.warm_start: {folder}: loads, but changes nothing: its weights are zero or not connected"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

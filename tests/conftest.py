@@ -1,0 +1,56 @@
+"""Shared fixtures: a random Qwen3.5 in miniature, saved and loaded through the same path as the 9B model."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from grpo.config import Lora, Model
+from grpo.policy import Policy, load_policy
+from grpo.tiny.model import make_model, make_tokenizer
+
+TEXTS = (
+    "Extract clinical fields, apply the ESI algorithm, then state the ESI level.",
+    "A 54-year-old male arrived intubated for airway protection. Central line placed. BP 120/58, HR 150, pain 9/10.",
+    "EXTRACTION:\nChief complaint: chest pain\nVital signs: stable\nRed flags: none\nESI ALGORITHM:\nA: no\nANSWER: ESI 2",
+)
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+
+@pytest.fixture(scope="session")
+def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as `save_pretrained` leaves it."""
+    folder = tmp_path_factory.mktemp("random_base")
+    tokenizer = make_tokenizer(TEXTS, 400)
+    make_model(tokenizer, seed=0).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def make_policy(random_base: Path) -> Callable[..., Policy]:
+    """A policy on the random base whose fresh adapter is no longer zero."""
+
+    def make(
+        *, dropout: float = 0.0, checkpointing: bool = False, moved: bool = True, **lora: object
+    ) -> Policy:
+        policy = load_policy(
+            Model(name=str(random_base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing),
+            Lora(
+                **{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""}
+                | lora
+            ),
+            seed=1,
+        )
+        if moved:
+            generator = torch.Generator().manual_seed(7)
+            with torch.no_grad():
+                for p in policy.trainable().values():
+                    p.add_(0.05 * torch.randn(p.shape, generator=generator))
+        return policy
+
+    return make

@@ -1,0 +1,239 @@
+"""One optimiser step: the gradient is the whole batch's, however the batch is cut, padded or ordered."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from grpo import update as update_module
+from grpo.batch import make_batch
+from grpo.config import Config, load_config
+from grpo.policy import Policy, adapter_copy
+from grpo.rollout import rollout
+from grpo.types import Batch, Completion, Group
+from grpo.update import learning_rate, micro_batches, update
+from tests.test_rollout import keys_of, prompts_of
+
+TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
+REWARDS = np.array([[1.0, -0.5, -2.0, 1.0], [0.0, 1.0, 1.0, -0.5], [-1.0, -1.0, -1.0, -1.0]])
+
+
+def config_with(*overrides: str) -> Config:
+    return load_config(TINY, ["rollout.group_size=4", "rollout.prompts_per_step=3", "optim.micro_batch_size=12",
+                              "rollout.max_new_tokens=20", *overrides])[0]  # fmt: skip
+
+
+def batch_of(policy: Policy, config: Config) -> Batch:
+    prompts = prompts_of(policy)
+    groups = rollout(
+        policy, prompts, keys_of(prompts, 4), max_new_tokens=20, temperature=config.rollout.temperature
+    )
+    return make_batch(groups, REWARDS, config)
+
+
+def gradients(
+    policy: Policy, batch: Batch, config: Config, reference: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Gradients that `update` hands to the optimiser, before the step."""
+    seen: dict[str, Tensor] = {}
+
+    class Recorder(torch.optim.SGD):
+        def step(self, closure: object = None) -> None:  # type: ignore[override]
+            seen.update(
+                {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
+            )
+
+    update(policy, batch, config, Recorder(policy.trainable().values(), lr=0.0), reference, step=0)
+    return seen
+
+
+def close(a: dict[str, Tensor], b: dict[str, Tensor], atol: float = 1e-6) -> None:
+    assert a.keys() == b.keys() and a
+    assert max(float(g.abs().max()) for g in a.values()) > 1e-3, "a comparison of zeros shows nothing"
+    for name, g in a.items():
+        torch.testing.assert_close(g, b[name], atol=atol, rtol=1e-4)
+
+
+def plain_gradients(policy: Policy, batch: Batch, beta: float, temperature: float) -> dict[str, Tensor]:
+    """The loss from the formulas, row by row: full logits, no padding, no chunks, no micro-batches."""
+    n = len(batch.completion_ids)
+    total = torch.zeros(())
+    for prompt, ids, advantage in zip(batch.prompt_ids, batch.completion_ids, batch.advantages, strict=True):
+
+        def logprobs(prompt: tuple[int, ...] = prompt, ids: tuple[int, ...] = ids) -> Tensor:
+            logits = policy.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0].float()
+            law = (logits[len(prompt) - 1 : -1] / temperature).log_softmax(-1)
+            return law.gather(1, torch.tensor(ids)[:, None])[:, 0]
+
+        new = logprobs()
+        with torch.no_grad(), policy.model.disable_adapter():
+            ref = logprobs()
+        ratio = (new - new.detach()).exp()
+        kl = (ref - new).exp() - (ref - new) - 1
+        total = total + (-ratio * advantage + beta * kl).sum() / (n * len(ids))
+    names, tensors = zip(*policy.trainable().items(), strict=True)
+    return dict(zip(names, torch.autograd.grad(total, tensors), strict=True))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_the_gradient_is_the_formulas(
+    make_policy: Callable[..., Policy], beta: float, temperature: float
+) -> None:
+    policy = make_policy()
+    config = config_with(f"loss.beta={beta}", f"rollout.temperature={temperature}", "optim.max_grad_norm=1e9")
+    batch = batch_of(policy, config)
+    close(gradients(policy, batch, config), plain_gradients(policy, batch, beta, temperature), atol=2e-6)
+
+
+@pytest.mark.parametrize("weights", ["sequence", "token", "constant"])
+def test_any_cut_into_micro_batches_gives_the_same_gradient(
+    make_policy: Callable[..., Policy], weights: str
+) -> None:
+    policy = make_policy()
+    sizes = [config_with(f"optim.micro_batch_size={n}", f"loss.token_weights={weights}") for n in (12, 5, 1)]
+    batch = batch_of(policy, sizes[0])
+    whole, fives, ones = (gradients(policy, batch, config) for config in sizes)
+    close(whole, fives)
+    close(whole, ones)
+
+
+def test_gradient_checkpointing_changes_nothing(make_policy: Callable[..., Policy]) -> None:
+    plain, saving = make_policy(), make_policy(checkpointing=True)
+    config = config_with()
+    batch = batch_of(plain, config)
+    close(gradients(plain, batch, config), gradients(saving, batch, config))
+
+
+def test_the_clipped_gradient_norm_is_the_configs(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    config = config_with("optim.max_grad_norm=0.001")
+    clipped = gradients(policy, batch_of(policy, config), config)
+    assert math.sqrt(sum(float(g.square().sum()) for g in clipped.values())) == pytest.approx(0.001, rel=1e-3)
+
+
+def test_the_first_pass_is_on_policy_and_later_ones_are_not(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    for epochs in (1, 3):
+        config = config_with(f"optim.inner_epochs={epochs}", "optim.learning_rate=0.02", "loss.beta=0.0")
+        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.02)
+        before = adapter_copy(policy)
+        done = update(policy, batch_of(policy, config), config, optimizer, None, step=0)
+        total, count = done.stats["ratio"]
+        assert (total == count) == (epochs == 1), "the ratio is exactly 1 until the policy has moved"
+        assert optimizer.state[next(iter(policy.trainable().values()))]["step"] == epochs
+        assert any(not torch.equal(before[name], p) for name, p in policy.trainable().items())
+        clipped = done.stats["clip_ratio/low"][0] + done.stats["clip_ratio/high"][0]
+        assert (clipped > 0) == (epochs == 3)
+
+
+def test_the_base_never_moves(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    config = config_with("optim.learning_rate=0.1")
+    base = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    update(policy, batch_of(policy, config), config, optimizer, None, step=0)
+    assert all(torch.equal(base[n], p) for n, p in policy.model.named_parameters() if not p.requires_grad)
+    assert all(p.grad is None for p in policy.model.parameters())
+
+
+def test_beta_zero_never_runs_the_reference(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object) -> None:
+        raise AssertionError("the reference was run")
+
+    policy = make_policy()
+    batch = batch_of(policy, config_with())
+    monkeypatch.setattr(update_module, "adapter_swapped", never)
+    stats = update(
+        policy,
+        batch,
+        config_with("loss.beta=0.0"),
+        torch.optim.SGD(policy.trainable().values(), lr=0.0),
+        None,
+        step=0,
+    ).stats
+    assert not any(name.startswith("kl") for name in stats)
+    with pytest.raises(AssertionError, match="reference was run"):
+        gradients(policy, batch, config_with())
+
+
+def test_kl_is_zero_against_oneself_and_positive_against_the_base(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    config = config_with()
+    batch = batch_of(policy, config)
+    still = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+    assert update(policy, batch, config, still, adapter_copy(policy), step=0).stats["kl/k3"][0] == 0
+    assert update(policy, batch, config, still, None, step=0).stats["kl/k3"][0] > 0
+
+
+def test_sampler_and_trainer_agree(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    config = config_with("rollout.temperature=0.8")
+    batch = batch_of(policy, config)
+    stats = update(
+        policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0
+    ).stats
+    total, count = stats["sampler/abs_logprob_diff"]
+    assert count == int(batch.completion_mask.sum()) and total / count < 1e-5
+    assert stats["entropy"][0] / count > 0.1
+
+
+def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    config = config_with()
+    batch = batch_of(policy, config)
+    poisoned = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.nan))
+    before = adapter_copy(policy)
+    done = update(
+        policy, poisoned, config, torch.optim.AdamW(policy.trainable().values(), lr=0.1), None, step=0
+    )
+    assert done.skipped == 1
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+
+
+def test_micro_batches_hold_every_row_once_and_longest_first(make_policy: Callable[..., Policy]) -> None:
+    batch = batch_of(make_policy(), config_with())
+    cuts = micro_batches(batch, 5)
+    rows = [i for cut in cuts for i in cut.rows.tolist()]
+    lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in rows]
+    assert sorted(rows) == list(range(12)) and [len(cut.rows) for cut in cuts] == [5, 5, 2]
+    assert lengths == sorted(lengths, reverse=True)
+
+
+def test_batch_lays_out_rows_group_by_group(make_policy: Callable[..., Policy]) -> None:
+    prompts = prompts_of(make_policy())[:2]
+    row = [Completion((5, 6, 7), (-1.0, -2.0, -3.0), False, "abc"), Completion((8,), (-4.0,), True, "")]
+    groups = [Group(prompts[0], (row[0], row[1])), Group(prompts[1], (row[1], row[0]))]
+    batch = make_batch(groups, np.array([[1.0, 0.0], [0.0, 0.0]]), config_with())
+    assert batch.prompt_ids == (prompts[0].ids, prompts[0].ids, prompts[1].ids, prompts[1].ids)
+    assert batch.completion_ids == ((5, 6, 7), (8,), (8,), (5, 6, 7))
+    assert batch.completion_mask.tolist() == [
+        [True] * 3,
+        [True, False, False],
+        [True, False, False],
+        [True] * 3,
+    ]
+    assert batch.sampler_logprobs.tolist() == [[-1, -2, -3], [-4, 0, 0], [-4, 0, 0], [-1, -2, -3]]
+    torch.testing.assert_close(batch.advantages, torch.tensor([0.5, -0.5, 0, 0]) / (0.5**0.5 + 1e-4))
+    torch.testing.assert_close(
+        batch.token_weights, torch.tensor([[1 / 12] * 3, [0.25, 0, 0], [0.25, 0, 0], [1 / 12] * 3])
+    )
+
+
+def test_learning_rate_schedules() -> None:
+    def rates(*overrides: str) -> list[float]:
+        config = config_with("optim.learning_rate=1.0", "train.steps=4", *overrides)
+        return [learning_rate(config, i) for i in range(4)]
+
+    assert rates("optim.schedule=constant") == [1, 1, 1, 1]
+    assert rates("optim.schedule=linear") == [1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose(rates("optim.schedule=cosine"), [1, 0.8536, 0.5, 0.1464], atol=1e-4)
+    np.testing.assert_allclose(rates("optim.schedule=constant", "optim.warmup_steps=2"), [1 / 3, 2 / 3, 1, 1])
+    np.testing.assert_allclose(rates("optim.schedule=linear", "optim.warmup_steps=2"), [1 / 3, 2 / 3, 1, 0.5])
