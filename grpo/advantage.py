@@ -184,9 +184,7 @@ def _shares(
     silent = _zero_variance(total, members)[:, None]
     with np.errstate(all="ignore"):  # what overflows is refused below, with a message
         divisor = np.where(silent, 1.0, ADVANTAGES[kind](total, members, epsilon, ddof))
-        shares = {
-            name: np.where(silent, 0.0, _centred(part, members) / divisor) for name, part in parts.items()
-        }
+        shares = {name: np.where(silent, 0.0, _centred(part, members) / divisor) for name, part in parts.items()}
     for values in (divisor, *shares.values()):
         if not np.isfinite(values).all():
             group = int(np.argwhere(~np.isfinite(values))[0, 0])
@@ -216,7 +214,5 @@ def _members(in_baseline: ArrayLike | None, rewards: Floats) -> Bools:
         return np.ones(rewards.shape, dtype=np.bool_)
     members = np.asarray(in_baseline)
     if members.dtype != np.bool_ or members.shape != rewards.shape:
-        raise ValueError(
-            f"in_baseline: expected bool {list(rewards.shape)}, got {members.dtype} {list(members.shape)}"
-        )
+        raise ValueError(f"in_baseline: expected bool {list(rewards.shape)}, got {members.dtype} {list(members.shape)}")
     return members

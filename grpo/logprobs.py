@@ -196,21 +196,16 @@ def token_logprobs(
         raise ValueError(f"expected chunk_tokens >= 1, got {chunk_tokens}")
     if hidden.ndim != 2 or head_weight.ndim != 2 or hidden.shape[1] != head_weight.shape[1]:
         raise ValueError(
-            "expected hidden [M,H] and head_weight [V,H], "
-            f"got {list(hidden.shape)} and {list(head_weight.shape)}"
+            f"expected hidden [M,H] and head_weight [V,H], got {list(hidden.shape)} and {list(head_weight.shape)}"
         )
     if targets.shape != hidden.shape[:1] or targets.dtype != torch.long:
-        raise ValueError(
-            f"targets: expected int64 [{len(hidden)}], got {targets.dtype} {list(targets.shape)}"
-        )
+        raise ValueError(f"targets: expected int64 [{len(hidden)}], got {targets.dtype} {list(targets.shape)}")
     if bias is not None and bias.shape != head_weight.shape[:1]:
         raise ValueError(f"bias: expected [{len(head_weight)}], got {list(bias.shape)}")
     if head_weight.requires_grad or (bias is not None and bias.requires_grad):
         raise ValueError("expected a frozen head, got requires_grad; call requires_grad_(False) on it")
     with_jacobian = torch.is_grad_enabled() and hidden.requires_grad
-    scored = _ChunkedLogprobs.apply(
-        hidden, head_weight, targets, bias, temperature, chunk_tokens, with_jacobian
-    )
+    scored = _ChunkedLogprobs.apply(hidden, head_weight, targets, bias, temperature, chunk_tokens, with_jacobian)
     return cast("tuple[Tensor, Tensor]", scored)
 
 

@@ -293,18 +293,14 @@ def token_weights(
         raise ValueError(f"expected token weights out of {sorted(TOKEN_WEIGHTS)}, got {kind!r}")
     sizes = torch.as_tensor(lengths, dtype=torch.float64)
     if sizes.ndim != 1 or max_new_tokens < 1:
-        raise ValueError(
-            f"expected lengths [N] and max_new_tokens >= 1, got {list(sizes.shape)} and {max_new_tokens}"
-        )
+        raise ValueError(f"expected lengths [N] and max_new_tokens >= 1, got {list(sizes.shape)} and {max_new_tokens}")
     outside = (sizes < 1) | (sizes > max_new_tokens)
     if outside.any():
         row = int(outside.nonzero()[0])
         raise ValueError(f"completion {row}: expected length 1 .. {max_new_tokens}, got {int(sizes[row])}")
     included = torch.ones_like(sizes, dtype=torch.bool) if include is None else torch.as_tensor(include)
     if included.shape != sizes.shape or (included.dtype != torch.bool and included.numel()):
-        raise ValueError(
-            f"include: expected bool {list(sizes.shape)}, got {included.dtype} {list(included.shape)}"
-        )
+        raise ValueError(f"include: expected bool {list(sizes.shape)}, got {included.dtype} {list(included.shape)}")
     weights = torch.zeros_like(sizes)
     if included.any():
         weights[included] = TOKEN_WEIGHTS[kind](sizes[included], max_new_tokens)
