@@ -22,9 +22,7 @@ def make_batch(groups: Sequence[Group], rewards: np.ndarray, config: Config) -> 
     rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
     lengths = [len(completion.ids) for _, completion in rows]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    weights = token_weights(
-        lengths, kind=config.loss.token_weights, max_new_tokens=config.rollout.max_new_tokens
-    )
+    weights = token_weights(lengths, kind=config.loss.token_weights, max_new_tokens=config.rollout.max_new_tokens)
     sampler = torch.zeros(mask.shape)
     sampler[mask] = torch.tensor([lp for _, completion in rows for lp in completion.sampler_logprobs])
     return Batch(

@@ -21,9 +21,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be continued from. Names the file."""
 
 
-def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, step: int, keep: int
-) -> Path:
+def save_checkpoint(folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, *, step: int, keep: int) -> Path:
     """Writes ``folder/step_NNNNNN`` aside, renames it into place, then drops all but the last ``keep``.
 
     Args:
@@ -85,11 +83,7 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _saved(folder: Path) -> list[Path]:
-    return (
-        sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name))
-        if folder.is_dir()
-        else []
-    )
+    return sorted(p for p in folder.glob("step_*") if re.fullmatch(r"step_\d{6,}", p.name)) if folder.is_dir() else []
 
 
 def _sync(path: Path) -> None:

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 CONFIG_VERSION = 1
 """Raised when a key changes its meaning; a file of another version is refused."""
@@ -66,9 +74,7 @@ class Lora(Section):
 class Cases(Section):
     format: Literal["jsonl"]
     train: str
-    oversample: Annotated[
-        dict[Annotated[int, Field(ge=1, le=5)], Positive], BeforeValidator(_int_keys)
-    ]
+    oversample: Annotated[dict[Annotated[int, Field(ge=1, le=5)], Positive], BeforeValidator(_int_keys)]
     """How many times a case of this level stands in the training stream; levels left out stand once."""
     system_prompt: Annotated[str, Field(min_length=1)]
 
@@ -213,8 +219,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     if table.get("version") != CONFIG_VERSION:
         raise ConfigError(
-            f"{file}{_at(text, ('version',))}: version = {table.get('version')!r}, but this program reads config version "
-            f"{CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
+            f"{file}{_at(text, ('version',))}: version = {table.get('version')!r}, but this program reads "
+            f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
         )
     for override in overrides:
         _lay_over(table, override)

@@ -46,12 +46,13 @@ class Policy:
     """Positions the base was made for."""
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         """The decoder without its head, adapter layers included: ids → last hidden states."""
         return self.model.get_base_model().base_model
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
+        """The output embedding: last hidden states → logits. Frozen, and never adapted."""
         return self.model.get_base_model().get_output_embeddings()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -124,9 +125,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {_first_line(error)}") from None
     if tokenizer.chat_template is None:
-        raise ModelError(
-            f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered"
-        )
+        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
     base.requires_grad_(False)
     return base.to(device), tokenizer
 
@@ -264,12 +263,11 @@ def _check_tensors(folder: Path, wrapped: Any) -> None:
     path = folder / "adapter_model.safetensors"
     with safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-    expected = {
-        n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n
-    }
+    expected = {n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
     if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:
         raise ModelError(
-            f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or shape, first {wrong[0]}"
+            f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or "
+            f"shape, first {wrong[0]}"
         )
 
 

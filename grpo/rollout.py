@@ -7,6 +7,7 @@ the order of rows nor a resume changes it, up to the rounding of the logits.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -58,9 +59,7 @@ def rollout(
     finally:
         policy.model.train(was_training)
     rows = iter(_completion(policy, i, lp) for i, lp in zip(ids, logprobs, strict=True))
-    return tuple(
-        Group(prompt, tuple(next(rows) for _ in row)) for prompt, row in zip(prompts, keys, strict=True)
-    )
+    return tuple(Group(prompt, tuple(next(rows) for _ in row)) for prompt, row in zip(prompts, keys, strict=True))
 
 
 def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:
@@ -137,7 +136,7 @@ def _decode(
     )
 
 
-def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, object, Tensor]:
+def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Tensor]:
     """Logits [B,V] that predict the first completion token, the cache, and the mask [B,P] of real positions."""
     from transformers import DynamicCache
 
@@ -152,7 +151,7 @@ def _prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, object,
     return _forward(policy, ids.to(policy.device), mask, cache), cache, mask
 
 
-def _forward(policy: Policy, ids: Tensor, mask: Tensor, cache: object) -> Tensor:
+def _forward(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
     """Logits [n,V] after the last of ``ids`` [n,k]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     hidden = policy.body(

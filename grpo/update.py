@@ -109,9 +109,7 @@ def learning_rate(config: Config, position: int) -> float:
     warmup, total = config.optim.warmup_steps, config.train.steps * config.optim.inner_epochs
     if position < warmup:
         return config.optim.learning_rate * (position + 1) / (warmup + 1)
-    return config.optim.learning_rate * SCHEDULES[config.optim.schedule](
-        (position - warmup) / (total - warmup)
-    )
+    return config.optim.learning_rate * SCHEDULES[config.optim.schedule]((position - warmup) / (total - warmup))
 
 
 def micro_batches(batch: Batch, size: int) -> tuple[Cut, ...]:

@@ -35,15 +35,10 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_policy(random_base: Path) -> Callable[..., Policy]:
     """A policy on the random base whose fresh adapter is no longer zero."""
 
-    def make(
-        *, dropout: float = 0.0, checkpointing: bool = False, moved: bool = True, **lora: object
-    ) -> Policy:
+    def make(*, dropout: float = 0.0, checkpointing: bool = False, moved: bool = True, **lora: object) -> Policy:
         policy = load_policy(
             Model(name=str(random_base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing),
-            Lora(
-                **{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""}
-                | lora
-            ),
+            Lora(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
             seed=1,
         )
         if moved:

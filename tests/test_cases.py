@@ -57,9 +57,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
         ({**GOOD, "tags": "child"}, "tags"),
     ],
 )
-def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(
-    tmp_path: Path, row: object, says: str
-) -> None:
+def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(tmp_path: Path, row: object, says: str) -> None:
     name = written(tmp_path, {**GOOD, "id": "first"}, row)
     with pytest.raises(CaseError) as caught:
         load_jsonl(name)
@@ -91,11 +89,7 @@ def test_oversampling_repeats_a_level() -> None:
 @given(seed=st.integers(0, 2**32), count=st.integers(1, 25))
 def test_an_epoch_meets_every_case_once_whatever_the_step_size(seed: int, count: int) -> None:
     epoch = stream(CASES, {1: 3})
-    met = [
-        case.id
-        for step in range(40)
-        for case in cases_for_step(CASES, epoch, seed=seed, step=step, count=count)
-    ]
+    met = [case.id for step in range(40) for case in cases_for_step(CASES, epoch, seed=seed, step=step, count=count)]
     whole = len(met) // len(epoch) * len(epoch)
     for start in range(0, whole, len(epoch)):
         assert Counter(met[start : start + len(epoch)]) == Counter(CASES[i].id for i in epoch)
@@ -109,11 +103,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     assert steps[0] != cases_for_step(CASES, epoch, seed=2, step=0, count=10)
 
 
-@given(
-    st.lists(
-        st.lists(st.one_of(st.integers(), st.text()), max_size=4), min_size=2, max_size=2, unique_by=repr
-    )
-)
+@given(st.lists(st.lists(st.one_of(st.integers(), st.text()), max_size=4), min_size=2, max_size=2, unique_by=repr))
 def test_row_keys_of_different_parts_differ(parts: list[list[int | str]]) -> None:
     first, second = parts
     assert (row_key(*first) == row_key(*second)) == (first == second)

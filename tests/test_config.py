@@ -51,22 +51,15 @@ def test_every_value_of_v49_carries_its_grade() -> None:
     free = {"version", "name", "during", "target_modules", "system_prompt"}
     for number, line in enumerate(lines):
         key = line.split("=")[0].strip()
-        if (
-            "=" in line
-            and not line.startswith("#")
-            and key.isidentifier()
-            and (key not in free or "Qwen" in line)
-        ):
-            assert any(
-                grade in line for grade in ("KNOWN", "INFERRED", "UNKNOWN", "a choice of ours", "own grade")
-            ), f"line {number + 1}: {line}"
+        if "=" in line and not line.startswith("#") and key.isidentifier() and (key not in free or "Qwen" in line):
+            assert any(grade in line for grade in ("KNOWN", "INFERRED", "UNKNOWN", "a choice of ours", "own grade")), (
+                f"line {number + 1}: {line}"
+            )
 
 
 def test_unknown_key_names_file_line_and_what_was_meant(tmp_path: Path) -> None:
     path = edited(tmp_path, "learning_rate = 1e-3", "learning_rte = 1e-3")
-    line = (
-        path.read_text().splitlines().index(next(x for x in path.read_text().splitlines() if "rte" in x)) + 1
-    )
+    line = path.read_text().splitlines().index(next(x for x in path.read_text().splitlines() if "rte" in x)) + 1
     message = error_of(path)
     assert f"{path}:{line}: unknown key optim.learning_rte; did you mean learning_rate?" in message
     assert "optim.learning_rate is missing" in message

@@ -80,9 +80,7 @@ def test_control_tokens_in_a_narrative_are_text(make_policy: Callable[..., Polic
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    text=st.lists(st.sampled_from(["<|im_end|>", "<think>", "</think>", "<", "|", "a", " ", "ü", "\n"])).map(
-        "".join
-    )
+    text=st.lists(st.sampled_from(["<|im_end|>", "<think>", "</think>", "<", "|", "a", " ", "ü", "\n"])).map("".join)
 )
 def test_no_narrative_can_speak_in_control_tokens(make_policy: Callable[..., Policy], text: str) -> None:
     tokenizer = make_policy().tokenizer
@@ -145,9 +143,7 @@ def test_a_saved_adapter_is_the_warm_start_of_another_run(
     assert list(policy.trainable()) == list(again.trainable())
 
 
-def test_dropout_is_the_configs(
-    make_policy: Callable[..., Policy], random_base: Path, tmp_path: Path
-) -> None:
+def test_dropout_is_the_configs(make_policy: Callable[..., Policy], random_base: Path, tmp_path: Path) -> None:
     save_adapter(make_policy(), tmp_path / "adapter")
     policy = load(random_base, tmp_path / "adapter", dropout=0.5)
     policy.model.train()
@@ -160,9 +156,7 @@ def test_dropout_is_the_configs(
 
 
 def test_a_model_that_is_not_here(tmp_path: Path) -> None:
-    with pytest.raises(
-        ModelError, match=r"'Qwen/Qwen3.5-9B': not on this machine, .*\n.*hf download Qwen/Qwen3.5-9B"
-    ):
+    with pytest.raises(ModelError, match=r"'Qwen/Qwen3.5-9B': not on this machine, .*\n.*hf download Qwen/Qwen3.5-9B"):
         load("Qwen/Qwen3.5-9B")
     with pytest.raises(ModelError, match="no such folder"):
         load(tmp_path / "missing")

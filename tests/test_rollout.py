@@ -36,9 +36,7 @@ def sample(
 
 
 @torch.no_grad()
-def plainly(
-    policy: Policy, prompt: Prompt, key: int, budget: int, temperature: float
-) -> tuple[list[int], list[float]]:
+def plainly(policy: Policy, prompt: Prompt, key: int, budget: int, temperature: float) -> tuple[list[int], list[float]]:
     """One row, no cache, no batch, no padding: softmax(logits / T) and the first id whose cumulated mass exceeds u."""
     noise = np.random.Generator(np.random.Philox(key=key)).random(budget)
     ids: list[int] = []
@@ -55,9 +53,7 @@ def plainly(
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
-def test_the_engine_draws_what_a_plain_loop_draws(
-    make_policy: Callable[..., Policy], temperature: float
-) -> None:
+def test_the_engine_draws_what_a_plain_loop_draws(make_policy: Callable[..., Policy], temperature: float) -> None:
     policy = make_policy()
     prompts = prompts_of(policy)
     groups = sample(policy, prompts, budget=24, t=temperature)
@@ -76,9 +72,7 @@ def test_a_row_does_not_depend_on_its_neighbours(make_policy: Callable[..., Poli
         alone = sample(policy, prompts[i : i + 1])[0]
         assert [c.ids for c in alone.completions] == [c.ids for c in together[i].completions]
     backwards = sample(policy, prompts[::-1])[::-1]
-    assert [[c.ids for c in g.completions] for g in backwards] == [
-        [c.ids for c in g.completions] for g in together
-    ]
+    assert [[c.ids for c in g.completions] for g in backwards] == [[c.ids for c in g.completions] for g in together]
 
 
 def test_members_of_a_group_differ_and_a_step_repeats_itself(make_policy: Callable[..., Policy]) -> None:
@@ -99,12 +93,8 @@ def test_finished_means_an_end_token_and_the_end_token_is_kept(make_policy: Call
         assert len(c.sampler_logprobs) == len(c.ids) and max(c.sampler_logprobs) <= 0
         assert "<|im_end|>" not in c.text
     early = next(c for c in completions if c.finished and 8 <= len(c.ids) < 40)
-    group = next(
-        g for g in sample(policy, prompts_of(policy), 40, budget=len(early.ids)) if early in g.completions
-    )
-    assert next(c for c in group.completions if c == early).finished, (
-        "an end token exactly at the budget finishes"
-    )
+    group = next(g for g in sample(policy, prompts_of(policy), 40, budget=len(early.ids)) if early in g.completions)
+    assert next(c for c in group.completions if c == early).finished, "an end token exactly at the budget finishes"
 
 
 def test_a_smaller_budget_cuts_the_same_completions(make_policy: Callable[..., Policy]) -> None:
@@ -136,9 +126,7 @@ def test_greedy_takes_the_most_likely_token(make_policy: Callable[..., Policy]) 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_case(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
-    with pytest.raises(
-        PromptError, match=r"case 'c0': \d+ prompt tokens and a budget of 1000 do not fit .* 1024"
-    ):
+    with pytest.raises(PromptError, match=r"case 'c0': \d+ prompt tokens and a budget of 1000 do not fit .* 1024"):
         sample(policy, prompts_of(policy), budget=1000)
 
 

@@ -30,9 +30,7 @@ def config_with(*overrides: str) -> Config:
 
 def batch_of(policy: Policy, config: Config) -> Batch:
     prompts = prompts_of(policy)
-    groups = rollout(
-        policy, prompts, keys_of(prompts, 4), max_new_tokens=20, temperature=config.rollout.temperature
-    )
+    groups = rollout(policy, prompts, keys_of(prompts, 4), max_new_tokens=20, temperature=config.rollout.temperature)
     return make_batch(groups, REWARDS, config)
 
 
@@ -44,9 +42,7 @@ def gradients(
 
     class Recorder(torch.optim.SGD):
         def step(self, closure: object = None) -> None:  # type: ignore[override]
-            seen.update(
-                {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
-            )
+            seen.update({name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None})
 
     update(policy, batch, config, Recorder(policy.trainable().values(), lr=0.0), reference, step=0)
     return seen
@@ -82,9 +78,7 @@ def plain_gradients(policy: Policy, batch: Batch, beta: float, temperature: floa
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 @pytest.mark.parametrize("beta", [0.0, 0.4])
-def test_the_gradient_is_the_formulas(
-    make_policy: Callable[..., Policy], beta: float, temperature: float
-) -> None:
+def test_the_gradient_is_the_formulas(make_policy: Callable[..., Policy], beta: float, temperature: float) -> None:
     policy = make_policy()
     config = config_with(f"loss.beta={beta}", f"rollout.temperature={temperature}", "optim.max_grad_norm=1e9")
     batch = batch_of(policy, config)
@@ -92,9 +86,7 @@ def test_the_gradient_is_the_formulas(
 
 
 @pytest.mark.parametrize("weights", ["sequence", "token", "constant"])
-def test_any_cut_into_micro_batches_gives_the_same_gradient(
-    make_policy: Callable[..., Policy], weights: str
-) -> None:
+def test_any_cut_into_micro_batches_gives_the_same_gradient(make_policy: Callable[..., Policy], weights: str) -> None:
     policy = make_policy()
     sizes = [config_with(f"optim.micro_batch_size={n}", f"loss.token_weights={weights}") for n in (12, 5, 1)]
     batch = batch_of(policy, sizes[0])
@@ -177,9 +169,7 @@ def test_sampler_and_trainer_agree(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     config = config_with("rollout.temperature=0.8")
     batch = batch_of(policy, config)
-    stats = update(
-        policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0
-    ).stats
+    stats = update(policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0).stats
     total, count = stats["sampler/abs_logprob_diff"]
     assert count == int(batch.completion_mask.sum()) and total / count < 1e-5
     assert stats["entropy"][0] / count > 0.1
@@ -191,9 +181,7 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
     batch = batch_of(policy, config)
     poisoned = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.nan))
     before = adapter_copy(policy)
-    done = update(
-        policy, poisoned, config, torch.optim.AdamW(policy.trainable().values(), lr=0.1), None, step=0
-    )
+    done = update(policy, poisoned, config, torch.optim.AdamW(policy.trainable().values(), lr=0.1), None, step=0)
     assert done.skipped == 1
     assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
 

@@ -1,7 +1,10 @@
 """A Qwen3.5 in miniature: the same layers, chat template, control tokens and end tokens at a hundredth of a percent of
 the size, with random weights."""
 
-from collections.abc import Iterable
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,3 +82,40 @@ def make_model(tokenizer: Any, seed: int) -> Any:
     )
     model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=vocabulary["<|endoftext|>"])
     return model
+
+
+def make_full_width(layers: int, seed: int) -> Any:
+    """Random weights in the exact shape of Qwen3.5-9B, bfloat16, with as many of its 32 layers as asked for."""
+    from transformers import GenerationConfig, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    torch.manual_seed(seed)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(num_hidden_layers=layers, dtype="bfloat16"))
+    finally:
+        torch.set_default_dtype(before)
+    model.generation_config = GenerationConfig(eos_token_id=[248046, 248044], pad_token_id=248044)
+    return model
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """``python -m grpo.tiny.model --layers 4 --out DIR``: a full-width random model to try the real recipe on, with the
+    embedded model's tokenizer. Returns the exit code."""
+    from transformers import AutoTokenizer
+
+    from grpo.config import EMBEDDED
+
+    parser = argparse.ArgumentParser(prog="python -m grpo.tiny.model", description=main.__doc__)
+    parser.add_argument("--layers", type=int, default=4, choices=range(4, 33, 4))
+    parser.add_argument("--out", type=Path, required=True)
+    arguments = parser.parse_args(argv)
+    model = make_full_width(arguments.layers, seed=0)
+    model.save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(EMBEDDED / "base").save_pretrained(arguments.out)
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {arguments.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

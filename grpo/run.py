@@ -1,0 +1,223 @@
+"""What a run leaves on disk, and what a person sees at its end.
+
+runs/NAME/
+    config.json      resolved config, its TOML source, overrides, commit, versions
+    metrics.jsonl    one line a step
+    eval.json        a list of evaluations
+    eval/            one JSONL a evaluation: every case's answer
+    checkpoints/     step_NNNNNN/
+    adapter/         the result, in PEFT's layout
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from grpo.config import Config, Source
+from grpo.evaluate import Verdict
+
+PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
+
+
+class RunError(ValueError):
+    """A run folder that cannot be used as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The folder of one run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def evaluations(self) -> Path:
+        return self.path / "eval.json"
+
+
+def check_folder(path: Path, *, resume: bool) -> None:
+    """Refuses to start over an existing run, or to resume a missing one.
+
+    Raises:
+        RunError: says which, and what to do.
+    """
+    if resume and not (path / "config.json").is_file():
+        raise RunError(f"{path}: no run to resume here; leave out --resume to start one")
+    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise RunError(
+            f"{path}: already there, and a run is never overwritten: name another folder with --out, continue with "
+            f"--resume, or delete it"
+        )
+
+
+def start_run(path: Path, config: Config, source: Source) -> Run:
+    """A new run folder, readable by its owner alone, with its resolved config."""
+    path.mkdir(parents=True, exist_ok=True)
+    path.chmod(0o700)
+    record = {
+        "config": config.model_dump(mode="json"),
+        "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+    }
+    write_json(path / "config.json", record)
+    return Run(path)
+
+
+def continue_run(path: Path, config: Config, *, step: int) -> Run:
+    """An existing run folder, its records cut back to the ``step`` steps that the checkpoint holds.
+
+    Raises:
+        RunError: the run was started with another config; names the keys.
+    """
+    before = json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
+    if changed := sorted(_differences(before, config.model_dump(mode="json"))):
+        raise RunError(
+            f"{path}: was started with other values of {', '.join(changed)}: resume with the config it has, or "
+            f"start a new run with --out"
+        )
+    run = Run(path)
+    if run.metrics.is_file():
+        lines = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
+        kept = [line for line in lines if _step(line) <= step]
+        _replace(run.metrics, "".join(line + "\n" for line in kept))
+    if run.evaluations.is_file():
+        records = json.loads(run.evaluations.read_text(encoding="utf-8"))
+        write_json(run.evaluations, [record for record in records if record["step"] <= step])
+    return run
+
+
+def add_metrics(run: Run, record: dict[str, Any]) -> None:
+    """Appends one line to ``metrics.jsonl``; a figure that is not finite is written as null."""
+    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with run.metrics.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
+    """Appends one record to ``eval.json`` and writes every answer beside it. Written twice, it is there once."""
+    folder = run.path / "eval"
+    folder.mkdir(exist_ok=True)
+    name = f"step_{record['step']:06d}_{record['cases']}_{record['thinking']}"
+    answers = (
+        {
+            "id": v.case.id,
+            "esi": v.case.esi,
+            "predicted": v.predicted,
+            "reason": v.answer.reason,
+            "finished": v.completion.finished,
+            "tokens": len(v.completion.ids),
+            "completion": v.completion.text,
+        }
+        for v in verdicts
+    )
+    _replace(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
+    write_json(run.evaluations, [*(r for r in evaluations(run) if _same(r) != _same(record)), record])
+
+
+def evaluations(run: Run) -> list[dict[str, Any]]:
+    """The records of ``eval.json``."""
+    return json.loads(run.evaluations.read_text(encoding="utf-8")) if run.evaluations.is_file() else []
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a JSON file whole or not at all."""
+    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def before_after(records: Iterable[dict[str, Any]]) -> str:
+    """The evaluations of a run as a table: one row a set and mode, first evaluation → last.
+
+    >>> row = {"cases": "test", "thinking": "on", "n": 4, "exact": 0.5, "adjacent": 1.0, "dangerous_under": 0.0,
+    ...        "no_parse": 0.25, "clipped_ratio": 0.25}
+    >>> print(before_after([{**row, "step": 0}, {**row, "step": 9, "exact": 1.0}]))
+    cases  thinking    n    exact           adjacent        dangerous       no parse        clipped
+    test   on          4    50.0 → 100.0 %  100.0 → 100.0 % 0.0 → 0.0 %     25.0 → 25.0 %   25.0 → 25.0 %
+    """
+    spans: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for record in records:
+        spans.setdefault((record["cases"], record["thinking"]), []).append(record)
+    width = max([5, *(len(name) for name, _ in spans)])
+    columns = {
+        "exact": "exact",
+        "adjacent": "adjacent",
+        "dangerous": "dangerous_under",
+        "no parse": "no_parse",
+        "clipped": "clipped_ratio",
+    }
+    lines = [f"{'cases':<{width}}  thinking    n    " + "".join(f"{title:<16}" for title in columns)]
+    for (name, thinking), span in spans.items():
+        cells = [f"{100 * span[0][key]:.1f} → {100 * span[-1][key]:.1f} %" for key in columns.values()]
+        lines.append(f"{name:<{width}}  {thinking:<8}{span[0]['n']:>5}    " + "".join(f"{cell:<16}" for cell in cells))
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _same(record: dict[str, Any]) -> tuple[Any, ...]:
+    return record["step"], record["cases"], record["thinking"]
+
+
+def _step(line: str) -> float:
+    """Step of a metrics line; a line torn by a crash counts as after every checkpoint."""
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")
+
+
+def _replace(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.partial")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
+def _differences(before: Any, now: Any, prefix: str = "") -> set[str]:
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = set(before) | set(now)
+        return {d for k in keys for d in _differences(before.get(k), now.get(k), f"{prefix}.{k}" if prefix else k)}
+    return set() if before == now else {prefix}
+
+
+def _commit() -> str | None:
+    """The commit of the checkout this program runs from; None from an installed wheel."""
+    here = Path(__file__).parent.parent
+    if not (here / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(here), "rev-parse", "HEAD"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,197 @@
+"""The whole loop on a random miniature: what it leaves, that it resumes to the bit, and how it refuses."""
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo import train as train_module
+from grpo.train import main
+
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
+
+
+@pytest.fixture
+def world(random_base: Path, tmp_path: Path) -> list[str]:
+    """Overrides that put the tiny config on the random base and a handful of cases."""
+    cases = tmp_path / "cases.jsonl"
+    texts = ("Chest pain.", "Arrived intubated.", "Ankle sprain, pain 9/10.", "Refill.", "Open fracture.")
+    cases.write_text(
+        "".join(json.dumps({"id": f"c{i}", "text": t, "esi": 1 + i, "tags": ["odd"] * (i % 2)}) + "\n"
+                for i, t in enumerate(texts))
+    )  # fmt: skip
+    values = {
+        "model.name": random_base,
+        "lora.warm_start": "",
+        "lora.r": 4,
+        "cases.train": cases,
+        "rollout.prompts_per_step": 2,
+        "rollout.group_size": 3,
+        "rollout.max_new_tokens": 12,
+        "optim.micro_batch_size": 4,
+        "train.steps": 4,
+        "checkpoint.every": 2,
+        "evaluate.every": 2,
+        "evaluate.max_new_tokens": 6,
+        "evaluate.ends": f'{{test = "{cases}"}}',
+        "evaluate.during": f'{{validation = "{cases}"}}',
+    }
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+def run(world: list[str], out: Path, *more: str) -> int:
+    return main([TINY, "--out", str(out), *world, *more])
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def without_cost(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per_s/", "memory/"))} for r in records]
+
+
+def test_a_run_leaves_what_the_readme_says(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "runs" / "x"
+    assert run(world, out) == 0
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "metrics.jsonl", "eval.json", "eval", "checkpoints", "adapter",
+    }  # fmt: skip
+    config = json.loads((out / "config.json").read_text())
+    assert config["config"]["train"]["steps"] == 4 and "train.steps=4" in config["source"]["overrides"]
+    assert config["versions"]["torch"] == torch.__version__.split("+")[0] or config["versions"]["torch"]
+
+    metrics = lines(out / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == [1, 2, 3, 4]
+    wanted = {
+        "loss", "grad_norm", "lr", "reward/mean", "reward/std_batch", "reward/std_group", "groups/zero_variance",
+        "completions/clipped_ratio", "completions/mean_length", "completions/mean_terminated_length", "kl/k3",
+        "clip_ratio/low", "clip_ratio/high", "entropy", "sampler/abs_logprob_diff", "time/rollout_s", "time/update_s",
+        "tokens_per_s/rollout", "memory/peak_bytes",
+    }  # fmt: skip
+    assert all(wanted <= set(m) for m in metrics)
+    assert any(name.startswith("reward/") and name.endswith("/mean") and name.count("/") == 2 for name in metrics[0])
+    assert metrics[0]["kl/k3"] == 0 and metrics[3]["kl/k3"] > 0, "the policy leaves the base after the first step"
+
+    records = json.loads((out / "eval.json").read_text())
+    assert [(r["step"], r["cases"], r["thinking"]) for r in records] == [
+        (0, "test", "on"), (0, "test", "off"), (0, "validation", "on"), (0, "validation", "off"),
+        (2, "validation", "on"), (2, "validation", "off"),
+        (4, "test", "on"), (4, "test", "off"), (4, "validation", "on"), (4, "validation", "off"),
+    ]  # fmt: skip
+    assert all(0 <= r["exact"] <= r["adjacent"] <= 1 and r["n"] == 5 for r in records)
+    assert records[0]["by_tag"]["odd"]["n"] == 2 and sum(map(sum, records[0]["confusion"].values())) == 5
+    answers = lines(out / "eval" / "step_000004_test_on.jsonl")
+    assert [a["id"] for a in answers] == ["c0", "c1", "c2", "c3", "c4"]
+    assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
+
+    shown = capsys.readouterr().out
+    assert "2 prompts × 3 completions = 6 completions = 2 micro-batches of ≤ 4" in shown
+    assert "test   on" in shown and "→" in shown and str(out / "adapter") in shown
+    assert stat.S_IMODE(out.stat().st_mode) == 0o700
+    assert stat.S_IMODE((out / "metrics.jsonl").stat().st_mode) == 0o600
+
+
+def test_the_adapter_loads_as_any_peft_adapter(world: list[str], random_base: Path, tmp_path: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    assert run(world, tmp_path / "run", "--set", "train.steps=1") == 0
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_base), tmp_path / "run" / "adapter")
+    ids = torch.tensor([[10, 20, 30]])
+    with torch.no_grad():
+        adapted = model(input_ids=ids).logits
+        with model.disable_adapter():
+            assert not torch.equal(adapted, model(input_ids=ids).logits)
+
+
+def test_interrupted_and_resumed_is_bit_identical(
+    world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--set", "optim.inner_epochs=2", "--set", "lora.dropout=0.0"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run(world, whole, *more) == 0
+
+    true_update, steps = train_module.update, iter(range(100))
+
+    def dies_in_the_fourth(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 3:
+            raise KeyboardInterrupt
+        return true_update(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "update", dies_in_the_fourth)
+    assert run(world, parts, *more) == 130
+    assert [m["step"] for m in lines(parts / "metrics.jsonl")] == [1, 2, 3]
+    monkeypatch.setattr(train_module, "update", true_update)
+    assert run(world, parts, *more, "--resume") == 0
+
+    for file in ("adapter/adapter_model.safetensors", "checkpoints/step_000004/optimizer.safetensors"):
+        a, b = load_file(whole / file), load_file(parts / file)
+        assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+    assert without_cost(lines(whole / "metrics.jsonl")) == without_cost(lines(parts / "metrics.jsonl"))
+    assert json.loads((whole / "eval.json").read_text()) == json.loads((parts / "eval.json").read_text())
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(world: list[str], tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run(world, tmp_path / name, "--set", f"train.seed={seed}", "--set", "train.steps=1") == 0
+    a, b, c = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert any(not torch.equal(a[name], c[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "optim.learning_rte=1"], "did you mean learning_rate?"),
+        (["--set", "cases.train=nowhere.jsonl"], "nowhere.jsonl: cannot be read"),
+        (["--set", "model.name=Qwen/Qwen3.5-9B"], "hf download Qwen/Qwen3.5-9B"),
+        (["--set", "lora.warm_start=nowhere"], "adapter_config.json: cannot be read"),
+        (["--set", "reward.set=v99"], "v99"),
+        (["--set", "rollout.max_new_tokens=1020"], "do not fit the model's context of 1024"),
+        (["--resume"], "no run to resume here"),
+    ],
+)
+def test_bad_input_ends_with_one_error_exit_code_2_and_nothing_written(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str], says: str
+) -> None:
+    out = tmp_path / "run"
+    assert run(world, out, *more) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and says in error and "Traceback" not in error
+    assert not out.exists()
+
+
+def test_an_existing_run_is_never_overwritten(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(world, out, "--set", "train.steps=1") == 0
+    before = (out / "metrics.jsonl").read_text()
+    assert run(world, out, "--set", "train.steps=1") == 2
+    assert "a run is never overwritten" in capsys.readouterr().err
+    assert run(world, out, "--set", "train.steps=1", "--set", "loss.beta=0.5", "--resume") == 2
+    assert "was started with other values of loss.beta" in capsys.readouterr().err
+    assert (out / "metrics.jsonl").read_text() == before
+
+
+def test_a_torn_checkpoint_is_named(world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert run(world, out, "--set", "train.steps=2") == 0
+    (out / "checkpoints" / "step_000002" / "optimizer.safetensors").write_bytes(b"torn")
+    assert run(world, out, "--set", "train.steps=2", "--resume") == 2
+    assert "step_000002: cannot be continued from" in capsys.readouterr().err
+
+
+def test_too_many_updates_that_are_not_finite_stop_the_run(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train_module.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+    assert run(world, tmp_path / "run", "--set", "train.max_skipped_steps=1") == 2
+    assert "step 2: 2 updates in a row were not finite; cases 'c" in capsys.readouterr().err
