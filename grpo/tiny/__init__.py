@@ -1,0 +1,1 @@
+"""The embedded world: ESI vignettes, a Qwen3.5 in miniature, and how it was taught."""
