@@ -1,0 +1,289 @@
+"""A reward: one resolved set, ready to score completions."""
+
+import hashlib
+import importlib
+import itertools
+import json
+import math
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import MappingProxyType
+
+from rewards.parse import parse_answer
+from rewards.rules import (
+    CodeRule,
+    NumberTrigger,
+    PatternTimeout,
+    PatternTrigger,
+    Rule,
+    Trigger,
+    find_trigger,
+    levels,
+)
+from rewards.schema import NumberRow, PatternRow, ResolvedSet, RuleRow, SameRow, load_set
+from rewards.table import Table, combine, total
+from rewards.types import LEVELS, Fired, RewardError, Score, Span, View
+
+CACHED_TEXTS = 4096
+"""Case texts whose trigger matches are remembered."""
+MOST_TRIGGERS = 12
+"""Distinct triggers that rows for one gold level may have: the floor and the proof enumerate 2^n combinations."""
+
+Matches = tuple[Span | None, ...] | None
+"""One entry a distinct trigger; None in place of all of them when a pattern ran out of time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reward:
+    """One reward, immutable; make it with `load_reward`."""
+
+    name: str
+    about: str
+    sha256: str
+    """Of everything that can change a score; grades, sources and example cases are not part of it."""
+    components: tuple[str, ...]
+    """Keys of every ``Score.parts``: outcome, no_parse, the rules in the set's order, bounds, timeout."""
+    rules: tuple[Rule, ...]
+    table: Table
+    formats: tuple[str, ...]
+    floor: float
+    """The least total the set can give, over every gold, outcome and combination of triggers."""
+    triggers: tuple[Trigger, ...]
+    """The distinct triggers of the rules."""
+    matches: Callable[[str], Matches]
+    """Case text → what each distinct trigger found; remembered for the last `CACHED_TEXTS` texts."""
+
+    def score(self, *, text: str, gold: int, completion: str, thinking: bool, finished: bool, case_id: str) -> Score:
+        """The reward of one completion: total = fsum(parts), parts as `rewards.table.combine` makes them.
+
+        Args:
+            text: the case as the policy read it; triggers look here and nowhere else.
+            gold: ESI level, 1 to 5.
+            completion: the decoded text.
+            thinking: the prompt already opened ``<think>``.
+            finished: False if the token budget cut the completion. A cut completion that parsed scores as
+                parsed; one without an answer is a no-parse like any other.
+            case_id: what an error names instead of the text.
+
+        A pattern that runs out of time gives the floor to *every* completion of the case, whatever it answers: a
+        group that cannot be judged has equal rewards and so teaches nothing.
+
+        Raises RewardError for a gold that is no level, and for a code rule that fails or leaves its range.
+
+        >>> v49 = load_reward("v49")
+        >>> score = v49.score(text="Arrived intubated.", gold=1, completion="ANSWER: ESI 1", thinking=False,
+        ...                   finished=True, case_id="c1")
+        >>> score.total, {name: part for name, part in score.parts.items() if part}
+        (1.5, {'outcome': 1.0, 'lifesaving_obeyed': 0.5})
+        """
+        if gold not in LEVELS:
+            raise RewardError(f'case "{case_id}": expected a gold ESI level from 1 to 5, got {gold!r}')
+        answer = parse_answer(completion, thinking=thinking, formats=self.formats)
+        found = self.matches(text)
+        if found is None:
+            parts = dict.fromkeys(self.components, 0.0) | {"timeout": self.floor}
+            return Score(self.floor, MappingProxyType(parts), answer, (), True)
+        fired: tuple[Fired, ...] = ()
+        if answer.level is not None:
+            view = View(text, gold, answer.level, completion, finished)
+            fired = tuple(
+                Fired(rule.name, self._span(rule, found), _value(rule, view, case_id))
+                for rule in self.rules
+                if rule.concerns(gold, answer.level) and (rule.trigger is None or self._span(rule, found) is not None)
+            )
+        error = None if answer.level is None else answer.level - gold
+        stacked = combine(self.table, error, {one.rule: one.value for one in fired})
+        parts = dict.fromkeys(self.components, 0.0) | stacked
+        return Score(total(parts), MappingProxyType(parts), answer, fired, False)
+
+    def applies(self, rule_name: str, text: str, gold: int) -> bool:
+        """Whether the rule speaks about this case: its gold condition holds and its trigger fires.
+
+        False where the patterns ran out of time. Raises RewardError for a name that no rule has.
+        """
+        rule = self.rule(rule_name)
+        if gold not in rule.gold:
+            return False
+        found = self.matches(text)
+        return found is not None and (rule.trigger is None or self._span(rule, found) is not None)
+
+    def rule(self, name: str) -> Rule:
+        """The rule of that name. Raises RewardError if there is none."""
+        for rule in self.rules:
+            if rule.name == name:
+                return rule
+        raise RewardError(
+            f'{self.name}: no rule is called "{name}"; it has {", ".join(rule.name for rule in self.rules) or "none"}'
+        )
+
+    def _span(self, rule: Rule, found: tuple[Span | None, ...]) -> Span | None:
+        return None if rule.trigger is None else found[self.triggers.index(rule.trigger)]
+
+
+def load_reward(name_or_path: str | Path) -> Reward:
+    """The reward of a shipped set or of a file.
+
+    Args:
+        name_or_path: a shipped name ("v45c", "v46", "v48", "v49", "v50"), or a path ending in ``.toml``.
+
+    Functions named by code rules are imported here: a set is trusted like code, so load only files you would run.
+
+    Raises RewardError naming file, row and key.
+
+    >>> load_reward("v49").components[:3]
+    ('outcome', 'no_parse', 'lifesaving_obeyed')
+    """
+    resolved, path = load_set(name_or_path)
+    rows = {row.name: row for row in resolved.rule}
+    rules = tuple(_rule(row, rows, path) for row in resolved.rule)
+    table = Table(
+        by_error=MappingProxyType({error: row.value for row in resolved.base.values() for error in row.errors}),
+        no_parse=resolved.no_parse.value,
+        penalties=resolved.stacking.penalties,
+        bonuses=resolved.stacking.bonuses,
+        low=resolved.bounds.low if resolved.bounds else -math.inf,
+        high=resolved.bounds.high if resolved.bounds else math.inf,
+    )
+    for gold in LEVELS:
+        if len(triggers_for(rules, gold)) > MOST_TRIGGERS:
+            raise RewardError(
+                f"{path}: rules for gold {gold} have more than {MOST_TRIGGERS} distinct triggers; merge some patterns"
+            )
+    return Reward(
+        name=resolved.name,
+        about=resolved.about,
+        sha256=_content_hash(resolved, rules),
+        components=("outcome", "no_parse", *(rule.name for rule in rules), "bounds", "timeout"),
+        rules=rules,
+        table=table,
+        formats=resolved.answer.formats,
+        floor=_floor(table, rules),
+        triggers=(triggers := tuple(dict.fromkeys(rule.trigger for rule in rules if rule.trigger))),
+        matches=_matcher(triggers, resolved.pattern_timeout_s),
+    )
+
+
+def triggers_for(rules: tuple[Rule, ...], gold: int) -> tuple[Trigger, ...]:
+    """The distinct triggers of the rows whose gold condition admits this level, in the rows' order."""
+    return tuple(dict.fromkeys(rule.trigger for rule in rules if rule.trigger and gold in rule.gold))
+
+
+def modifiers_range(
+    rules: tuple[Rule, ...], gold: int, predicted: int, firing: frozenset[Trigger]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """The least and the greatest values of the rules that speak, by name, when exactly these triggers fire."""
+    speaking = [
+        rule for rule in rules if rule.concerns(gold, predicted) and (rule.trigger is None or rule.trigger in firing)
+    ]
+    return {rule.name: rule.low for rule in speaking}, {rule.name: rule.high for rule in speaking}
+
+
+def combinations(triggers: tuple[Trigger, ...]) -> list[frozenset[Trigger]]:
+    """Every subset of the triggers, smallest first: triggers are taken as independent of each other."""
+    return [frozenset(chosen) for size in range(len(triggers) + 1) for chosen in itertools.combinations(triggers, size)]
+
+
+def _floor(table: Table, rules: tuple[Rule, ...]) -> float:
+    committed = (
+        total(combine(table, predicted - gold, modifiers_range(rules, gold, predicted, firing)[0]))
+        for gold in LEVELS
+        for firing in combinations(triggers_for(rules, gold))
+        for predicted in LEVELS
+    )
+    return min(total(combine(table, None, {})), *committed)
+
+
+def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str], Matches]:
+    @lru_cache(maxsize=CACHED_TEXTS)
+    def matches(text: str) -> Matches:
+        # a timeout is remembered too: all completions of a case must meet the same judgement
+        try:
+            return tuple(find_trigger(trigger, text, timeout_s=timeout_s) for trigger in triggers)
+        except PatternTimeout:
+            return None
+
+    return matches
+
+
+def _rule(row: RuleRow, rows: Mapping[str, RuleRow], path: Path) -> Rule:
+    low, high = row.range or (row.value or 0.0, row.value or 0.0)
+    return Rule(
+        name=row.name,
+        grade=row.grade,
+        source=row.source,
+        trigger=_trigger(rows[row.trigger.rule] if isinstance(row.trigger, SameRow) else row),
+        gold=levels(row.gold),
+        predicted=levels(row.predicted),
+        value=row.value,
+        low=float(low),
+        high=float(high),
+        function=_function(row, path) if row.function else None,
+        function_name=row.function,
+    )
+
+
+def _trigger(row: RuleRow) -> Trigger | None:
+    match row.trigger:
+        case PatternRow(pattern=pattern, unless=unless):
+            return PatternTrigger(pattern, unless)
+        case NumberRow(patterns=patterns, unless=unless) as number:
+            return NumberTrigger(patterns, number.at_least, number.at_most, number.which, unless)
+    return None
+
+
+def _function(row: RuleRow, path: Path) -> CodeRule:
+    module_name, _, name = (row.function or "").partition(":")
+    try:
+        function = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise RewardError(f'{path}: rule "{row.name}".function: cannot import "{row.function}": {error}') from error
+    if not callable(function):
+        raise RewardError(f'{path}: rule "{row.name}".function: "{row.function}" is not a function')
+    return function
+
+
+def _value(rule: Rule, view: View, case_id: str) -> float:
+    if rule.function is None:
+        return rule.low
+    try:
+        value = rule.function(view)
+    except Exception as error:
+        # whatever a rule of code raises stops the run; its message may quote the case, so only its place is passed on
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise RewardError(
+            f'rule "{rule.name}" ({rule.function_name}) raised {type(error).__name__} at {Path(frame.filename).name}:'
+            f'{frame.lineno} on case "{case_id}"; a rule must return a number for every case'
+        ) from None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not rule.low <= value <= rule.high:
+        raise RewardError(
+            f'rule "{rule.name}" ({rule.function_name}) must return a number in [{rule.low}, {rule.high}], got '
+            f'{value if isinstance(value, int | float) else type(value).__name__} on case "{case_id}"'
+        )
+    return float(value)
+
+
+def _content_hash(resolved: ResolvedSet, rules: tuple[Rule, ...]) -> str:
+    content: Mapping[str, object] = {
+        "base": sorted((error, row.value) for row in resolved.base.values() for error in row.errors),
+        "no_parse": resolved.no_parse.value,
+        "stacking": (resolved.stacking.penalties, resolved.stacking.bonuses),
+        "bounds": (resolved.bounds.low, resolved.bounds.high) if resolved.bounds else None,
+        "formats": resolved.answer.formats,
+        "pattern_timeout_s": resolved.pattern_timeout_s,
+        "rules": [
+            [rule.name, rule.function_name, rule.low, rule.high, sorted(rule.gold), sorted(rule.predicted)]
+            for rule in rules
+        ],
+        "triggers": [asdict(rule.trigger) if rule.trigger else None for rule in rules],
+        "code": [_source_hash(rule.function) for rule in rules if rule.function],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _source_hash(function: CodeRule) -> str:
+    """Of the file that holds a code rule: an edited rule is another reward."""
+    file = getattr(importlib.import_module(function.__module__), "__file__", None)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
