@@ -1,4 +1,4 @@
-"""The whole loop on a random miniature: what it leaves, that it resumes to the bit, and how it refuses."""
+"""The whole loop on the embedded model: what it leaves, that it resumes to the bit, and how it refuses."""
 
 import json
 import stat
@@ -10,35 +10,33 @@ import torch
 from safetensors.torch import load_file
 
 from grpo import train as train_module
+from grpo.config import EMBEDDED
 from grpo.train import main
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
 
 
 @pytest.fixture
-def world(random_base: Path, tmp_path: Path) -> list[str]:
-    """Overrides that put the tiny config on the random base and a handful of cases."""
+def world(tmp_path: Path) -> list[str]:
+    """Overrides that make the tiny run short: ten cases, two of each level, four steps."""
+    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    chosen = [row for level in range(1, 6) for row in [r for r in rows if r["esi"] == level][:2]]
     cases = tmp_path / "cases.jsonl"
-    texts = ("Chest pain.", "Arrived intubated.", "Ankle sprain, pain 9/10.", "Refill.", "Open fracture.")
-    cases.write_text(
-        "".join(json.dumps({"id": f"c{i}", "text": t, "esi": 1 + i, "tags": ["odd"] * (i % 2)}) + "\n"
-                for i, t in enumerate(texts))
-    )  # fmt: skip
+    cases.write_text("".join(json.dumps(row | {"id": f"c{i}"}) + "\n" for i, row in enumerate(chosen)))
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in rows[100:105]))
     values = {
-        "model.name": random_base,
-        "lora.warm_start": "",
-        "lora.r": 4,
         "cases.train": cases,
         "rollout.prompts_per_step": 2,
         "rollout.group_size": 3,
-        "rollout.max_new_tokens": 12,
+        "rollout.max_new_tokens": 40,
         "optim.micro_batch_size": 4,
         "train.steps": 4,
         "checkpoint.every": 2,
         "evaluate.every": 2,
-        "evaluate.max_new_tokens": 6,
-        "evaluate.ends": f'{{test = "{cases}"}}',
-        "evaluate.during": f'{{validation = "{cases}"}}',
+        "evaluate.max_new_tokens": 40,
+        "evaluate.ends": f'{{test = "{held_out}"}}',
+        "evaluate.during": f'{{validation = "{held_out}"}}',
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
@@ -77,7 +75,7 @@ def test_a_run_leaves_what_the_readme_says(
     }  # fmt: skip
     assert all(wanted <= set(m) for m in metrics)
     assert any(name.startswith("reward/") and name.endswith("/mean") and name.count("/") == 2 for name in metrics[0])
-    assert metrics[0]["kl/k3"] == 0 and metrics[3]["kl/k3"] > 0, "the policy leaves the base after the first step"
+    assert all(m["kl/k3"] > 0 for m in metrics), "the warm start is not the base"
 
     records = json.loads((out / "eval.json").read_text())
     assert [(r["step"], r["cases"], r["thinking"]) for r in records] == [
@@ -86,9 +84,9 @@ def test_a_run_leaves_what_the_readme_says(
         (4, "test", "on"), (4, "test", "off"), (4, "validation", "on"), (4, "validation", "off"),
     ]  # fmt: skip
     assert all(0 <= r["exact"] <= r["adjacent"] <= 1 and r["n"] == 5 for r in records)
-    assert records[0]["by_tag"]["odd"]["n"] == 2 and sum(map(sum, records[0]["confusion"].values())) == 5
+    assert 0 < records[0]["by_tag"]["adult"]["n"] <= 5 and sum(map(sum, records[0]["confusion"].values())) == 5
     answers = lines(out / "eval" / "step_000004_test_on.jsonl")
-    assert [a["id"] for a in answers] == ["c0", "c1", "c2", "c3", "c4"]
+    assert [a["id"] for a in answers] == [f"train-{i:06d}" for i in range(100, 105)]
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
     shown = capsys.readouterr().out
@@ -98,12 +96,14 @@ def test_a_run_leaves_what_the_readme_says(
     assert stat.S_IMODE((out / "metrics.jsonl").stat().st_mode) == 0o600
 
 
-def test_the_adapter_loads_as_any_peft_adapter(world: list[str], random_base: Path, tmp_path: Path) -> None:
+def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     assert run(world, tmp_path / "run", "--set", "train.steps=1") == 0
-    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(random_base), tmp_path / "run" / "adapter")
+    model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(EMBEDDED / "base"), tmp_path / "run" / "adapter"
+    )
     ids = torch.tensor([[10, 20, 30]])
     with torch.no_grad():
         adapted = model(input_ids=ids).logits
