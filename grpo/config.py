@@ -92,6 +92,16 @@ class Rollout(Section):
 class RewardSection(Section):
     set: Annotated[str, Field(min_length=1)]
     """A shipped set ("v49") or the path of a TOML file."""
+    allow_unsound: bool = False
+    """Train although `grpo.examine` refuses this reward for this run."""
+    reason: str = ""
+    """Why that is wanted; it stays in the run's config.json."""
+
+    @model_validator(mode="after")
+    def _unsound_for_a_reason(self) -> "RewardSection":
+        if self.allow_unsound != bool(self.reason.strip()):
+            raise ValueError("allow_unsound = true and a reason belong together: give both or neither")
+        return self
 
 
 class Advantage(Section):

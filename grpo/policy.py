@@ -100,6 +100,35 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
     return policy
 
 
+def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
+    """One line for each part of the policy that is not on this machine: looked up, not loaded."""
+    from transformers.utils import cached_file
+
+    faults = []
+    try:
+        cached_file(_where(model.name), "config.json", local_files_only=True)
+    except (OSError, ValueError):
+        faults.append(_not_here(model.name))
+    if lora.warm_start and not (resolve(lora.warm_start) / "adapter_config.json").is_file():
+        faults.append(
+            f"lora.warm_start: {resolve(lora.warm_start) / 'adapter_config.json'}: cannot be read: no such file"
+        )
+    return tuple(faults)
+
+
+def _where(name: str) -> str:
+    return str(resolve(name)) if embedded(name) or Path(name).expanduser().exists() else name
+
+
+def _not_here(name: str) -> str:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
+    return (
+        f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with "
+        f"`hf download {name}`, or set model.name to a folder that holds config.json, tokenizer and safetensors"
+    )
+
+
 def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
 
@@ -110,18 +139,11 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
 
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
-    where = str(resolve(name)) if embedded(name) or Path(name).expanduser().exists() else name
-    if where == name and not Path(where).is_dir() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ModelError(f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True)
-        base = AutoModelForCausalLM.from_pretrained(where, dtype=dtype, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(_where(name), local_files_only=True)
+        base = AutoModelForCausalLM.from_pretrained(_where(name), dtype=dtype, local_files_only=True)
     except OSError as error:
-        raise ModelError(
-            f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with\n"
-            f"    hf download {name}\nor set model.name to a folder that holds config.json, tokenizer and safetensors "
-            f"({_first_line(error)})"
-        ) from None
+        raise ModelError(f"{_not_here(name)} ({_first_line(error)})") from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {_first_line(error)}") from None
     if tokenizer.chat_template is None:

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from grpo.advantage import zero_variance
 from grpo.batch import make_batch
 from grpo.budget import budget_stats
-from grpo.cases import LOADERS, CaseError, cases_for_step, row_key, stream
+from grpo.cases import CaseError, cases_for_step, row_key, stream
 from grpo.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.config import Config, ConfigError, load_config
 from grpo.evaluate import evaluate, summarise
-from grpo.policy import ModelError, Policy, adapter_copy, load_policy, render_prompt, save_adapter
+from grpo.examine import UnsoundReward, check_reward, examine, gather
+from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.run import (
     Run,
@@ -43,14 +44,29 @@ from grpo.run import (
 from grpo.stats import Stats, mean_of, means
 from grpo.types import Case, Group, Prompt
 from grpo.update import Updated, learning_rate, update
-from rewards import Reward, RewardError, Score, load_reward
+from rewards import Reward, RewardError, Score
 
 
 class NotFinite(ArithmeticError):
     """Too many updates in a row had a loss or gradient that is not finite."""
 
 
-INPUT_ERRORS = (ConfigError, CaseError, ModelError, PromptError, RewardError, RunError, CheckpointError, NotFinite)
+class MissingInput(ValueError):
+    """Files that a run needs and this machine does not have: all of them, not the first."""
+
+
+INPUT_ERRORS = (
+    MissingInput,
+    ConfigError,
+    CaseError,
+    ModelError,
+    PromptError,
+    RewardError,
+    UnsoundReward,
+    RunError,
+    CheckpointError,
+    NotFinite,
+)
 """What a person can mend: one clear line and exit code 2. Anything else is a fault of ours and keeps its traceback."""
 
 
@@ -110,11 +126,14 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
 
 
 def build(config: Config) -> Setup:
-    """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing."""
-    reward = load_reward(config.reward.set)
-    load = LOADERS[config.cases.format]
-    cases = load(config.cases.train)
-    sets = {name: load(file) for name, file in (config.evaluate.ends | config.evaluate.during).items()}
+    """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
+    unsound."""
+    material = gather(config)
+    if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
+        raise MissingInput("\n       ".join(faults))
+    assert material.cases is not None  # else there were faults
+    check_reward(config, examine(config, material))
+    cases, sets = material.cases, dict(material.sets)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     check_prompts(policy, [*cases, *(case for members in sets.values() for case in members)], config)
     section = config.optim
@@ -127,7 +146,7 @@ def build(config: Config) -> Setup:
     )
     return Setup(
         config=config,
-        reward=reward,
+        reward=material.reward,
         cases=cases,
         epoch=stream(cases, config.cases.oversample),
         sets=sets,
@@ -277,12 +296,13 @@ def plan(setup: Setup) -> str:
     rows = config.rollout.prompts_per_step * config.rollout.group_size
     trained = sum(p.numel() for p in policy.trainable().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
+    reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
     return "\n".join(
         (
             f"model     {config.model.name} on {policy.device}: {frozen:,} frozen, {trained:,} trained "
             f"(LoRA r={config.lora.r})",
             f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling; "
-            f"reward {setup.reward.name}",
+            f"reward {setup.reward.name}{reason}",
             f"step      {config.rollout.prompts_per_step} prompts × {config.rollout.group_size} completions = {rows} "
             f"completions = {-(-rows // config.optim.micro_batch_size)} micro-batches of "
             f"≤ {config.optim.micro_batch_size}; × {config.optim.inner_epochs} inner epoch(s)",

@@ -4,9 +4,13 @@ Dimensions: B prompts a step · G completions a prompt (one group) · N = B·G r
 widest row. Column t of every [N,T] tensor speaks of completion token t.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
 
-from torch import Tensor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # cases and configs are looked at without torch
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,6 @@ from grpo.policy import Policy, adapter_swapped
 from grpo.stats import Stats, merge
 from grpo.types import Batch
 
-
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,

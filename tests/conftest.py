@@ -14,7 +14,7 @@ from grpo.tiny.model import make_model, make_tokenizer
 TEXTS = (
     "Extract clinical fields, apply the ESI algorithm, then state the ESI level.",
     "A 54-year-old male arrived intubated for airway protection. Central line placed. BP 120/58, HR 150, pain 9/10.",
-    "EXTRACTION:\nChief complaint: chest pain\nVital signs: stable\nRed flags: none\nESI ALGORITHM:\nA: no\nANSWER: ESI 2",
+    "EXTRACTION:\nChief complaint: chest pain\nVital signs: stable\nRed flags: none\nANSWER: ESI 2",
 )
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

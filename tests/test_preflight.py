@@ -1,0 +1,450 @@
+"""The examination before a run, through its command line: verdicts, probes, audits, refusals, and one completion."""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from grpo import train
+from grpo.config import EMBEDDED, ConfigError, load_config
+from grpo.examine import UnsoundReward, audit_data, check_reward, examine, gather, pooled
+from grpo.policy import ModelError
+from grpo.preflight import WIDTH, main
+from grpo.types import Case
+from rewards import load_reward
+from rewards.probes import WeightedCase, expected_rewards
+
+ROOT = Path(__file__).parent.parent
+V49, TINY = str(ROOT / "configs" / "v49.toml"), str(ROOT / "configs" / "tiny.toml")
+SEIZURE = """\
+name = "my_reward"
+about = "v49, and a missed active seizure costs half a point more"
+extends = "v49"
+
+[[rule]]
+name = "active_seizure_missed"
+gold = "= 1"
+predicted = "> 1"
+value = -0.5
+grade = "U"
+source = "an active seizure needs help now: step A of the algorithm"
+[rule.trigger]
+kind = "pattern"
+pattern = 'active seizure|actively seizing'
+unless = 'no active seizure|not actively seizing'
+
+[[case]]
+name = "seizure_missed"
+text = "Active seizure on arrival, benzodiazepine given on the way."
+gold = 1
+completion = "ANSWER: ESI 2"
+thinking = false
+total = -1.0
+parts = { outcome = -0.5, active_seizure_missed = -0.5 }
+"""
+"""The README's example, word for word."""
+
+
+def sets(**values: object) -> list[str]:
+    """Overrides: ``__`` in a name stands for the dot."""
+    return [part for key, value in values.items() for part in ("--set", f"{key.replace('__', '.')}={value}")]
+
+
+def jsonl(path: Path, cases: Sequence[Case]) -> Path:
+    rows = ({"id": c.id, "text": c.text, "esi": c.esi} for c in cases)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def small(path: Path, *cases: Case) -> list[str]:
+    """Overrides that train on these cases and evaluate nothing."""
+    return sets(cases__train=jsonl(path / "cases.jsonl", cases), evaluate__ends="{}", evaluate__during="{}")
+
+
+@pytest.fixture
+def balanced(tmp_path: Path) -> list[str]:
+    """Overrides for forty embedded vignettes of each level."""
+    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text().splitlines()]
+    cases = [
+        Case(row["id"], row["text"], level)
+        for level in range(1, 6)
+        for row in [row for row in rows if row["esi"] == level][:40]
+    ]
+    return small(tmp_path, *cases)
+
+
+def shown(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+# ---- the proof ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "says"),
+    [
+        ("v45c", 1, ["counterexample: gold 1, predicted 2: +0", "under-triage is worth less than over-triage as far"]),
+        ("v46", 1, ["counterexample: gold 1, predicted 3: -1", "gold 1, no parse: -0.5"]),
+        ("v48", 1, ["counterexample: gold 1, predicted 3: -1", "gold 1, no parse: -0.5"]),
+        ("v49", 0, ["proof     sound, smallest margin +0.5", "verdict   SOUND"]),
+        ("v50", 0, ["proof     sound, smallest margin +0.5", "verdict   SOUND"]),
+    ],
+)
+def test_the_series(name: str, code: int, says: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([V49, "--reward-only", "--set", f"reward.set={name}"]) == code
+    text = shown(capsys)
+    assert all(part in text for part in says), text
+    assert ("verdict   UNSOUND" in text) == ("FAILS" in text) == (code == 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            '[no_parse]\nvalue = -0.5\ngrade = "U"\nsource = "v48\'s"\n',
+            "gold 1, predicted 3 with lifesaving_obeyed+lifesaving_missed: -1.5",
+        ),
+        (
+            '[stacking]\npenalties = "sum"\nbonuses = "sum"\ngrade = "U"\nsource = "the trap"\n',
+            "gold 2, predicted 4 with open_injury_missed, severe_pain_missed: -2",
+        ),
+    ],
+    ids=["no-parse at -0.5", "two penalties stack"],
+)
+def test_v49_spoilt_is_caught(change: str, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    spoilt = tmp_path / "spoilt.toml"
+    spoilt.write_text(f'name = "spoilt"\nabout = "v49 with one change"\nextends = "v49"\n{change}', encoding="utf-8")
+    assert main([V49, "--reward-only", "--set", f"reward.set={spoilt}"]) == 1
+    assert f"counterexample: {says}" in shown(capsys)
+
+
+def test_the_table_holds_every_total_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([V49, "--reward-only"]) == 0
+    lines = shown(capsys).splitlines()
+    table = [line.split() for line in lines if line.strip()[:1].isdigit()]
+    assert [row[0] for row in table] == ["1", "1", "2", "2", "3", "4", "5"]
+    assert table[1][1:] == ["a", "+1.5", "-1", "-1.5", "-1.5", "-1.5", "-2", "-2", "-2"]
+    assert table[3][1:] == ["b,", "c,", "b+c", "0", "+1", "-1", "-1.5", "-1.5", "-2", "-2", "-2"]
+
+
+def test_a_set_whose_own_example_fails_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong = tmp_path / "wrong.toml"
+    wrong.write_text(SEIZURE.replace("total = -1.0", "total = -0.5"), encoding="utf-8")
+    assert main([V49, "--reward-only", "--set", f"reward.set={wrong}"]) == 1
+    text = shown(capsys)
+    assert 'FAILS "seizure_missed": expected -0.5' in text and "verdict   UNSOUND" in text
+
+
+# ---- the probes ---------------------------------------------------------------------------------------------------
+
+
+def test_v45c_at_twenty_times_pays_always_1_and_v49_at_five_times_does_not(
+    balanced: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([TINY, *balanced, *sets(reward__set="v45c", cases__oversample="{1 = 20}")]) == 1
+    text = shown(capsys)
+    assert "1  always 1                      +0.833 ± 0.373  BEATS THE HONEST POLICY" in text
+    assert "2  honest, 70% exact             +0.700" in text
+    assert "83.3%" in text, "level 1's share of the stream"
+    assert '- the policy "always 1" earns +0.833 a completion' in text
+
+    assert main([TINY, *balanced, *sets(reward__set="v49", cases__oversample="{1 = 5}")]) == 0
+    text = shown(capsys)
+    assert "1  honest, 70% exact" in text and "BEATS" not in text
+
+
+def test_the_honest_policy_is_a_choice(balanced: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    crowd = sets(cases__oversample="{1 = 5}")
+    assert main([TINY, *balanced, *crowd, "--honest", "0.3"]) == 1
+    assert "BEATS THE HONEST POLICY" in shown(capsys)
+    assert main([TINY, *balanced, *crowd, "--honest", "1.5"]) == 2
+    assert "expected a share in (0, 1], got 1.5" in capsys.readouterr().err
+
+
+TEXTS = ("Arrived intubated.", "Gunshot wound, pain 9/10.", "Pain 8/10.", "Refill.", "Chest tube placed, pain 10/10.")
+
+
+WEIGHTED = st.tuples(st.sampled_from(TEXTS), st.integers(1, 5), st.integers(0, 6).map(float))
+
+
+@settings(deadline=None)
+@given(st.lists(WEIGHTED, min_size=1, max_size=30).filter(lambda cases: any(weight for _, _, weight in cases)))
+def test_pooling_cases_changes_no_expectation(cases: list[WeightedCase]) -> None:
+    reward = load_reward("v49")
+    whole, less = expected_rewards(reward, cases), expected_rewards(reward, pooled(reward, cases))
+    assert len(pooled(reward, cases)) <= len({(text, gold) for text, gold, _ in cases})
+    values = {one.policy: (one.mean, one.std) for one in less.ranked}
+    for one in whole.ranked:
+        assert values[one.policy] == pytest.approx((one.mean, one.std), abs=1e-9)
+
+
+# ---- rules and data -----------------------------------------------------------------------------------------------
+
+
+def test_rules_that_misfire_or_never_matter_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rules = """
+name = "mine"
+about = "v49 and two rules that do nothing"
+extends = "v49"
+[[rule]]
+name = "nothing_at_all"
+gold = "= 3"
+predicted = "any"
+value = 0.0
+grade = "U"
+source = "worth nothing"
+"""
+    file = tmp_path / "mine.toml"
+    file.write_text(rules, encoding="utf-8")
+    cases = [
+        Case("a", "Found down, not intubated.", 1),
+        Case("b", "Headache, vitals stable.", 2),
+        Case("c", "Chest tube out last year, cough.", 4),
+        Case("d", "Cough.", 3),
+        Case("e", "Refill.", 5),
+    ]
+    assert main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)]) == 0
+    text = shown(capsys)
+    assert "behind a negation or the past: 1 (a)" in text
+    assert "found: stable (1)" in text
+    assert "the trigger also matches 1 cases of gold levels it does not speak about" in text
+    pain = text[text.index("severe_pain_missed  ") :]
+    assert pain.splitlines()[1].strip() == "never fires on these cases"
+    assert "fires, but can never change an advantage here" in text
+    assert "nothing_at_all: can never change an advantage, whatever the data" in text
+
+
+def test_the_data_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cases = [Case("a", "Chest pain.", 2), Case("b", "chest  PAIN.", 3), Case("c", "Rash.", 5), Case("d", "Rash.", 5)]
+    test = jsonl(tmp_path / "test.jsonl", [Case("a", "Cut.", 4), Case("x", "RASH.", 5), Case("y", "Cough.", 5)])
+    held = [*small(tmp_path, *cases), *sets(evaluate__ends=f'{{test = "{test}"}}', cases__oversample="{2 = 6}")]
+    main([TINY, *held])
+    text = shown(capsys)
+    assert "texts that stand more than once: 2" in text
+    assert "of them with different gold levels: 1 (a=b)" in text
+    assert "ids also in test: 1 (a)" in text and "texts also in test: 1 (c=x)" in text
+    assert "66.7%" in text and "50.0%" in text
+
+
+def test_nothing_repeats_nothing_is_said() -> None:
+    audit = audit_data([Case("a", "Cut.", 4)], {4: 2}, {"test": [Case("b", "Cough.", 5)]})
+    assert audit.stream == (0, 0, 0, 2, 0)
+    assert (audit.duplicates, audit.contradictions, audit.overlaps) == ((), (), ())
+
+
+def test_the_embedded_world_repeats_no_case_between_training_and_evaluation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([TINY]) == 0
+    text = shown(capsys)
+    assert "no id or text repeats in test, mietic36, validation" in text
+    assert "texts that stand more than once: 0" in text
+    wide = [line for line in text.splitlines() if len(line) > WIDTH]
+    assert not wide
+
+
+def test_a_catastrophic_pattern_ends_in_bounded_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "slow.toml"
+    file.write_text(SEIZURE.split("[[case]]")[0].replace("'active seizure|actively seizing'", "'(a+)+$'"))
+    cases = [Case("slow", "a" * 50_000 + "!", 1), Case("quick", "Rash.", 5), Case("mid", "Cough.", 3)]
+    started = time.perf_counter()
+    main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)])
+    assert time.perf_counter() - started < 30
+    assert "patterns ran out of time on 1 (slow)" in shown(capsys)
+
+
+# ---- what can and cannot be examined ------------------------------------------------------------------------------
+
+
+def test_without_cases_the_proof_and_the_plan_are_shown_and_the_exit_code_is_2(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([V49, "--set", "cases.train=nowhere.jsonl"]) == 2
+    out, err = capsys.readouterr()
+    assert "proof     sound" in out and "58,195,968 trained in 128 layers" in out
+    assert "probes    none: no cases" in out and "nowhere.jsonl: cannot be read" in out
+    assert "error: nowhere.jsonl: cannot be read" in err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "reward.set=v99"], 'no reward set is called "v99"'),
+        (["--set", "optim.learning_rte=1"], "did you mean learning_rate?"),
+        (
+            ["--explain", "nobody", "--completion", "ANSWER: ESI 2"],
+            "no training or evaluation case has the id 'nobody'",
+        ),
+        (["--explain", "train-000000", "--completion", "@nowhere.txt"], "@nowhere.txt: cannot be read"),
+    ],
+)
+def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([TINY, *more]) == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ") and says in err and not out
+
+
+def test_json_says_the_same_and_holds_no_case(balanced: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([TINY, *balanced, "--json", *sets(reward__set="v46", model__name="Qwen/Qwen3.5-9B")]) == 1
+    text = shown(capsys)
+    found = json.loads(text)
+    assert found["sound"] is False and found["proof"]["sound"] is False and len(found["proof"]["table"]) == 40
+    assert [one["name"] for one in found["proof"]["invariants"] if not one["holds"]] == ["silence_worst"]
+    assert found["probes"]["ranked"][0]["policy"] == "honest, 70% exact" and found["probes"]["beaten_by"] == []
+    assert found["data"]["levels"] == [40] * 5 and found["plan"]["trained"] > 0
+    assert found["plan"]["peak_bytes"]["update"] > 17e9
+    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text().splitlines()]
+    assert not any(row["text"][:40] in text for row in rows)
+
+
+def test_neither_torch_nor_transformers_is_imported_and_seconds_are_enough() -> None:
+    program = (
+        "import sys, time\n"
+        "from grpo.preflight import main\n"
+        f"code = main([{V49!r}, '--reward-only'])\n"
+        "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), time.process_time() < 10)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 [] True"
+
+
+# ---- one completion -----------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_parse_the_rules_and_the_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case("t1", "Gunshot wound to the thigh.\x1b[2J Pain 10/10.", 2)
+    world = small(tmp_path, case)
+    assert main([TINY, *world, "--explain", "t1", "--completion", "hm</think>\x1b[31m\nANSWER: ESI 5"]) == 0
+    text = shown(capsys)
+    assert "case      t1, gold ESI 2" in text and "\x1b" not in text and "\\x1b[2J" in text
+    assert 'answer    ESI 5, parsed, from characters 16-29: "ANSWER: ESI 5"' in text
+    assert 'open_injury_missed fired on characters 0-7: "Gunshot": -0.5' in text
+    assert "severe_pain_missed fired on characters" in text and "of which stacking leaves 0" in text
+    assert "lifesaving_missed silent: it speaks about gold 1" in text
+    assert text.splitlines()[-1].split() == ["total", "-1.5"]
+
+
+def test_explain_reads_a_file_and_the_switches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1))
+    file = tmp_path / "completion.txt"
+    file.write_text("ANSWER: ESI 1", encoding="utf-8")
+    one = ["--explain", "t1", "--completion", f"@{file}"]
+    assert main([TINY, *world, *one, "--thinking", "off"]) == 0
+    text = shown(capsys)
+    assert "prompt    thinking off" in text and text.splitlines()[-1].split() == ["total", "+1.5"]
+    assert main([TINY, *world, *one, "--thinking", "on", "--truncated"]) == 0
+    text = shown(capsys)
+    assert "answer    none, unclosed thinking; cut by the token budget" in text
+    assert "lifesaving_obeyed silent: there is no answer to judge" in text
+    assert text.splitlines()[-1].split() == ["total", "-2"]
+
+
+def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Chest pain.", 2))
+    for case_id, level, says in (
+        ("t1", 2, "lifesaving_obeyed silent: it speaks about answers 1"),
+        ("t2", 3, "severe_pain_missed silent: its trigger does not fire on this text"),
+    ):
+        completion = f"</think>ANSWER: ESI {level}"
+        assert main([TINY, *world, "--explain", case_id, "--completion", completion]) == 0
+        assert says in shown(capsys)
+
+
+# ---- the gate of training -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gets as far as the weights is told so."""
+
+    def reached(*_: object, **__: object) -> None:
+        raise ModelError("the weights were asked for")
+
+    monkeypatch.setattr(train, "load_policy", reached)
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_training_refuses_an_unsound_reward_before_any_weight_is_read(
+    balanced: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train.main([TINY, "--out", str(out), *balanced, *sets(reward__set="v46")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith('error: reward "v46" is refused for this run:\n  - every commitment is worth more than')
+    assert "not so for gold 1, predicted 3: -1 against gold 1, no parse: -0.5" in error and "weights" not in error
+    assert "reward.allow_unsound = true" in error and not out.exists()
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_training_refuses_a_losing_probe(
+    balanced: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    crowd = sets(reward__set="v49", cases__oversample="{1 = 200}")
+    assert train.main([TINY, "--out", str(tmp_path / "run"), *balanced, *crowd]) == 2
+    error = capsys.readouterr().err
+    assert 'the policy "always 1" earns +1.169' in error and "not so" not in error
+
+
+@pytest.mark.usefixtures("no_weights")
+def test_an_unsound_reward_trains_with_a_reason(
+    balanced: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    allowed = sets(reward__set="v46", reward__allow_unsound="true", reward__reason="to watch v48 collapse")
+    assert train.main([TINY, "--out", str(tmp_path / "run"), *balanced, *allowed]) == 2
+    assert "the weights were asked for" in capsys.readouterr().err, "past the gate"
+    assert main([TINY, *balanced, *allowed]) == 1, "the verdict stays what it is"
+    assert "training is allowed all the same: to watch v48 collapse" in shown(capsys)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["reward.allow_unsound=true"],
+        ["reward.reason=just because"],
+        ["reward.allow_unsound=true", "reward.reason='  '"],
+    ],
+)
+def test_a_reason_and_the_permission_belong_together(overrides: list[str]) -> None:
+    with pytest.raises(ConfigError, match="allow_unsound = true and a reason belong together"):
+        load_config(TINY, overrides)
+
+
+def test_a_sound_run_passes_the_gate(balanced: list[str]) -> None:
+    config, _ = load_config(TINY, balanced[1::2])
+    material = gather(config)
+    check_reward(config, examine(config, material))
+    with pytest.raises(UnsoundReward, match="honest, 10% exact"):
+        check_reward(config, examine(config, material, accuracy=0.1))
+
+
+# ---- a new rule by TOML alone -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not (EMBEDDED / "base").is_dir(), reason="the embedded model is not built")
+def test_a_rule_written_in_toml_is_proved_explained_and_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "my_reward.toml"
+    file.write_text(SEIZURE, encoding="utf-8")
+    cases = [
+        Case("s1", "A 34-year-old man, active seizure on arrival, benzodiazepine given on the way.", 1),
+        Case("s2", "A 20-year-old woman with a cough for two days. Walked in.", 5),
+    ]
+    world = [*small(tmp_path, *cases), *sets(reward__set=file)]
+    assert main([TINY, *world]) == 0
+    assert "active_seizure_missed" in shown(capsys)
+    assert main([TINY, *world, "--explain", "s1", "--completion", "</think>ANSWER: ESI 2"]) == 0
+    text = shown(capsys)
+    assert 'active_seizure_missed fired on characters 19-33: "active seizure": -0.5' in text
+    assert text.splitlines()[-1].split() == ["total", "-1"]
+
+    few = sets(train__steps=2, rollout__prompts_per_step=2, rollout__group_size=4, optim__micro_batch_size=8)
+    assert train.main([TINY, "--out", str(tmp_path / "run"), *world, *few]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [-0.5 <= line["reward/active_seizure_missed/mean"] <= 0 for line in lines] == [True, True]
