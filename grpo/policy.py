@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,8 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    # PEFT still calls what transformers 6 will rename; nothing a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
     try:
@@ -236,7 +239,8 @@ def adapter_copy(policy: Policy) -> dict[str, Tensor]:
 
 def save_adapter(policy: Policy, folder: Path) -> None:
     """Writes the adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
-    policy.model.save_pretrained(str(folder), safe_serialization=True)
+    # "auto" would ask the hub whether the vocabulary grew; `lm_head` and embeddings are never trained here
+    policy.model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card: the run writes its own
 
 

@@ -113,9 +113,7 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
         skipped_in_a_row = skipped_in_a_row + updated.skipped if updated.skipped else 0
         if skipped_in_a_row > config.train.max_skipped_steps:
             ids = ", ".join(repr(prompt.case.id) for prompt in prompts)
-            raise FloatingPointError(
-                f"step {step + 1}: {skipped_in_a_row} updates in a row were not finite; cases {ids}"
-            )
+            raise NotFinite(f"step {step + 1}: {skipped_in_a_row} updates in a row were not finite; cases {ids}")
         done = step + 1
         if done % config.evaluate.every == 0 and done < config.train.steps:
             evaluate_sets(setup, run, step=done, names=list(config.evaluate.during))

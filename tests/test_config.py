@@ -77,7 +77,7 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ("rollout.temperature=0.0", "greater than 0"),
         ("rollout.temperature=inf", "finite"),
         ("optim.micro_batch_size=65", "more than the 64 completions of a step"),
-        ("optim.warmup_steps=50", "no step at the full learning rate"),
+        ("optim.warmup_steps=60", "no step at the full learning rate"),
         ("loss.kl=k9", "'k1', 'k2', 'k3' or 'ratio_k3'"),
         ("loss.surrogate=dual_clip", "give both or neither"),
         ("loss.dual_clip=3.0", "give both or neither"),
