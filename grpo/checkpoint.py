@@ -69,7 +69,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
             if f"step/{name}" in moments
         }
     except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be continued from: {error}") from None
+        raise CheckpointError(
+            f"{path}: cannot be continued from: {error}; delete this folder to use the one before"
+        ) from None
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return int(step)
 

@@ -50,7 +50,12 @@ def _int_keys(table: object) -> object:
     """TOML keys are strings; the keys of this table are ESI levels."""
     if not isinstance(table, dict):
         return table
-    return {int(key) if isinstance(key, str) and key.isdecimal() else key: value for key, value in table.items()}
+    return {int(key) if str(key) in "12345" else key: value for key, value in table.items()}
+
+
+def _as_tuple(value: object) -> object:
+    """TOML arrays are lists; a frozen config holds tuples."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 class Model(Section):
@@ -66,7 +71,7 @@ class Lora(Section):
     r: Positive
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
-    target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(lambda v: tuple(v))]
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     warm_start: str
     """A PEFT adapter folder to start from; "" starts from a fresh adapter (B = 0)."""
 
@@ -145,7 +150,7 @@ class Optim(Section):
 
 class Train(Section):
     steps: Positive
-    seed: Count
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
     max_skipped_steps: Count
     """So many non-finite steps in a row are skipped; one more stops the run."""
 
@@ -161,7 +166,7 @@ class Evaluate(Section):
     during: dict[Name, str]
     """Sets evaluated every ``every`` steps as well."""
     every: Positive
-    thinking: Annotated[tuple[Thinking, ...], BeforeValidator(lambda v: tuple(v))]
+    thinking: Annotated[tuple[Thinking, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     max_new_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
     """0 is greedy."""
@@ -262,7 +267,7 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     for folder in SHIPPED:
-        if path.parent.name in ("configs", "") and not path.is_absolute() and (folder / path.name).is_file():
+        if str(path.parent) == "configs" and (folder / path.name).is_file():
             return folder / path.name
     shipped = sorted({f"configs/{file.name}" for folder in SHIPPED for file in folder.glob("*.toml")})
     raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(shipped)}")
@@ -282,6 +287,8 @@ def _lay_over(table: dict[str, Any], override: str) -> None:
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=2")
+    if "\n" in value:
+        raise ConfigError(f"--set {override!r}: one key and one value on one line")
     try:
         parsed = tomllib.loads(f"v = {value}")["v"]
     except tomllib.TOMLDecodeError:

@@ -24,6 +24,7 @@ from grpo.types import Case, Prompt
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
 _SLOT = "\ue000CASE\ue001"
@@ -72,9 +73,10 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
 
     device = pick_device(model.device)
     base, tokenizer = load_base(model.name, device=device, dtype=pick_dtype(model.dtype, device))
+    _check_targets(base, lora)
     if lora.warm_start:
         folder = resolve(lora.warm_start)
-        _check_adapter(folder, lora)
+        _check_adapter(folder, lora, model.name)
         with _named(folder, "adapter"):
             wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         _check_tensors(folder, wrapped)
@@ -122,7 +124,7 @@ def _where(name: str) -> str:
 
 
 def _not_here(name: str) -> str:
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not HUB_ID.fullmatch(name):
         return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
     return (
         f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with "
@@ -161,7 +163,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
-    return torch.device(name)
+    device = torch.device(name)
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -262,7 +267,17 @@ def _set_dropout(wrapped: Any, p: float) -> None:
                 module[key] = nn.Dropout(p) if p else nn.Identity()
 
 
-def _check_adapter(folder: Path, lora: Lora) -> None:
+def _check_targets(base: Any, lora: Lora) -> None:
+    """Every target names a linear layer of the decoder: a typo would silently train less than the config says."""
+    linear = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)}
+    if unknown := sorted(set(lora.target_modules) - linear):
+        raise ModelError(
+            f"lora.target_modules: {', '.join(unknown)}: no such linear layer in the decoder (`lm_head` is never "
+            f"adapted); it has {', '.join(sorted(linear))}"
+        )
+
+
+def _check_adapter(folder: Path, lora: Lora, base: str) -> None:
     path = folder / "adapter_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -278,16 +293,20 @@ def _check_adapter(folder: Path, lora: Lora) -> None:
     for key, value in wanted.items():
         if there.get(key) != value:
             raise ModelError(f"lora.warm_start: {path}: {key} is {there.get(key)!r}, [lora] says {value!r}")
-    if found.get("modules_to_save") or found.get("use_dora") or found.get("bias", "none") != "none":
-        raise ModelError(
-            f"lora.warm_start: {path}: only plain LoRA weights are trained here (no bias, DoRA or modules)"
-        )
+    own = found.get("base_model_name_or_path")
+    if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
+        raise ModelError(f"lora.warm_start: {path}: made for the base {own}, model.name says {base}")
+    odd = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform", "use_dora", "modules_to_save")
+    if set_here := [key for key in odd if found.get(key)]:
+        raise ModelError(f"lora.warm_start: {path}: {', '.join(set_here)}: only plain LoRA of one rank is trained here")
+    if found.get("bias", "none") != "none":
+        raise ModelError(f"lora.warm_start: {path}: trains biases; only plain LoRA weights are trained here")
 
 
 def _check_tensors(folder: Path, wrapped: Any) -> None:
     """Every LoRA tensor of the model must come from the file, and every tensor of the file must have its place."""
     path = folder / "adapter_model.safetensors"
-    with safe_open(path, framework="pt") as file:
+    with _named(folder, "adapter"), safe_open(path, framework="pt") as file:
         shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
     expected = {n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
     if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:

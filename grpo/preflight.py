@@ -128,16 +128,16 @@ def rule_lines(examination: Examination, material: Material) -> list[str]:
     lines = [f"rules     {'cases in which the rule may speak, by gold level':<56}1      2      3      4      5"]
     for audit in examination.rules:
         lines.append(f"  {audit.rule:<58}" + "".join(f"{count:>7,}" for count in audit.fires))
-        lines += [f"          {note}" for note in _rule_notes(audit, ids)]
+        lines += [f"          {note}" for note in _rule_notes(audit, material.reward.rule(audit.rule), ids)]
     timed_out = examination.timed_out or ()
     return lines + dead + ([f"          patterns ran out of time on {_ids(timed_out)}"] if timed_out else [])
 
 
-def _rule_notes(audit: RuleAudit, ids: Sequence[str]) -> list[str]:
+def _rule_notes(audit: RuleAudit, rule: Rule, ids: Sequence[str]) -> list[str]:
     notes = []
     if audit.wordings:
         notes.append("found: " + visible(", ".join(f"{word} ({count})" for word, count in audit.wordings[:4])))
-    if elsewhere := sum(audit.matches) - sum(audit.fires):
+    if rule.trigger and (elsewhere := sum(audit.matches) - sum(audit.fires)):
         notes.append(f"the trigger also matches {elsewhere:,} cases of gold levels it does not speak about")
     if audit.negated:
         notes.append(f"behind a negation or the past: {_ids([ids[index] for index in audit.negated])}")

@@ -53,8 +53,8 @@ class Run:
         return self.path / "eval.json"
 
 
-def check_folder(path: Path, *, resume: bool) -> None:
-    """Refuses to start over an existing run, or to resume a missing one.
+def check_folder(path: Path, config: Config, *, resume: bool) -> None:
+    """Refuses to start over an existing run, and to resume a missing one or one of another config.
 
     Raises:
         RunError: says which, and what to do.
@@ -66,6 +66,14 @@ def check_folder(path: Path, *, resume: bool) -> None:
             f"{path}: already there, and a run is never overwritten: name another folder with --out, continue with "
             f"--resume, or delete it"
         )
+    if resume:
+        before = _read_json(path / "config.json")
+        held = before.get("config") if isinstance(before, dict) else None
+        if changed := sorted(_differences(held, config.model_dump(mode="json"))):
+            raise RunError(
+                f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
+                f"config and --set it has, or start a new run with --out"
+            )
 
 
 def start_run(path: Path, config: Config, source: Source) -> Run:
@@ -82,26 +90,15 @@ def start_run(path: Path, config: Config, source: Source) -> Run:
     return Run(path)
 
 
-def continue_run(path: Path, config: Config, *, step: int) -> Run:
-    """An existing run folder, its records cut back to the ``step`` steps that the checkpoint holds.
-
-    Raises:
-        RunError: the run was started with another config; names the keys.
-    """
-    before = json.loads((path / "config.json").read_text(encoding="utf-8"))["config"]
-    if changed := sorted(_differences(before, config.model_dump(mode="json"))):
-        raise RunError(
-            f"{path}: was started with other values of {', '.join(changed)}: resume with the config it has, or "
-            f"start a new run with --out"
-        )
+def continue_run(path: Path, *, step: int) -> Run:
+    """An existing run folder, its records cut back to the ``step`` steps that the checkpoint holds."""
     run = Run(path)
     if run.metrics.is_file():
         lines = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
         kept = [line for line in lines if _step(line) <= step]
         _replace(run.metrics, "".join(line + "\n" for line in kept))
     if run.evaluations.is_file():
-        records = json.loads(run.evaluations.read_text(encoding="utf-8"))
-        write_json(run.evaluations, [record for record in records if record["step"] <= step])
+        write_json(run.evaluations, [record for record in evaluations(run) if record["step"] <= step])
     return run
 
 
@@ -135,7 +132,7 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The records of ``eval.json``."""
-    return json.loads(run.evaluations.read_text(encoding="utf-8")) if run.evaluations.is_file() else []
+    return _read_json(run.evaluations) if run.evaluations.is_file() else []
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -168,6 +165,13 @@ def before_after(records: Iterable[dict[str, Any]]) -> str:
         cells = [f"{100 * span[0][key]:.1f} → {100 * span[-1][key]:.1f} %" for key in columns.values()]
         lines.append(f"{name:<{width}}  {thinking:<8}{span[0]['n']:>5}    " + "".join(f"{cell:<16}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: cannot be read: {error}") from None
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -107,7 +107,7 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
         batch = make_batch(groups, rewards, config)
         updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         record = metrics(setup, groups, scores, rewards, updated, step=step)
-        record |= cost(groups, rollout_s=rolled_out - started, update_s=time.perf_counter() - rolled_out)
+        record |= cost(groups, policy.device, rollout_s=rolled_out - started, update_s=time.perf_counter() - rolled_out)
         add_metrics(run, record)
         bar.set_postfix_str(postfix(record, config))
         skipped_in_a_row = skipped_in_a_row + updated.skipped if updated.skipped else 0
@@ -246,11 +246,11 @@ def metrics(
     }
 
 
-def cost(groups: Sequence[Group], *, rollout_s: float, update_s: float) -> dict[str, float]:
+def cost(groups: Sequence[Group], device: torch.device, *, rollout_s: float, update_s: float) -> dict[str, float]:
     """Seconds, sampled tokens a second, and peak memory so far (of the device on CUDA, else of the process)."""
     tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated()
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
@@ -329,12 +329,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config, source = load_config(arguments.config, arguments.set)
         out = arguments.out or Path("runs") / config.name
-        check_folder(out, resume=arguments.resume)
+        check_folder(out, config, resume=arguments.resume)
         setup = build(config)
-        print(plan(setup), flush=True)
+        print(f"config    {source.path}\n{plan(setup)}", flush=True)
         checkpoint = latest_checkpoint(out / "checkpoints") if arguments.resume else None
         first_step = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else 0
-        run = continue_run(out, config, step=first_step) if arguments.resume else start_run(out, config, source)
+        run = continue_run(out, step=first_step) if arguments.resume else start_run(out, config, source)
         train(setup, run, first_step=first_step)
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo.cases import row_key
 from grpo.config import Config
 from grpo.logprobs import join, predicting_states, spread, token_logprobs
 from grpo.loss import LossTerms, grpo_loss
@@ -78,6 +79,7 @@ def update(
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
+        torch.manual_seed(row_key("dropout", config.train.seed, step, epoch) % 2**63)  # the only noise of the update
         total = 0.0
         for i, cut in enumerate(cuts):
             logprobs, entropy, mask = score(policy, batch, cut, config.rollout.temperature)

@@ -90,6 +90,12 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ("train.steps=0", "greater than or equal to 1"),
         ("train.steps", "expected section.key=value"),
         ("train.steps.more=1", "is a value, not a section"),
+        ("lora.target_modules=q_proj", "valid tuple"),
+        ("lora.target_modules=5", "valid tuple"),
+        ("evaluate.thinking=[]", "at least 1 item"),
+        ("evaluate.thinking=on", "valid tuple"),
+        ("cases.oversample={01=2}", "valid integer"),
+        (f"train.seed={2**63}", "less than"),
     ],
 )
 def test_bad_values_are_refused_by_name(override: str, says: str) -> None:
@@ -115,6 +121,20 @@ def test_files_that_are_not_a_config(tmp_path: Path) -> None:
 def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_config("configs/tiny.toml")[0].name == "tiny"
+
+
+@pytest.mark.parametrize("name", ["nosuch/configs/tiny.toml", "../configs/tiny.toml", "tiny.toml"])
+def test_another_path_is_never_taken_for_a_shipped_config(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="no such config"):
+        load_config(name)
+
+
+def test_an_override_is_one_key_on_one_line() -> None:
+    with pytest.raises(ConfigError, match="on one line"):
+        load_config(TINY, ["train.steps=2\ntrain.x=3"])
 
 
 def test_the_config_offers_exactly_the_entries_of_the_tables() -> None:

@@ -210,6 +210,27 @@ def test_an_adapter_of_another_base(adapter: Path, random_base: Path, tmp_path: 
         load(random_base, adapter)
 
 
+def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_base: Path) -> None:
+    from grpo.policy import _check_adapter
+
+    path = adapter / "adapter_config.json"
+    plain = json.loads(path.read_text())
+    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
+    path.write_text(json.dumps(plain | {"base_model_name_or_path": "Qwen/Qwen3.5-9B-Base"}))
+    with pytest.raises(ModelError, match=r"made for the base Qwen/Qwen3.5-9B-Base, model.name says Qwen/Qwen3.5-9B"):
+        _check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
+    for key, value in (("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("rank_pattern", {"q_proj": 3})):
+        path.write_text(json.dumps(plain | {key: value}))
+        with pytest.raises(ModelError, match=f"{key}: only plain LoRA"):
+            load(random_base, adapter)
+
+
+def test_a_target_that_is_no_layer_is_named(random_base: Path) -> None:
+    for wrong in ("k_prj", "lm_head", "norm"):
+        with pytest.raises(ModelError, match=f"{wrong}: no such linear layer"):
+            load(random_base, target_modules=("q_proj", wrong))
+
+
 def test_an_adapter_without_effect_is_refused(adapter: Path, random_base: Path) -> None:
     from safetensors.torch import load_file, save_file
 

@@ -216,7 +216,9 @@ source = "worth nothing"
     assert "the trigger also matches 1 cases of gold levels it does not speak about" in text
     pain = text[text.index("severe_pain_missed  ") :]
     assert pain.splitlines()[1].strip() == "never fires on these cases"
-    assert "fires, but can never change an advantage here" in text
+    inert = "fires, but can never change an advantage here"
+    before, _, after = text.partition("  nothing_at_all  ")
+    assert inert not in before and after.splitlines()[1].strip() == inert
     assert "nothing_at_all: can never change an advantage, whatever the data" in text
 
 
