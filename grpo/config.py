@@ -50,7 +50,7 @@ def _int_keys(table: object) -> object:
     """TOML keys are strings; the keys of this table are ESI levels."""
     if not isinstance(table, dict):
         return table
-    return {int(key) if str(key) in "0123456789" else key: value for key, value in table.items()}
+    return {int(key) if re.fullmatch("[0-9]", str(key)) else key: value for key, value in table.items()}
 
 
 def _as_tuple(value: object) -> object:
