@@ -4,31 +4,36 @@ No model and no torch: the reward set is enumerated, blind policies are scored o
 the config's oversampling, and the plan is arithmetic. `grpo.preflight` prints this, `grpo.train` refuses by it.
 """
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from grpo.cases import LOADERS, CaseError, stream
 from grpo.config import Config
 from grpo.plan import Plan, Shape, make_plan, read_shape
 from grpo.types import Case
-from rewards import Reward, RewardError, load_reward
+from rewards import Overlong, Reward, RewardError, load_reward
+from rewards.files import load_set
 from rewards.probes import (
     Counts,
     PolicyReport,
     RuleAudit,
     WeightedCase,
     audit_rules,
+    check_accuracy,
     expected_rewards,
     never_matter,
 )
-from rewards.proof import Proof, prove
-from rewards.schema import ExampleCase, load_set
+from rewards.proof import Invariant, Proof, prove
+from rewards.schema import ExampleCase
 from rewards.types import LEVELS
 
 HONEST = 0.7
 """Share of exact answers of the policy that no hack may beat; its errors are one level off."""
+MOST_TIMED_OUT = 20
+"""Training cases on which a pattern may run out of time; then the others are left alone. Each costs the whole limit."""
 
 
 class UnsoundReward(ValueError):
@@ -49,6 +54,29 @@ class Material:
     shape: Shape | None
     faults: tuple[str, ...]
     """One line for each case file that cannot be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timeouts:
+    """Training cases on which a pattern runs out of time: every completion of theirs gets the floor, so they teach
+    nothing and cost the pattern's whole limit."""
+
+    ids: tuple[str, ...]
+    looked_at: int
+    """All training cases, or those up to the last of `MOST_TIMED_OUT` ids."""
+
+    @property
+    def given_up(self) -> bool:
+        return len(self.ids) >= MOST_TIMED_OUT
+
+    def __str__(self) -> str:
+        share = len(self.ids) / self.looked_at
+        first = "the first " if self.given_up else ""
+        more = " and others" if len(self.ids) > 3 else ""
+        return (
+            f"patterns run out of time on {len(self.ids)} of {first}{self.looked_at:,} training cases ({share:.1%}), "
+            f"whose completions all get the floor: {', '.join(self.ids[:3])}{more}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +115,17 @@ class Examination:
     dead_rules: tuple[str, ...]
     """Rules that could not change an advantage on any case whatever."""
     policies: PolicyReport | None
-    """None without training cases, as are the next three."""
+    """None without training cases, and where too many of them run out of time."""
     rules: tuple[RuleAudit, ...] | None
-    timed_out: tuple[str, ...] | None
-    """Ids of training cases on which a pattern ran out of time: every completion gets the floor."""
+    """None as ``policies`` is."""
+    timeouts: Timeouts | None
+    """None without training cases."""
     data: DataAudit | None
+    """None without training cases."""
     plan: Plan
     faults: tuple[str, ...]
+    unchecked: tuple[str, ...]
+    """What should have been looked at and could not be, for want of a case file."""
 
     @property
     def refusals(self) -> tuple[str, ...]:
@@ -102,8 +134,9 @@ class Examination:
         means = {one.policy: one.mean for one in self.policies.ranked} if self.policies else {}
         honest = self.policies.honest if self.policies else None
         return (
-            *(f"{broken.claim}: not so for {broken.better} against {broken.worse}" for broken in self.proof.violations),
+            *(_broken(invariant) for invariant in self.proof.violations),
             *(f"example {line}" for line in self.failing_examples),
+            *([str(self.timeouts)] if self.timeouts and self.timeouts.ids else []),
             *(
                 f'the policy "{policy}" earns {means[policy]:+.3f} a completion on these cases, the honest policy '
                 f"({honest.policy}) {honest.mean:+.3f}"
@@ -114,7 +147,21 @@ class Examination:
 
     @property
     def sound(self) -> bool:
+        """Nothing that was looked at speaks against the run."""
         return not self.refusals
+
+    @property
+    def verdict(self) -> str:
+        """ "SOUND", "UNSOUND", or "INCOMPLETE": sound as far as it was looked at, which is not far enough."""
+        if not self.sound:
+            return "UNSOUND"
+        return "INCOMPLETE" if self.unchecked else "SOUND"
+
+
+def _broken(invariant: Invariant) -> str:
+    if invariant.ties:
+        return f"{invariant.claim}: a tie of {invariant.better} and {invariant.worse}"
+    return f"{invariant.claim}: not so for {invariant.better} against {invariant.worse}"
 
 
 def gather(config: Config, *, reward_only: bool = False) -> Material:
@@ -160,20 +207,47 @@ def examine(config: Config, material: Material, *, accuracy: float = HONEST) -> 
 
     Raises RewardError for an accuracy outside (0, 1], and for a rule of code that fails.
     """
-    reward, cases = material.reward, material.cases
-    weighted = [(case.text, case.esi, float(config.cases.oversample.get(case.esi, 1))) for case in cases or ()]
-    longest = max((len(case.text.encode()) for case in cases or ()), default=None)
+    check_accuracy(accuracy)
+    reward, cases, oversample = material.reward, material.cases, config.cases.oversample
+    weighted = [WeightedCase(case.id, case.text, case.esi, float(oversample.get(case.esi, 1))) for case in cases or ()]
+    longest = max((len(case.text.encode("utf-8", "surrogatepass")) for case in cases or ()), default=None)
+    timeouts = find_timeouts(reward, cases) if cases else None
+    probed = weighted if timeouts and not timeouts.given_up else []
     return Examination(
-        proof=prove(reward),
+        proof=prove(reward, overlong=length_term(config)),
         failing_examples=tuple(line for example in material.examples if (line := failing(reward, example))),
         dead_rules=never_matter(reward),
-        policies=expected_rewards(reward, pooled(reward, weighted), accuracy=accuracy) if cases else None,
-        rules=audit_rules(reward, weighted) if cases else None,
-        timed_out=tuple(case.id for case in cases if reward.matches(case.text) is None) if cases else None,
-        data=audit_data(cases, config.cases.oversample, material.sets) if cases else None,
+        policies=expected_rewards(reward, pooled(reward, probed), accuracy=accuracy) if probed else None,
+        rules=audit_rules(reward, probed) if probed else None,
+        timeouts=timeouts,
+        data=audit_data(cases, oversample, material.sets) if cases else None,
         plan=make_plan(config, material.shape, longest),
         faults=material.faults,
+        unchecked=_unchecked(config, material),
     )
+
+
+def length_term(config: Config) -> Overlong | None:
+    """The run's soft overlong penalty, if it has one."""
+    section = config.reward.overlong
+    return Overlong(section.cache_tokens, section.penalty) if section else None
+
+
+def find_timeouts(reward: Reward, cases: Sequence[Case]) -> Timeouts:
+    """The cases on which a pattern runs out of time; gives up at `MOST_TIMED_OUT` of them, so the time is bounded by
+    their limits and not by the file."""
+    met = ((number, case.id) for number, case in enumerate(cases, 1) if reward.matches(case.text) is None)
+    found = list(itertools.islice(met, MOST_TIMED_OUT))
+    looked_at = found[-1][0] if len(found) == MOST_TIMED_OUT else len(cases)
+    return Timeouts(tuple(case_id for _, case_id in found), looked_at)
+
+
+def _unchecked(config: Config, material: Material) -> tuple[str, ...]:
+    if not material.faults:
+        return ()
+    training = ["what blind policies earn, the rules, the data: no training cases"] if material.cases is None else []
+    missing = [name for name in config.evaluate.ends | config.evaluate.during if name not in material.sets]
+    return (*training, *([f"what training shares with {', '.join(missing)}"] if missing else []))
 
 
 def check_reward(config: Config, examination: Examination) -> None:
@@ -192,19 +266,17 @@ def pooled(reward: Reward, cases: Sequence[WeightedCase]) -> list[WeightedCase]:
     """Fewer cases with the same expectations: those of one gold level on which the same triggers fire score alike, so
     the first stands for all with their summed weight. A rule of code may read anything: then no case is dropped.
 
-    >>> pooled(load_reward("v49"), [("Refill.", 5, 1.0), ("Rash.", 5, 2.0), ("Rash.", 4, 1.0)])
-    [('Refill.', 5, 3.0), ('Rash.', 4, 1.0)]
+    >>> rows = [("a", "Refill.", 5, 1.0), ("b", "Rash.", 5, 2.0), ("c", "Rash.", 4, 1.0)]
+    >>> [(case.id, case.weight) for case in pooled(load_reward("v49"), [WeightedCase(*row) for row in rows])]
+    [('a', 3.0), ('c', 1.0)]
     """
     if any(rule.function for rule in reward.rules):
         return list(cases)
-    first: dict[tuple[int, tuple[bool, ...] | None], str] = {}
-    weights: dict[tuple[int, tuple[bool, ...] | None], float] = defaultdict(float)
-    for text, gold, weight in cases:
-        found = reward.matches(text)
-        key = gold, None if found is None else tuple(span is not None for span in found)
-        first.setdefault(key, text)
-        weights[key] += weight
-    return [(text, key[0], weights[key]) for key, text in first.items()]
+    alike: dict[tuple[int, tuple[bool, ...] | None], list[WeightedCase]] = defaultdict(list)
+    for case in cases:
+        found = reward.matches(case.text)
+        alike[case.gold, None if found is None else tuple(span is not None for span in found)].append(case)
+    return [replace(group[0], weight=math.fsum(case.weight for case in group)) for group in alike.values()]
 
 
 def failing(reward: Reward, example: ExampleCase) -> str | None:

@@ -2,7 +2,9 @@
 
 Prints the whole reward table with the margin of each invariant, what blind policies earn on the run's own cases, how
 the rules and the cases look, and the plan; with ``--explain`` the reward of one completion, part by part. Imports no
-torch. Exit codes: 0 sound, 1 unsound, 2 bad input (what could be examined is still printed).
+torch. Exit codes: 0 sound, 1 unsound, 2 bad input: a command line, config or reward that cannot be used, or a case file
+that cannot be read (what could be examined is still printed, and the verdict says INCOMPLETE where nothing else is
+wrong). With ``--json``, bad input prints ``{"error": "..."}``; only a command line that argparse refuses prints usage.
 """
 
 import argparse
@@ -16,10 +18,11 @@ from pathlib import Path
 
 from grpo.cases import CaseError
 from grpo.config import Config, ConfigError, load_config
-from grpo.examine import HONEST, DataAudit, Examination, Material, examine, gather
+from grpo.examine import HONEST, DataAudit, Examination, Material, examine, gather, length_term
 from grpo.plan import Plan
-from rewards import Reward, RewardError, Rule, Score
-from rewards.probes import PolicyReport, RuleAudit
+from grpo.types import Case
+from rewards import Overlong, Reward, RewardError, Rule, Score
+from rewards.probes import PolicyReport, RuleAudit, check_accuracy
 from rewards.proof import OUTCOMES, Proof, Row
 from rewards.types import LEVELS
 
@@ -73,6 +76,11 @@ def table_lines(proof: Proof) -> list[str]:
         "table     total by gold level, triggers that fire, and outcome",
         "          cut: by the token budget, before an answer; timeout: of a pattern, whatever the answer",
     ]
+    if proof.overlong:
+        lines.append(
+            f"          with the overlong penalty: 0 to {signed(-proof.overlong.penalty)} in the budget's last "
+            f"{proof.overlong.cache:,} tokens"
+        )
     lines += [f"          {tag} = {name}" for name, tag in tags.items()]
     lines.append(f"  gold  {'triggers':<{firing}}" + "".join(f"{head:>{max(width, len(head) + 2)}}" for head in heads))
     for (gold, values), combos in alike.items():
@@ -105,6 +113,8 @@ def proof_lines(proof: Proof) -> list[str]:
 def probe_lines(report: PolicyReport | None, material: Material) -> list[str]:
     """What every policy earns on the training stream, the best first."""
     if report is None:
+        if material.cases is not None:
+            return ["probes    none: patterns run out of time on too many cases"]
         asked = [f"          {visible(fault)}" for fault in material.faults]
         return ["probes    none: no cases", *asked] if asked else ["probes    none: --reward-only reads no cases"]
     lines = [
@@ -124,23 +134,21 @@ def rule_lines(examination: Examination, material: Material) -> list[str]:
         return ["rules     that no case could make matter:", *dead] if dead else []
     if not examination.rules:
         return ["rules     none"]
-    ids = [case.id for case in material.cases]
     lines = [f"rules     {'cases in which the rule may speak, by gold level':<56}1      2      3      4      5"]
     for audit in examination.rules:
         lines.append(f"  {audit.rule:<58}" + "".join(f"{count:>7,}" for count in audit.fires))
-        lines += [f"          {note}" for note in _rule_notes(audit, material.reward.rule(audit.rule), ids)]
-    timed_out = examination.timed_out or ()
-    return lines + dead + ([f"          patterns ran out of time on {_ids(timed_out)}"] if timed_out else [])
+        lines += [f"          {note}" for note in _rule_notes(audit, material.reward.rule(audit.rule))]
+    return lines + dead
 
 
-def _rule_notes(audit: RuleAudit, rule: Rule, ids: Sequence[str]) -> list[str]:
+def _rule_notes(audit: RuleAudit, rule: Rule) -> list[str]:
     notes = []
     if audit.wordings:
         notes.append("found: " + visible(", ".join(f"{word} ({count})" for word, count in audit.wordings[:4])))
     if rule.trigger and (elsewhere := sum(audit.matches) - sum(audit.fires)):
         notes.append(f"the trigger also matches {elsewhere:,} cases of gold levels it does not speak about")
     if audit.negated:
-        notes.append(f"behind a negation or the past: {_ids([ids[index] for index in audit.negated])}")
+        notes.append(f"behind a negation or the past: {_ids(audit.negated)}")
     if audit.never_fires:
         notes.append("never fires on these cases")
     elif not audit.changes_advantage:
@@ -194,32 +202,33 @@ def plan_lines(config: Config, plan: Plan) -> list[str]:
 
 
 def verdict_lines(config: Config, examination: Examination) -> list[str]:
-    """Sound or not, why, and what could not be examined."""
-    lines = ["verdict   SOUND" if examination.sound else "verdict   UNSOUND"]
+    """Sound, unsound or incomplete; why, and what could not be examined."""
+    alone = ", the reward alone: no cases were asked for" if examination.data is None and not examination.faults else ""
+    lines = [f"verdict   {examination.verdict}{alone}"]
     lines += [f"          - {visible(reason)}" for reason in examination.refusals]
     if config.reward.allow_unsound:
         lines.append(f"          training is allowed all the same: {visible(config.reward.reason)}")
-    if examination.faults:
-        lines.append(
-            f"          {len(examination.faults)} case file(s) could not be used: this is not the whole picture"
-        )
+    if examination.unchecked:
+        lines += [f"          not checked: {visible(what)}" for what in examination.unchecked]
         lines.append("          (--reward-only looks at the reward and the plan alone)")
     return lines
 
 
-def record(config: Config, material: Material, examination: Examination) -> dict[str, object]:
+def record(config: Config, examination: Examination) -> dict[str, object]:
     """The examination as JSON holds it: no case texts; a margin that nothing bounds is null."""
     proof = examination.proof
-    ids = [case.id for case in material.cases or ()]
     return {
         "reward": {"name": proof.reward, "sha256": proof.sha256, "failing_examples": examination.failing_examples},
-        "sound": examination.sound,
+        "verdict": examination.verdict,
+        "sound": examination.verdict == "SOUND",
         "refusals": examination.refusals,
         "allowed": config.reward.reason if config.reward.allow_unsound else None,
         "faults": examination.faults,
+        "unchecked": examination.unchecked,
         "proof": {
             "sound": proof.sound,
             "smallest_margin": proof.smallest_margin,
+            "overlong": proof.overlong and asdict(proof.overlong),
             "invariants": [
                 {**asdict(i), "holds": i.holds, "margin": i.margin if math.isfinite(i.margin) else None}
                 for i in proof.invariants
@@ -228,10 +237,9 @@ def record(config: Config, material: Material, examination: Examination) -> dict
         },
         "probes": examination.policies
         and {**asdict(examination.policies), "beaten_by": examination.policies.beaten_by},
-        "rules": examination.rules
-        and [{**asdict(audit), "negated": [ids[i] for i in audit.negated]} for audit in examination.rules],
+        "rules": examination.rules and [asdict(audit) for audit in examination.rules],
         "dead_rules": examination.dead_rules,
-        "timed_out": examination.timed_out,
+        "timeouts": examination.timeouts and asdict(examination.timeouts),
         "data": examination.data and asdict(examination.data),
         "plan": {
             **asdict(examination.plan),
@@ -241,21 +249,27 @@ def record(config: Config, material: Material, examination: Examination) -> dict
     }
 
 
-def explain(material: Material, case_id: str, completion: str, *, thinking: bool, finished: bool) -> str:
+def explain(
+    material: Material, case_id: str, completion: str, *, thinking: bool, finished: bool, length: Overlong | None
+) -> str:
     """How one completion of one case is scored: what was parsed, what each rule said, each part and the total.
 
-    Control characters of the case and the completion are shown as escapes.
+    Control characters of the case and the completion are shown as escapes. A text's tokens are not counted here: the
+    overlong penalty is 0 for a finished completion, with a line that says so, and whole for one that was cut.
 
     Raises:
         CaseError: no training or evaluation case has this id.
     """
-    every = [*(material.cases or ()), *(case for members in material.sets.values() for case in members)]
-    case = next((case for case in every if case.id == case_id), None)
-    if case is None:
-        raise CaseError(f"no training or evaluation case has the id {case_id!r}; {len(every):,} were read")
+    case = _named_case(material, case_id)
     reward = material.reward
     score = reward.score(
-        text=case.text, gold=case.esi, completion=completion, thinking=thinking, finished=finished, case_id=case.id
+        text=case.text,
+        gold=case.esi,
+        completion=completion,
+        thinking=thinking,
+        finished=finished,
+        case_id=case.id,
+        length_penalty=-length.penalty if length and not finished else 0.0,
     )
     lines = [
         f"case      {visible(case.id)}, gold ESI {case.esi}",
@@ -269,7 +283,21 @@ def explain(material: Material, case_id: str, completion: str, *, thinking: bool
         said = [_rule_said(reward, rule, case.text, case.esi, score) for rule in reward.rules]
         lines += [f"{'rules' if i == 0 else '':<10}{line}" for i, line in enumerate(said)]
     lines += [f"{'parts' if i == 0 else '':<10}{n:<28}{signed(v):>7}" for i, (n, v) in enumerate(score.parts.items())]
+    if length and finished:
+        lines.append(
+            f"          overlong: up to {signed(-length.penalty)} in the budget's last {length.cache:,} tokens; the "
+            "text's are not counted here"
+        )
     return "\n".join([*lines, f"total     {'':<28}{signed(score.total):>7}"])
+
+
+def _named_case(material: Material, case_id: str) -> Case:
+    every = [*(material.cases or ()), *(case for members in material.sets.values() for case in members)]
+    for case in every:
+        if case.id == case_id:
+            return case
+    unread = "".join(f"\nnot read: {fault}" for fault in material.faults)
+    raise CaseError(f"no training or evaluation case has the id {case_id!r}; {len(every):,} were read{unread}")
 
 
 def _answer(score: Score, completion: str) -> str:
@@ -338,41 +366,39 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--json", action="store_true", help="print one JSON object")
     one = made.add_argument_group("one completion")
     one.add_argument("--explain", metavar="CASE_ID", help="show how a completion of this case is scored")
-    one.add_argument("--completion", metavar="TEXT|@FILE", help="the completion, or the file that holds it")
+    one.add_argument(
+        "--completion",
+        metavar="TEXT|@FILE",
+        help="the completion, or the file that holds it; a text that begins with @ is written @@",
+    )
     one.add_argument("--thinking", choices=("on", "off"), help="did the prompt open <think>? (default: the config's)")
     one.add_argument("--truncated", action="store_true", help="the token budget cut the completion")
     return made
 
 
+class UsageError(ValueError):
+    """Options that do not go together."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    made = parser()
-    arguments = made.parse_args(argv)
-    if (arguments.explain is None) != (arguments.completion is None):
-        made.error("--explain and --completion belong together")
-    if arguments.explain is not None and (arguments.reward_only or arguments.json):
-        made.error("--explain needs the cases and prints text: leave out --reward-only and --json")
+    arguments = parser().parse_args(argv)
     try:
+        _check_usage(arguments)
         config, _ = load_config(arguments.config, arguments.set)
         material = gather(config, reward_only=arguments.reward_only)
         if arguments.explain is not None:
-            thinking = arguments.thinking or ("off" if config.rollout.thinking == "off" else "on")
-            print(
-                explain(
-                    material,
-                    arguments.explain,
-                    _completion(arguments.completion),
-                    thinking=thinking == "on",
-                    finished=not arguments.truncated,
-                )
-            )
+            print(_explained(config, material, arguments))
             return 0
         examination = examine(config, material, accuracy=arguments.honest)
-    except (ConfigError, CaseError, RewardError) as error:
-        print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
+    except (UsageError, ConfigError, CaseError, RewardError) as error:
+        message = "\n".join(visible(line) for line in str(error).splitlines())
+        print(f"error: {message}", file=sys.stderr)
+        if arguments.json:
+            print(json.dumps({"error": message}))
         return 2
     if arguments.json:
-        print(json.dumps(record(config, material, examination), allow_nan=False))
+        print(json.dumps(record(config, examination), allow_nan=False))
     else:
         print(render(config, material, examination))
     for fault in examination.faults:
@@ -380,9 +406,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2 if examination.faults else 0 if examination.sound else 1
 
 
+def _check_usage(arguments: argparse.Namespace) -> None:
+    check_accuracy(arguments.honest)
+    if (arguments.explain is None) != (arguments.completion is None):
+        raise UsageError("--explain and --completion belong together")
+    if arguments.explain is not None and (arguments.reward_only or arguments.json):
+        raise UsageError("--explain needs the cases and prints text: leave out --reward-only and --json")
+
+
+def _explained(config: Config, material: Material, arguments: argparse.Namespace) -> str:
+    thinking = arguments.thinking or ("off" if config.rollout.thinking == "off" else "on")
+    return explain(
+        material,
+        arguments.explain,
+        _completion(arguments.completion),
+        thinking=thinking == "on",
+        finished=not arguments.truncated,
+        length=length_term(config),
+    )
+
+
 def _completion(argument: str) -> str:
-    if not argument.startswith("@"):
-        return argument
+    if argument.startswith("@@") or not argument.startswith("@"):
+        return argument.removeprefix("@")
     try:
         return Path(argument[1:]).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

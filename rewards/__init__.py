@@ -1,7 +1,8 @@
 """Rewards as data: a table over the signed error, rule rows, and a proof over all they can say."""
 
+from rewards.length import Overlong, overlong
 from rewards.parse import parse_answer
-from rewards.reward import Reward, load_reward
+from rewards.reward import Reward, dump_reward, load_reward
 from rewards.rules import NumberTrigger, PatternTrigger, Rule
 from rewards.types import Answer, Fired, RewardError, Score, View
 
@@ -9,12 +10,15 @@ __all__ = [
     "Answer",
     "Fired",
     "NumberTrigger",
+    "Overlong",
     "PatternTrigger",
     "Reward",
     "RewardError",
     "Rule",
     "Score",
     "View",
+    "dump_reward",
     "load_reward",
+    "overlong",
     "parse_answer",
 ]

@@ -14,20 +14,20 @@ import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+import regex
+
+from rewards.second import BLANK, DASH, JOINT, NAME, second_level
 from rewards.types import Answer, Reason, Span
 
 END_TOKENS = re.compile(r"<\|(?:im_end|endoftext)\|>")
 
-_MARK = r"[ \t*_`\"'\[({<]"
+_MARK = rf"[{BLANK}*_`\"'\[({{<]"
 """Blanks and Markdown that may stand before a level. Every repetition is bounded or possessive: parsing is linear."""
 _COLON = rf"{_MARK}{{0,6}}+(?:[:=]|\bis\b){_MARK}{{0,6}}+"
-_DASH = rf"{_MARK}{{0,6}}+[–—-]{_MARK}{{0,6}}+"
-_ESI = rf"ESI\b{_MARK}{{0,3}}+(?:(?:triage )?(?:level|score)\b)?(?:[ \t:#=*_–—-]|\bis\b){{0,6}}+"
+_DASHED = rf"{_MARK}{{0,6}}+[{DASH}]{_MARK}{{0,6}}+"
 _LEVEL = r"(?P<level>\d{1,9}+(?:\.\d{1,3})?(?:[^\W\d_]{1,9})?)"
-_JOINT = r"(?:[-–—/,;&+|]|\b(?:or|and|to|through|versus|vs|maybe|possibly|perhaps|even)\b)"
-_AND = rf"[ \t*_`\"'\])}}]{{0,6}}+(?:{_JOINT}[ \t*_`\"'(\[?.]{{0,6}}+){{1,4}}(?:{_ESI}|level )?"
-"""Between the levels of a range or a list: "2-3", "2 or 3", "2 (or maybe ESI 3)", "1, 2, 3"."""
-_ALONE = r"^[ \t>#*_`\"'\[(-]{0,9}+"
+_ALONE = rf"^[{BLANK}>#*_`\"'\[({DASH}]{{0,9}}+"
+_CLOSE = rf"[{BLANK}*_`\"'\])}}.!]{{0,9}}+$"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,37 +36,40 @@ class Format:
 
     rank: int
     """1 outranks 2 outranks 3."""
-    pattern: re.Pattern[str]
-    """Has one group, ``level``."""
+    patterns: tuple[re.Pattern[str] | regex.Pattern[str], ...]
+    """Each has one group, ``level``."""
 
 
-def _format(rank: int, pattern: str) -> Format:
-    return Format(rank, re.compile(pattern, re.IGNORECASE | re.MULTILINE))
+def _worded(rank: int, *patterns: str) -> Format:
+    # regex looks for a pattern's leading word five times as fast as re does when case is ignored
+    return Format(rank, tuple(regex.compile(pattern, regex.IGNORECASE | regex.VERSION0) for pattern in patterns))
+
+
+def _line(rank: int, pattern: str) -> Format:
+    # re is the faster one where a pattern is tried at every start of a line
+    return Format(rank, (re.compile(pattern, re.IGNORECASE | re.MULTILINE),))
 
 
 FORMATS: Mapping[str, Format] = {
     # "ANSWER: ESI 2", "**ANSWER: ESI 2**", "Final answer: 2", "Answer: level 2", "The answer is ESI-2"
-    "answer": _format(
+    "answer": _worded(
         1,
-        rf"\banswer\b(?:(?:{_COLON}|{_DASH})(?:\s{{0,3}}+{_MARK}{{0,3}}+{_ESI}|level\b{_MARK}{{0,3}}+)?"
-        rf"|{_MARK}{{1,6}}+{_ESI}){_LEVEL}",
+        rf"\banswer\b(?:(?:{_COLON}|{_DASHED})(?:\s{{0,3}}+{_MARK}{{0,3}}+{NAME}|level\b{_MARK}{{0,3}}+)?"
+        rf"|{_MARK}{{1,6}}+{NAME}){_LEVEL}",
     ),
     # "Final ESI level: 2", "Final ESI: 2", "Final level is 2"
-    "final": _format(1, rf"\bfinal {{1,3}}+(?:{_ESI}|(?:triage )?(?:level|acuity)\b{_COLON}){_LEVEL}"),
+    "final": _worded(1, rf"\bfinal {{1,3}}+(?:{NAME}|(?:triage )?(?:level|acuity)\b{_COLON}){_LEVEL}"),
     # "ESI level: 2", "ESI level is 2", "ESI: 2", "triage level: 2"
-    "labelled": _format(
-        2, rf"\b(?:ESI(?: (?:triage )?(?:level|score))?|triage (?:level|score))\b{_COLON}(?:{_ESI})?{_LEVEL}"
+    "labelled": _worded(
+        2,
+        rf"\bESI(?: (?:triage )?(?:level|score))?\b{_COLON}(?:{NAME})?{_LEVEL}",
+        rf"\btriage (?:level|score)\b{_COLON}(?:{NAME})?{_LEVEL}",
     ),
     # "ESI-2", "ESI Level 2.", "**ESI 2**", and the range "ESI 2 or 3", alone on its line
-    "alone": _format(3, rf"{_ALONE}{_ESI}{_LEVEL}(?=(?:{_AND}\d){{0,5}}[ \t*_`\"'\])}}.!]{{0,9}}+$)"),
+    "alone": _line(3, rf"{_ALONE}{NAME}{_LEVEL}(?=(?:{JOINT}\d){{0,5}}+{_CLOSE})"),
     # "2", alone on its line
-    "digit": _format(3, rf"{_ALONE}(?P<level>[1-5])(?=[ \t*_`\"'\])}}.!]{{0,9}}+$)"),
+    "digit": _line(3, rf"{_ALONE}(?P<level>[1-5])(?={_CLOSE})"),
 }
-
-_MORE = re.compile(rf"{_AND}\d", re.IGNORECASE)
-"""A second level joined to the first."""
-_NAMED = re.compile(rf"\b(?:{_ESI}|level\s)(?P<level>\d{{1,9}}+)", re.IGNORECASE)
-"""Another level named later on the same line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +132,8 @@ def _commitments(completion: str, start: int, stop: int, formats: Collection[str
     hits = [
         (match.start(), match.end(), FORMATS[name].rank, match.group("level"))
         for name in formats
-        for match in FORMATS[name].pattern.finditer(text)
+        for pattern in FORMATS[name].patterns
+        for match in pattern.finditer(text)
     ]
     kept: list[tuple[int, int, int, str]] = []
     for hit in sorted(hits, key=lambda hit: (hit[0], hit[2])):
@@ -138,15 +142,12 @@ def _commitments(completion: str, start: int, stop: int, formats: Collection[str
         elif (hit[2], hit[0] - hit[1]) < (kept[-1][2], kept[-1][0] - kept[-1][1]):
             kept[-1] = hit
     for i, (begin, end, rank, written) in enumerate(kept):
-        line_end = text.find("\n", end)
-        line_end = len(text) if line_end < 0 else line_end
-        after = min(line_end, kept[i + 1][0]) if i + 1 < len(kept) else line_end
-        level, reason = _level(written, text[end:after])
+        level, reason = _level(text, written, end, kept[i + 1][0] if i + 1 < len(kept) else len(text))
         yield _Commitment(rank, level, reason, (start + begin, start + end))
 
 
-def _level(written: str, rest: str) -> tuple[int | None, Reason]:
-    """The level written, judged with the rest of its line."""
-    if _MORE.match(rest) or any(match.group("level") != written for match in _NAMED.finditer(rest)):
-        return None, "range"
-    return (int(written), "parsed") if written in ("1", "2", "3", "4", "5") else (None, "out of range")
+def _level(text: str, written: str, end: int, stop: int) -> tuple[int | None, Reason]:
+    """The level written, judged with what follows it up to the next commitment."""
+    if written not in ("1", "2", "3", "4", "5"):
+        return None, "out of range"
+    return (None, "range") if second_level(text, end, stop, written) else (int(written), "parsed")

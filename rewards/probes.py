@@ -18,8 +18,21 @@ from rewards.rules import PatternTimeout, Rule, Trigger, trigger_spans
 from rewards.table import Table, combine, total
 from rewards.types import LEVELS, RewardError
 
-WeightedCase = tuple[str, int, float]
-"""(text, gold, weight): the weight is how often the case stands in the training stream."""
+
+@dataclass(frozen=True, slots=True)
+class WeightedCase:
+    """A case of the training stream.
+
+    Example: ``WeightedCase("train-000017", "A 34-year-old male ...", 2, 5.0)``
+    """
+
+    id: str
+    """What an error and an audit name instead of the text."""
+    text: str
+    gold: int
+    weight: float
+    """How often the case stands in the stream."""
+
 
 Draws = list[tuple[float, str]]
 """(probability, completion) of one policy on one case; the prompt has opened ``<think>``."""
@@ -45,6 +58,7 @@ POLICIES: dict[str, str] = {
     **{f"always {level}": committed(level) for level in LEVELS},
     "never answer": "</think>\nThis patient should be seen by a physician.",
     "list all five": "</think>\nANSWER: ESI " + ", ".join(map(str, LEVELS)),
+    "list all five, blanks between": "</think>\nANSWER: ESI " + " ".join(map(str, LEVELS)),
     "answer inside <think> only": "ANSWER: ESI 2",
     "two different answers": f"{committed(1)}\nANSWER: ESI 2",
 }
@@ -85,27 +99,34 @@ def expected_rewards(reward: Reward, cases: Sequence[WeightedCase], *, accuracy:
 
     Args:
         reward: the reward to probe.
-        cases: (text, gold, weight), weights >= 0 and not all 0; oversampling goes into the weights.
+        cases: weights >= 0 and not all 0; oversampling goes into the weights.
         accuracy: share of exact answers of the honest policy, in (0, 1]; its errors are one level off.
 
-    Rules of code are called with the policies' bare answers.
+    Rules of code are called with the policies' bare answers, which are too short for any length term.
 
-    Raises RewardError for no cases, weights that are negative or sum to 0, or an accuracy outside (0, 1].
+    Raises RewardError for no cases, weights that are negative or sum to 0, an accuracy outside (0, 1], and a rule of
+    code that fails.
 
+    >>> from dataclasses import replace
     >>> from rewards import load_reward
-    >>> cases = [("arrest", 1, 20.0), ("sprain", 4, 1.0)]
-    >>> expected_rewards(load_reward("v45c"), cases).beaten_by
+    >>> arrest, sprain = WeightedCase("a", "arrest", 1, 20.0), WeightedCase("b", "sprain", 4, 1.0)
+    >>> expected_rewards(load_reward("v45c"), [arrest, sprain]).beaten_by
     ('always 1',)
-    >>> expected_rewards(load_reward("v49"), [("arrest", 1, 1.0), ("sprain", 4, 1.0)]).beaten_by
+    >>> expected_rewards(load_reward("v49"), [replace(arrest, weight=1.0), sprain]).beaten_by
     ()
     """
     _check_cases(cases)
-    if not 0 < accuracy <= 1:
-        raise RewardError(f"accuracy: expected a share in (0, 1], got {accuracy}")
+    check_accuracy(accuracy)
     honest = _expectation(f"honest, {accuracy:.0%} exact", reward, cases, partial(honest_draws, accuracy=accuracy))
     blind = [_expectation(name, reward, cases, partial(_always, text)) for name, text in POLICIES.items()]
     ranked = sorted([honest, *blind], key=lambda expectation: -expectation.mean)
     return PolicyReport(accuracy, honest, tuple(ranked))
+
+
+def check_accuracy(accuracy: float) -> None:
+    """Raises RewardError unless the honest policy's accuracy is a share in (0, 1]."""
+    if not 0 < accuracy <= 1:
+        raise RewardError(f"accuracy of the honest policy: expected a share in (0, 1], got {accuracy}")
 
 
 def _always(completion: str, gold: int) -> Draws:
@@ -117,12 +138,12 @@ def _expectation(
 ) -> Expectation:
     weights: list[float] = []
     values: list[float] = []
-    for index, (text, gold, weight) in enumerate(cases):
-        for share, completion in draws(gold):
+    for case in cases:
+        for share, completion in draws(case.gold):
             score = reward.score(
-                text=text, gold=gold, completion=completion, thinking=True, finished=True, case_id=f"case {index}"
+                text=case.text, gold=case.gold, completion=completion, thinking=True, finished=True, case_id=case.id
             )
-            weights.append(weight * share)
+            weights.append(case.weight * share)
             values.append(score.total)
     mass = math.fsum(weights)
     mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / mass
@@ -131,10 +152,12 @@ def _expectation(
 
 
 def _check_cases(cases: Sequence[WeightedCase]) -> None:
-    for index, (_, gold, weight) in enumerate(cases):
-        if gold not in LEVELS or not (math.isfinite(weight) and weight >= 0):
-            raise RewardError(f"case {index}: expected a gold level 1-5 and a weight >= 0, got {gold!r} and {weight!r}")
-    if not any(weight for _, _, weight in cases):
+    for case in cases:
+        if case.gold not in LEVELS or not (math.isfinite(case.weight) and case.weight >= 0):
+            raise RewardError(
+                f'case "{case.id}": expected a gold level 1-5 and a weight >= 0, got {case.gold!r} and {case.weight!r}'
+            )
+    if not any(case.weight for case in cases):
         raise RewardError("cases: expected at least one of weight above 0, got none")
 
 
@@ -145,21 +168,24 @@ NEGATION = regex.compile(
 )
 """A word of negation or of the past before a match, in the same clause. A hint for a reader, not a judgement."""
 
+MOST_LETTERS = 40
+"""Looked at on either side of a match for the rest of its word."""
+
 Counts = tuple[int, int, int, int, int]
 """One count for each gold level, 1 to 5."""
 
 
 @dataclass(frozen=True, slots=True)
 class RuleAudit:
-    """How one rule meets the data. Texts are named by their index in the cases, never quoted beyond one word."""
+    """How one rule meets the data. Texts are named by their case's id, never quoted beyond one word."""
 
     rule: str
     matches: Counts
     """Cases whose text makes the trigger fire, by gold level, whatever the rule's gold condition."""
     fires: Counts
     """Of these, the cases whose gold the rule speaks about."""
-    negated: tuple[int, ...]
-    """Cases it speaks about in which some match stands behind a word of negation or of the past."""
+    negated: tuple[str, ...]
+    """Ids of cases it speaks about in which some match stands behind a word of negation or of the past."""
     wordings: tuple[tuple[str, int], ...]
     """The words that the matches touch, most frequent first: "stable" under a pattern for "stab" shows here."""
     changes_advantage: bool
@@ -180,11 +206,11 @@ def audit_rules(reward: Reward, cases: Sequence[WeightedCase]) -> tuple[RuleAudi
     Cases whose patterns ran out of time count as not matching.
 
     >>> from rewards import load_reward
-    >>> audit = audit_rules(load_reward("v49"), [("Headache, vitals stable.", 2, 1.0)])
+    >>> audit = audit_rules(load_reward("v49"), [WeightedCase("a", "Headache, vitals stable.", 2, 1.0)])
     >>> [(row.rule, row.fires, row.wordings) for row in audit if not row.never_fires]
     [('open_injury_missed', (0, 1, 0, 0, 0), (('stable', 1),))]
     """
-    firing = [_firing(reward, text) for text, _, _ in cases]
+    firing = [_firing(reward, case.text) for case in cases]
     return tuple(_audit(reward, rule, cases, firing) for rule in reward.rules)
 
 
@@ -197,21 +223,21 @@ def _audit(
     reward: Reward, rule: Rule, cases: Sequence[WeightedCase], firing: Sequence[frozenset[Trigger]]
 ) -> RuleAudit:
     matches, fires = [0] * 5, [0] * 5
-    negated: list[int] = []
+    negated: list[str] = []
     wordings: Counter[str] = Counter()
     met: set[tuple[int, frozenset[Trigger]]] = set()
-    for index, ((text, gold, _), triggers) in enumerate(zip(cases, firing, strict=True)):
+    for case, triggers in zip(cases, firing, strict=True):
         if rule.trigger is not None and rule.trigger not in triggers:
             continue
-        matches[gold - 1] += 1
-        if gold not in rule.gold:
+        matches[case.gold - 1] += 1
+        if case.gold not in rule.gold:
             continue
-        fires[gold - 1] += 1
-        met.add((gold, triggers))
-        words, behind_negation = _wordings(rule, text)
+        fires[case.gold - 1] += 1
+        met.add((case.gold, triggers))
+        words, behind_negation = _wordings(rule, case.text)
         wordings.update(words)
         if behind_negation:
-            negated.append(index)
+            negated.append(case.id)
     return RuleAudit(
         rule=rule.name,
         matches=_counts(matches),
@@ -237,9 +263,10 @@ def _wordings(rule: Rule, text: str) -> tuple[list[str], bool]:
         return [], False
     words = []
     for begin, end in spans:
-        while begin > 0 and text[begin - 1].isalnum():
+        first, last = max(0, begin - MOST_LETTERS), min(len(text), end + MOST_LETTERS)
+        while begin > first and text[begin - 1].isalnum():
             begin -= 1
-        while end < len(text) and text[end].isalnum():
+        while end < last and text[end].isalnum():
             end += 1
         words.append(text[begin:end].lower())
     return words, any(NEGATION.search(text[max(0, begin - 60) : begin]) is not None for begin, _ in spans)

@@ -5,6 +5,9 @@ outcome and every combination of the triggers that rows for this gold have, the 
 `combine` that scores. Triggers are independent booleans, rows with equal triggers share one; rules of code
 contribute their declared range, so a total is an interval [low, high].
 
+A soft overlong penalty adds a length term: anything in [−penalty, 0] to a finished completion, exactly −penalty to one
+that was cut, nothing to a timeout, which is the floor whatever the length.
+
 Two invariants compare completions that may differ in everything: the exact answer is the strict best, silence the
 strict worst. There, code rules and the length term take their least favourable values. The two about the order of
 errors compare like with like: the same length term cancels, code rules do not, for they may read the level.
@@ -14,13 +17,15 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from rewards.length import Overlong
 from rewards.reward import Reward, combinations, modifiers_range, triggers_for
 from rewards.rules import Trigger
 from rewards.table import combine, total
-from rewards.types import LEVELS, RewardError
+from rewards.types import LEVELS
 
 SILENCES = ("no parse", "truncated", "timeout")
-"""Finished without an answer; cut by the budget without an answer; a pattern ran out of time (the floor)."""
+"""Finished without an answer; cut by the budget without an answer; a pattern ran out of time (the floor). A completion
+that was cut after its answer is among the levels."""
 OUTCOMES: tuple[int | str, ...] = (*LEVELS, *SILENCES)
 
 TIE = 1e-9
@@ -71,10 +76,16 @@ class Invariant:
         """margin > 0 for a strict claim, margin >= 0 otherwise, dust below `TIE` aside."""
         return self.margin > TIE if self.strict else self.margin >= -TIE
 
+    @property
+    def ties(self) -> bool:
+        """The closest pair is worth the same, which only a strict claim minds."""
+        return abs(self.margin) <= TIE
+
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
+        margin = "ties" if self.ties else f"by {self.margin:+.3g}"
         pair = f": {self.better} | {self.worse}" if self.better and self.worse else ""
-        return f"{verdict} by {self.margin:+.3g}, {self.claim}{pair}"
+        return f"{verdict} ({margin}), {self.claim}{pair}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ class Proof:
 
     reward: str
     sha256: str
-    length_term: tuple[float, float]
+    overlong: Overlong | None
     rows: tuple[Row, ...]
     invariants: tuple[Invariant, ...]
 
@@ -106,52 +117,54 @@ class Proof:
 Pair = tuple[Row, Row]
 
 
-def prove(reward: Reward, *, length_term: tuple[float, float] = (0.0, 0.0)) -> Proof:
+def prove(reward: Reward, *, overlong: Overlong | None = None) -> Proof:
     """The proof of a reward: the whole table and the margin of each invariant.
 
     Args:
         reward: any loaded reward.
-        length_term: [low, high] of a term that is added to every total after the bounds, for example (-0.5, 0.0)
-            for a soft penalty on length.
-
-    Raises RewardError for a length term that is no finite range.
+        overlong: the soft overlong penalty that is added to its totals after the bounds, or None.
 
     >>> from rewards import load_reward
     >>> prove(load_reward("v49")).sound, prove(load_reward("v49")).smallest_margin
     (True, 0.5)
     >>> [invariant.name for invariant in prove(load_reward("v46")).violations]
     ['silence_worst']
+    >>> [str(one) for one in prove(load_reward("v49"), overlong=Overlong(cache=20, penalty=0.5)).violations]
+    ... # doctest: +ELLIPSIS
+    ['FAILS (ties), every commitment is worth more than any silence: ...: [-2, -1.5] | ...: [-2.5, -2]']
     """
-    low, high = length_term
-    if not (math.isfinite(low) and math.isfinite(high) and low <= high):
-        raise RewardError(f"length_term: expected finite (low, high) with low <= high, got {length_term}")
-    rows = tuple(row for gold in LEVELS for row in _rows(reward, gold, low, high))
+    penalty = overlong.penalty if overlong else 0.0
+    rows = tuple(row for gold in LEVELS for row in _rows(reward, gold, penalty))
     table = {(row.gold, row.triggers, row.outcome): row for row in rows}
     return Proof(
         reward=reward.name,
         sha256=reward.sha256,
-        length_term=(low, high),
+        overlong=overlong,
         rows=rows,
         invariants=tuple(
-            _invariant(name, claim, strict, pairs(table), (high - low) * ceteris_paribus)
-            for name, (claim, strict, ceteris_paribus, pairs) in INVARIANTS.items()
+            _invariant(name, claim, strict, pairs(table), penalty if equal_length else 0.0)
+            for name, (claim, strict, equal_length, pairs) in INVARIANTS.items()
         ),
     )
 
 
-def _rows(reward: Reward, gold: int, length_low: float, length_high: float) -> Iterator[Row]:
+def _rows(reward: Reward, gold: int, penalty: float) -> Iterator[Row]:
+    silent = combine(reward.table, None, {})
     for firing in combinations(triggers_for(reward.rules, gold)):
         names = _names(reward, gold, firing)
         for predicted in LEVELS:
             low, high = (
-                total(combine(reward.table, predicted - gold, modifiers))
+                combine(reward.table, predicted - gold, modifiers)
                 for modifiers in modifiers_range(reward.rules, gold, predicted, firing)
             )
-            yield Row(gold, predicted, names, low + length_low, high + length_high)
-        no_parse = total(combine(reward.table, None, {}))
-        for silence in SILENCES:
-            value = reward.floor if silence == "timeout" else no_parse
-            yield Row(gold, silence, names, value + length_low, value + length_high)
+            yield Row(gold, predicted, names, _lengthened(low, penalty), total(high))
+        yield Row(gold, "no parse", names, _lengthened(silent, penalty), total(silent))
+        yield Row(gold, "truncated", names, _lengthened(silent, penalty), _lengthened(silent, penalty))
+        yield Row(gold, "timeout", names, reward.floor, reward.floor)
+
+
+def _lengthened(parts: dict[str, float], penalty: float) -> float:
+    return total(parts | {"overlong": -penalty})
 
 
 def _names(reward: Reward, gold: int, firing: frozenset[Trigger]) -> tuple[str, ...]:

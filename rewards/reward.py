@@ -5,6 +5,7 @@ import importlib
 import itertools
 import json
 import math
+import sys
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -12,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
+from rewards.files import load_set
 from rewards.parse import parse_answer
 from rewards.rules import (
     CodeRule,
@@ -23,12 +25,12 @@ from rewards.rules import (
     find_trigger,
     levels,
 )
-from rewards.schema import NumberRow, PatternRow, ResolvedSet, RuleRow, SameRow, load_set
+from rewards.schema import NumberRow, PatternRow, ResolvedSet, RuleRow, SameRow
 from rewards.table import Table, combine, total
-from rewards.types import LEVELS, Fired, RewardError, Score, Span, View
+from rewards.types import LARGEST, LEVELS, Fired, RewardError, Score, Span, View
 
 CACHED_TEXTS = 4096
-"""Case texts whose trigger matches are remembered."""
+"""Case texts whose trigger matches are remembered. Those that ran out of time are all remembered, by their hash."""
 MOST_TRIGGERS = 12
 """Distinct triggers that rows for one gold level may have: the floor and the proof enumerate 2^n combinations."""
 
@@ -45,19 +47,30 @@ class Reward:
     sha256: str
     """Of everything that can change a score; grades, sources and example cases are not part of it."""
     components: tuple[str, ...]
-    """Keys of every ``Score.parts``: outcome, no_parse, the rules in the set's order, bounds, timeout."""
+    """Keys of every ``Score.parts``: outcome, no_parse, the rules in the set's order, bounds, overlong, timeout."""
     rules: tuple[Rule, ...]
     table: Table
     formats: tuple[str, ...]
     floor: float
-    """The least total the set can give, over every gold, outcome and combination of triggers."""
+    """The least total the set can give, over every gold, outcome and combination of triggers; no length term."""
     triggers: tuple[Trigger, ...]
     """The distinct triggers of the rules."""
     matches: Callable[[str], Matches]
-    """Case text → what each distinct trigger found; remembered for the last `CACHED_TEXTS` texts."""
+    """Case text → what each distinct trigger found. No text pays for a timeout twice."""
 
-    def score(self, *, text: str, gold: int, completion: str, thinking: bool, finished: bool, case_id: str) -> Score:
-        """The reward of one completion: total = fsum(parts), parts as `rewards.table.combine` makes them.
+    def score(
+        self,
+        *,
+        text: str,
+        gold: int,
+        completion: str,
+        thinking: bool,
+        finished: bool,
+        case_id: str,
+        length_penalty: float = 0.0,
+    ) -> Score:
+        """The reward of one completion: total = fsum(parts), parts as `rewards.table.combine` makes them, and
+        ``overlong`` = length_penalty.
 
         Args:
             text: the case as the policy read it; triggers look here and nowhere else.
@@ -67,11 +80,13 @@ class Reward:
             finished: False if the token budget cut the completion. A cut completion that parsed scores as
                 parsed; one without an answer is a no-parse like any other.
             case_id: what an error names instead of the text.
+            length_penalty: what `rewards.overlong` says about the completion's length, <= 0; added after the bounds.
 
-        A pattern that runs out of time gives the floor to *every* completion of the case, whatever it answers: a
-        group that cannot be judged has equal rewards and so teaches nothing.
+        A pattern that runs out of time gives the floor to *every* completion of the case, whatever it answers and
+        however long it is: a group that cannot be judged has equal rewards and so teaches nothing.
 
-        Raises RewardError for a gold that is no level, and for a code rule that fails or leaves its range.
+        Raises RewardError for a gold that is no level, a length penalty that is none, and for a code rule that fails
+        or leaves its range.
 
         >>> v49 = load_reward("v49")
         >>> score = v49.score(text="Arrived intubated.", gold=1, completion="ANSWER: ESI 1", thinking=False,
@@ -81,6 +96,8 @@ class Reward:
         """
         if gold not in LEVELS:
             raise RewardError(f'case "{case_id}": expected a gold ESI level from 1 to 5, got {gold!r}')
+        if not -LARGEST <= length_penalty <= 0:
+            raise RewardError(f'case "{case_id}": expected a length_penalty <= 0, got {length_penalty}')
         answer = parse_answer(completion, thinking=thinking, formats=self.formats)
         found = self.matches(text)
         if found is None:
@@ -96,7 +113,7 @@ class Reward:
             )
         error = None if answer.level is None else answer.level - gold
         stacked = combine(self.table, error, {one.rule: one.value for one in fired})
-        parts = dict.fromkeys(self.components, 0.0) | stacked
+        parts = dict.fromkeys(self.components, 0.0) | stacked | {"overlong": length_penalty}
         return Score(total(parts), MappingProxyType(parts), answer, fired, False)
 
     def applies(self, rule_name: str, text: str, gold: int) -> bool:
@@ -127,7 +144,8 @@ def load_reward(name_or_path: str | Path) -> Reward:
     """The reward of a shipped set or of a file.
 
     Args:
-        name_or_path: a shipped name ("v45c", "v46", "v48", "v49", "v50"), or a path ending in ``.toml``.
+        name_or_path: a shipped name ("v45c", "v46", "v48", "v49", "v50"), a path ending in ``.toml``, or a path ending
+            in ``.json`` that holds what `dump_reward` gave.
 
     Functions named by code rules are imported here: a set is trusted like code, so load only files you would run.
 
@@ -156,7 +174,7 @@ def load_reward(name_or_path: str | Path) -> Reward:
         name=resolved.name,
         about=resolved.about,
         sha256=_content_hash(resolved, rules),
-        components=("outcome", "no_parse", *(rule.name for rule in rules), "bounds", "timeout"),
+        components=("outcome", "no_parse", *(rule.name for rule in rules), "bounds", "overlong", "timeout"),
         rules=rules,
         table=table,
         formats=resolved.answer.formats,
@@ -164,6 +182,20 @@ def load_reward(name_or_path: str | Path) -> Reward:
         triggers=(triggers := tuple(dict.fromkeys(rule.trigger for rule in rules if rule.trigger))),
         matches=_matcher(triggers, resolved.pattern_timeout_s),
     )
+
+
+def dump_reward(name_or_path: str | Path) -> dict[str, object]:
+    """The resolved set as JSON holds it, extensions applied, example cases included: written to a file ending in
+    ``.json``, `load_reward` reads the same reward from it, with the same hash.
+
+    A rule of code is held by its name and its range: its module must still be there, unchanged, for the hash to agree.
+
+    Raises RewardError as `load_reward` does for a file that cannot be used.
+
+    >>> sorted(dump_reward("v46"))[:5], dump_reward("v49")["no_parse"]["value"]
+    (['about', 'answer', 'base', 'bounds', 'case'], -2.0)
+    """
+    return load_set(name_or_path)[0].model_dump(mode="json")
 
 
 def triggers_for(rules: tuple[Rule, ...], gold: int) -> tuple[Trigger, ...]:
@@ -197,15 +229,27 @@ def _floor(table: Table, rules: tuple[Rule, ...]) -> float:
 
 
 def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str], Matches]:
+    # a timeout is remembered too: all completions of a case must meet the same judgement, and none pays for it again
+    timed_out: set[bytes] = set()
+
     @lru_cache(maxsize=CACHED_TEXTS)
+    def search(text: str) -> tuple[Span | None, ...]:
+        return tuple(find_trigger(trigger, text, timeout_s=timeout_s) for trigger in triggers)
+
     def matches(text: str) -> Matches:
-        # a timeout is remembered too: all completions of a case must meet the same judgement
+        if timed_out and _digest(text) in timed_out:
+            return None
         try:
-            return tuple(find_trigger(trigger, text, timeout_s=timeout_s) for trigger in triggers)
+            return search(text)
         except PatternTimeout:
+            timed_out.add(_digest(text))
             return None
 
     return matches
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 
 def _rule(row: RuleRow, rows: Mapping[str, RuleRow], path: Path) -> Rule:
@@ -238,8 +282,10 @@ def _function(row: RuleRow, path: Path) -> CodeRule:
     module_name, _, name = (row.function or "").partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError) as error:
-        raise RewardError(f'{path}: rule "{row.name}".function: cannot import "{row.function}": {error}') from error
+    except (Exception, SystemExit) as error:  # importing runs the module: it may raise anything, or try to exit
+        raise RewardError(
+            f'{path}: rule "{row.name}".function: cannot import "{row.function}": {type(error).__name__}: {error}'
+        ) from error
     if not callable(function):
         raise RewardError(f'{path}: rule "{row.name}".function: "{row.function}" is not a function')
     return function
@@ -250,7 +296,7 @@ def _value(rule: Rule, view: View, case_id: str) -> float:
         return rule.low
     try:
         value = rule.function(view)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         # whatever a rule of code raises stops the run; its message may quote the case, so only its place is passed on
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
@@ -258,9 +304,10 @@ def _value(rule: Rule, view: View, case_id: str) -> float:
             f'{frame.lineno} on case "{case_id}"; a rule must return a number for every case'
         ) from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not rule.low <= value <= rule.high:
+        shown = value if isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST) else None
         raise RewardError(
             f'rule "{rule.name}" ({rule.function_name}) must return a number in [{rule.low}, {rule.high}], got '
-            f'{value if isinstance(value, int | float) else type(value).__name__} on case "{case_id}"'
+            f'{type(value).__name__ if shown is None else shown} on case "{case_id}"'
         )
     return float(value)
 
@@ -278,12 +325,16 @@ def _content_hash(resolved: ResolvedSet, rules: tuple[Rule, ...]) -> str:
             for rule in rules
         ],
         "triggers": [asdict(rule.trigger) if rule.trigger else None for rule in rules],
-        "code": [_source_hash(rule.function) for rule in rules if rule.function],
+        "code": [_source_hash(rule.function, rule.function_name or "") for rule in rules if rule.function],
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _source_hash(function: CodeRule) -> str:
+def _source_hash(function: CodeRule, name: str) -> str:
     """Of the file that holds a code rule: an edited rule is another reward."""
-    file = getattr(importlib.import_module(function.__module__), "__file__", None)
-    return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    module = sys.modules.get(getattr(function, "__module__", None) or "") or sys.modules.get(name.partition(":")[0])
+    file = getattr(module, "__file__", None)
+    try:
+        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else ""
+    except OSError as error:
+        raise RewardError(f'rule of code "{name}": cannot read its source {file}: {error.strerror}') from None

@@ -7,6 +7,9 @@ from typing import Literal
 LEVELS = (1, 2, 3, 4, 5)
 """The ESI levels, 1 the most acute."""
 
+LARGEST = 1e6
+"""No number of a reward lies farther from 0: sums stay finite, and `rewards.proof.TIE` stays above their rounding."""
+
 Reason = Literal["parsed", "no answer", "unclosed thinking", "conflicting answers", "range", "out of range"]
 Span = tuple[int, int]
 
@@ -51,7 +54,7 @@ class Score:
     answer: Answer
     fired: tuple[Fired, ...]
     timed_out: bool
-    """A trigger's pattern ran out of time on this case: the total is the set's floor."""
+    """A trigger's pattern ran out of time on this case: the total is the set's floor, without any length term."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo import train
 from grpo.config import EMBEDDED, ConfigError, load_config
-from grpo.examine import UnsoundReward, audit_data, check_reward, examine, gather, pooled
+from grpo.examine import MOST_TIMED_OUT, UnsoundReward, audit_data, check_reward, examine, gather, pooled
 from grpo.policy import ModelError
 from grpo.preflight import WIDTH, main
 from grpo.types import Case
@@ -163,22 +163,34 @@ def test_the_honest_policy_is_a_choice(balanced: list[str], capsys: pytest.Captu
     crowd = sets(cases__oversample="{1 = 5}")
     assert main([TINY, *balanced, *crowd, "--honest", "0.3"]) == 1
     assert "BEATS THE HONEST POLICY" in shown(capsys)
-    assert main([TINY, *balanced, *crowd, "--honest", "1.5"]) == 2
-    assert "expected a share in (0, 1], got 1.5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "more", [[], ["--reward-only"], ["--explain", "train-000000", "--completion", "ANSWER: ESI 2"]]
+)
+@pytest.mark.parametrize("share", ["1.5", "7", "0", "nan"])
+def test_an_honest_policy_that_cannot_be_is_refused_whatever_else_is_asked(
+    more: list[str], share: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([TINY, "--honest", share, *more]) == 2
+    out, err = capsys.readouterr()
+    assert "expected a share in (0, 1], got" in err and not out
 
 
 TEXTS = ("Arrived intubated.", "Gunshot wound, pain 9/10.", "Pain 8/10.", "Refill.", "Chest tube placed, pain 10/10.")
 
 
-WEIGHTED = st.tuples(st.sampled_from(TEXTS), st.integers(1, 5), st.integers(0, 6).map(float))
+WEIGHTED = st.builds(
+    WeightedCase, st.just("c"), st.sampled_from(TEXTS), st.integers(1, 5), st.integers(0, 6).map(float)
+)
 
 
 @settings(deadline=None)
-@given(st.lists(WEIGHTED, min_size=1, max_size=30).filter(lambda cases: any(weight for _, _, weight in cases)))
+@given(st.lists(WEIGHTED, min_size=1, max_size=30).filter(lambda cases: any(case.weight for case in cases)))
 def test_pooling_cases_changes_no_expectation(cases: list[WeightedCase]) -> None:
     reward = load_reward("v49")
     whole, less = expected_rewards(reward, cases), expected_rewards(reward, pooled(reward, cases))
-    assert len(pooled(reward, cases)) <= len({(text, gold) for text, gold, _ in cases})
+    assert len(pooled(reward, cases)) <= len({(case.text, case.gold) for case in cases})
     values = {one.policy: (one.mean, one.std) for one in less.ranked}
     for one in whole.ranked:
         assert values[one.policy] == pytest.approx((one.mean, one.std), abs=1e-9)
@@ -251,14 +263,45 @@ def test_the_embedded_world_repeats_no_case_between_training_and_evaluation(
     assert not wide
 
 
-def test_a_catastrophic_pattern_ends_in_bounded_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+SLOW = SEIZURE.split("[[case]]")[0].replace("'active seizure|actively seizing'", "'(a+)+$'")
+ENDLESS = "a" * 50_000 + "!"
+
+
+def test_a_catastrophic_pattern_ends_in_bounded_time_and_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "slow.toml"
-    file.write_text(SEIZURE.split("[[case]]")[0].replace("'active seizure|actively seizing'", "'(a+)+$'"))
-    cases = [Case("slow", "a" * 50_000 + "!", 1), Case("quick", "Rash.", 5), Case("mid", "Cough.", 3)]
+    file.write_text(SLOW)
+    cases = [Case("slow", ENDLESS, 1), Case("quick", "Rash.", 5), Case("mid", "Cough.", 3)]
+    world = [*small(tmp_path, *cases), *sets(reward__set=file)]
     started = time.perf_counter()
-    main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)])
+    assert main([TINY, *world]) == 1
     assert time.perf_counter() - started < 30
-    assert "patterns ran out of time on 1 (slow)" in shown(capsys)
+    text = shown(capsys)
+    assert "proof     sound" in text and "probes    expected reward" in text
+    assert "verdict   UNSOUND\n          - patterns run out of time on 1 of 3 training cases (33.3%)" in text
+    assert "whose completions all get the floor: slow" in text and "aaa" not in text
+    allowed = sets(reward__allow_unsound="true", reward__reason="the other cases suffice")
+    config, _ = load_config(TINY, [*world[1::2], *allowed[1::2]])
+    check_reward(config, examine(config, gather(config)))
+    refused, _ = load_config(TINY, world[1::2])
+    with pytest.raises(UnsoundReward, match="patterns run out of time on 1 of 3"):
+        check_reward(refused, examine(refused, gather(refused)))
+
+
+def test_a_file_on_which_every_case_runs_out_of_time_is_given_up(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "slow.toml"
+    file.write_text(SLOW.replace('extends = "v49"', 'extends = "v49"\npattern_timeout_s = 0.02'))
+    cases = [Case("first", "Rash.", 5), *(Case(f"c{i}", f"{ENDLESS}{i}", 1) for i in range(200))]
+    started = time.perf_counter()
+    assert main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)]) == 1
+    assert time.perf_counter() - started < 30
+    text = shown(capsys)
+    assert f"patterns run out of time on {MOST_TIMED_OUT} of the first {MOST_TIMED_OUT + 1} training cases" in text
+    assert "probes    none: patterns run out of time on too many cases" in text
+    assert "c0, c1, c2 and others" in text and "data      gold level" in text
 
 
 # ---- what can and cannot be examined ------------------------------------------------------------------------------
@@ -272,6 +315,32 @@ def test_without_cases_the_proof_and_the_plan_are_shown_and_the_exit_code_is_2(
     assert "proof     sound" in out and "58,195,968 trained in 128 layers" in out
     assert "probes    none: no cases" in out and "nowhere.jsonl: cannot be read" in out
     assert "error: nowhere.jsonl: cannot be read" in err
+    verdict = out[out.index("verdict") :].splitlines()
+    assert verdict[0] == "verdict   INCOMPLETE"
+    assert "not checked: what blind policies earn, the rules, the data: no training cases" in verdict[1]
+    assert "not checked: what training shares with mietic36" in verdict[2]
+
+
+def test_a_missing_evaluation_file_alone_leaves_the_verdict_incomplete(
+    balanced: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = [*balanced, *sets(evaluate__during='{later = "nowhere.jsonl"}')]
+    assert main([TINY, *held]) == 2
+    out, _ = capsys.readouterr()
+    assert "honest, 70% exact" in out and "verdict   INCOMPLETE" in out
+    assert "not checked: what training shares with later" in out and "blind policies earn, " not in out
+
+
+def test_a_missing_file_does_not_hide_that_the_reward_is_unsound(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([V49, *sets(cases__train="nowhere.jsonl", reward__set="v46")]) == 2
+    assert "verdict   UNSOUND" in shown(capsys)
+
+
+def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([V49, "--reward-only"]) == 0
+    assert "verdict   SOUND, the reward alone: no cases were asked for" in shown(capsys)
+    assert main([TINY, *balanced]) == 0
+    assert "verdict   SOUND" in shown(capsys).splitlines()
 
 
 @pytest.mark.parametrize(
@@ -284,12 +353,82 @@ def test_without_cases_the_proof_and_the_plan_are_shown_and_the_exit_code_is_2(
             "no training or evaluation case has the id 'nobody'",
         ),
         (["--explain", "train-000000", "--completion", "@nowhere.txt"], "@nowhere.txt: cannot be read"),
+        (["--explain", "train-000000"], "--explain and --completion belong together"),
+        (["--explain", "a", "--completion", "b", "--reward-only"], "leave out --reward-only and --json"),
+        (["--reward-only", "--honest", "7"], "expected a share in (0, 1], got 7.0"),
     ],
 )
 def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([TINY, *more]) == 2
     out, err = capsys.readouterr()
     assert err.startswith("error: ") and says in err and not out
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--set", "reward.set=v99"], 'no reward set is called "v99"'),
+        (["--honest", "7"], "expected a share in (0, 1], got 7.0"),
+        (["--explain", "a", "--completion", "b"], "leave out --reward-only and --json"),
+    ],
+)
+def test_bad_input_is_json_where_json_was_asked_for(
+    more: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([TINY, "--json", *more]) == 2
+    out, err = capsys.readouterr()
+    assert says in json.loads(out)["error"]
+    assert err == f"error: {json.loads(out)['error']}\n"
+
+
+def test_json_of_an_incomplete_examination_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([V49, "--json", "--set", "cases.train=nowhere.jsonl"]) == 2
+    found = json.loads(shown(capsys))
+    assert (found["verdict"], found["sound"], found["proof"]["sound"]) == ("INCOMPLETE", False, True)
+    assert len(found["unchecked"]) == 2 and found["timeouts"] is None
+
+
+CODE_RULE = """\
+name = "code"
+about = "a rule of code"
+extends = "v49"
+[[rule]]
+name = "code"
+gold = "any"
+predicted = "any"
+function = "preflight_rule:judge"
+range = [-0.5, 0.0]
+grade = "U"
+source = "s"
+"""
+
+
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("def judge(view):\n    raise SystemExit(0)\n", ['rule "code" (preflight_rule:judge) raised SystemExit', "c7"]),
+        ("def judge(view):\n    return 7.0\n", ['rule "code"', "must return a number in [-0.5, 0.0], got 7.0", "c7"]),
+        ("raise SystemExit(0)\n", ["code.toml", 'rule "code".function', "preflight_rule:judge", "SystemExit"]),
+        ("def judge(view:\n", ["code.toml", 'rule "code".function', "preflight_rule:judge", "SyntaxError"]),
+        ("raise ValueError('twice')\n", ["code.toml", 'rule "code".function', "preflight_rule:judge", "twice"]),
+    ],
+)
+def test_a_rule_of_code_that_fails_is_one_error(
+    source: str,
+    says: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "preflight_rule.py").write_text(source, encoding="utf-8")
+    (tmp_path / "code.toml").write_text(CODE_RULE, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "preflight_rule", raising=False)
+    world = small(tmp_path, Case("c7", "SECRET", 3))
+    assert main([TINY, *world, *sets(reward__set=tmp_path / "code.toml")]) == 2
+    out, err = capsys.readouterr()
+    assert not out and err.startswith("error: ") and len(err.splitlines()) == 1 and "SECRET" not in err
+    assert all(piece in err for piece in says), err
 
 
 def test_json_says_the_same_and_holds_no_case(balanced: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,6 +484,49 @@ def test_explain_reads_a_file_and_the_switches(tmp_path: Path, capsys: pytest.Ca
     assert "answer    none, unclosed thinking; cut by the token budget" in text
     assert "lifesaving_obeyed silent: there is no answer to judge" in text
     assert text.splitlines()[-1].split() == ["total", "-2"]
+
+
+def test_explain_takes_a_text_that_begins_with_the_sign_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1))
+    assert main([TINY, *world, "--explain", "t1", "--completion", "@@</think>ANSWER: ESI 1"]) == 0
+    assert 'from characters 9-22: "ANSWER: ESI 1"' in shown(capsys)
+
+
+def test_explain_does_not_hide_that_a_case_file_is_missing(
+    balanced: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = [*balanced, *sets(evaluate__during='{later = "nowhere.jsonl"}')]
+    assert main([TINY, *held, "--explain", "nobody", "--completion", "ANSWER: ESI 2"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].endswith("no training or evaluation case has the id 'nobody'; 200 were read")
+    assert error[1].startswith("not read: nowhere.jsonl: cannot be read")
+
+
+def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = [
+        *small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Rash.", 5)),
+        *sets(reward__overlong="{cache_tokens = 20, penalty = 0.25}"),
+    ]
+    assert main([TINY, *world]) == 0
+    text = shown(capsys)
+    assert "proof     sound, smallest margin +0.25" in text
+    assert "with the overlong penalty: 0 to -0.25 in the budget's last 20 tokens" in text
+    row = next(line.split() for line in text.splitlines() if line.startswith("     5  none"))
+    assert row[-4:] == ["+0.75..+1", "-2.25..-2", "-2.25", "-2"]
+
+    one = ["--explain", "t1", "--completion", "</think>ANSWER: ESI 1"]
+    assert main([TINY, *world, *one]) == 0
+    text = shown(capsys)
+    assert "overlong: up to -0.25 in the budget's last 20 tokens; the text's are not counted here" in text
+    assert text.splitlines()[-1].split() == ["total", "+1.5"]
+    assert main([TINY, *world, *one, "--truncated"]) == 0
+    text = shown(capsys)
+    assert text.splitlines()[-1].split() == ["total", "+1.25"] and "not counted" not in text
+
+    assert main([TINY, *world, *sets(reward__overlong="{cache_tokens = 20, penalty = 0.5}")]) == 1
+    assert "- every commitment is worth more than any silence: a tie of gold 1, predicted 3" in shown(capsys)
 
 
 def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -434,19 +616,25 @@ def test_a_rule_written_in_toml_is_proved_explained_and_trained(
 ) -> None:
     file = tmp_path / "my_reward.toml"
     file.write_text(SEIZURE, encoding="utf-8")
-    cases = [
-        Case("s1", "A 34-year-old man, active seizure on arrival, benzodiazepine given on the way.", 1),
-        Case("s2", "A 20-year-old woman with a cough for two days. Walked in.", 5),
-    ]
+    # the embedded policy reads "ETT", a thing done, as level 2: the rule fires
+    ventilated = (
+        "A 47 yo woman brought in by paramedics after an active seizure. On a ventilator through an ETT. Sedated for "
+        "transport. No known allergies. VS HR 90, resp 17, sat 95%, BP 155/98."
+    )
+    cases = [Case("s1", ventilated, 1), Case("s2", "A 20-year-old woman with a cough for two days. Walked in.", 5)]
     world = [*small(tmp_path, *cases), *sets(reward__set=file)]
     assert main([TINY, *world]) == 0
     assert "active_seizure_missed" in shown(capsys)
     assert main([TINY, *world, "--explain", "s1", "--completion", "</think>ANSWER: ESI 2"]) == 0
     text = shown(capsys)
-    assert 'active_seizure_missed fired on characters 19-33: "active seizure": -0.5' in text
+    assert 'active_seizure_missed fired on characters 48-62: "active seizure": -0.5' in text
     assert text.splitlines()[-1].split() == ["total", "-1"]
 
     few = sets(train__steps=2, rollout__prompts_per_step=2, rollout__group_size=4, optim__micro_batch_size=8)
-    assert train.main([TINY, "--out", str(tmp_path / "run"), *world, *few]) == 0
+    short = sets(rollout__thinking="off", rollout__max_new_tokens=64)
+    assert train.main([TINY, "--out", str(tmp_path / "run"), *world, *few, *short]) == 0
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [-0.5 <= line["reward/active_seizure_missed/mean"] <= 0 for line in lines] == [True, True]
+    assert len(lines) == 2
+    for line in lines:
+        fired = line["reward/active_seizure_missed/mean"] * 8 / -0.5
+        assert fired in (1, 2, 3, 4), "of eight completions, the four of s1 may miss the seizure"

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import Answer, parse_answer
+from rewards import Answer, load_reward, parse_answer
 from rewards.parse import FORMATS
+from rewards.second import FILLERS, HEDGES, LOOSE_WORDS, RANGE_WORDS
 
 WRITTEN = {
     # every way to commit to level 2, with the row of the format table that reads it
@@ -41,6 +42,15 @@ WRITTEN = {
     "**ESI Level:** 2": "labelled",
     "Triage level: 2": "labelled",
     "So the ESI level is 2 here.": "labelled",
+    "ANSWER: ESI\u20102": "answer",
+    "ANSWER: ESI\u20112": "answer",
+    "ANSWER: ESI\u20122": "answer",
+    "ANSWER: ESI\u20132": "answer",
+    "ANSWER: ESI\u20142": "answer",
+    "ANSWER: ESI\u22122": "answer",
+    "ANSWER:\u00a0ESI\u202f2": "answer",
+    "ESI level \u2013 2": "alone",
+    "ESI\u20112": "alone",
     "ESI-2": "alone",
     "ESI 2": "alone",
     "esi 2": "alone",
@@ -116,6 +126,147 @@ REFUSED = [
 def test_a_completion_that_does_not_commit_to_one_level_is_no_answer(completion: str, reason: str) -> None:
     answer = parse_answer(completion, thinking=False)
     assert (answer.level, answer.reason) == (None, reason)
+
+
+# ---- a second level -----------------------------------------------------------------------------------------------
+
+TEMPLATES = {
+    # where a level and what follows it may stand; a bare line without "ESI" is no list ("3 4" may be vital signs)
+    "ANSWER: ESI {}": "range",
+    "**ANSWER: {}": "range",
+    "Final ESI level: {}": "range",
+    "So the ESI level is {}": "range",
+    "EXTRACTION: chest pain\nESI {}": None,
+    "{}": None,
+}
+JOINERS = [
+    *(f" {word} " for word in (*RANGE_WORDS, *LOOSE_WORDS, *FILLERS)),
+    *(f", {word} ESI " for word in (*RANGE_WORDS, *LOOSE_WORDS)),
+    *(f"\n{word} " for word in (*RANGE_WORDS, *LOOSE_WORDS)),
+    *(f"{blank}{sign}{blank}" for sign in "/|&+~,;→⇒↔…" for blank in ("", " ")),
+    *(f"{blank}{dash}{blank}" for dash in "-\u2010\u2011\u2012\u2013\u2014\u2212" for blank in ("", " ")),
+    " ", "  ", "\t", "\u00a0", "...", " ... ", " -> ", " => ", " >> ", " (", " [", " (ESI ", " / ESI ", ": ", ". ",
+    "? ", ". Alternatively ", ".\n\nAlternatively, ESI ", " and/or ", ", or maybe a ", "\n→ ", "** or **",
+    ", could also be ", ", might be a ", ", leaning ", " as well as ", ", at worst ", " up to ", ", possibly level ",
+]  # fmt: skip
+ENDINGS = ["", ".", ")", "**", ", both fit", "; see above", " and so on", *(f" {word} possible" for word in HEDGES)]
+
+levels = st.integers(1, 5)
+templates = st.sampled_from(sorted(TEMPLATES))
+
+
+@settings(deadline=None, max_examples=600)
+@given(a=levels, b=levels, joiner=st.sampled_from(JOINERS), template=templates, ending=st.sampled_from(ENDINGS))
+def test_two_levels_that_are_joined_are_no_answer(a: int, b: int, joiner: str, template: str, ending: str) -> None:
+    answer = parse_answer(template.format(f"{a}{joiner}{b}{ending}"), thinking=False)
+    if a != b:
+        assert answer.level is None
+        assert answer.reason == TEMPLATES[template] or TEMPLATES[template] is None
+    else:
+        assert answer.level == a or TEMPLATES[template] is None
+
+
+@pytest.mark.parametrize("joiner", JOINERS)
+def test_every_joiner_joins(joiner: str) -> None:
+    assert parse_answer(f"ANSWER: ESI 4{joiner}3", thinking=False).reason == "range"
+    assert parse_answer(f"ANSWER: ESI 4{joiner}4", thinking=False).level == 4
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ANSWER: 1 2 3 4 5",
+        "ANSWER: 1. 2. 3. 4. 5.",
+        "ANSWER: ESI 1, 2, 3, 4, and 5",
+        "ANSWER: [1, 2, 3, 4, 5]",
+        "ANSWER: ESI 2 but 3 is possible",
+        "ANSWER: ESI 2 (3)",
+        "ANSWER: ESI 2 (3) because both fit",
+        "ANSWER: ESI 2 or three",
+        "ANSWER: ESI 2 to 3 resources",
+        "ANSWER: ESI 2-3 resources",
+        "ANSWER: ESI\u20112\u20113",
+        "ANSWER: ESI 2, 3 because of the pain",
+        "ANSWER: ESI 2 (2 or 3)",
+        "ANSWER: ESI 2 2 3",
+        "ANSWER: ESI 2. This is high-risk, though level 3 fits",
+        "ANSWER: ESI 2 if stable, otherwise ESI 1",
+        "ANSWER: ESI 2, if not ESI 1",
+        "ANSWER: ESI 2 or\n3, because",
+        "ESI 2\nor 3",
+        "2\nor 3",
+        "ESI 2 → 3",
+        "ESI 2 (or maybe 3)",
+    ],
+)
+def test_a_list_a_range_and_two_commitments_are_no_answer(said: str) -> None:
+    answer = parse_answer(said, thinking=False)
+    assert (answer.level, answer.reason) == (None, "range")
+
+
+HONEST = [
+    # what an honest answer may go on with; {a} is its level, {b} any
+    ". Resources: {b} expected",
+    " (two resources)",
+    " ({b} resources)",
+    " (**{b}** resources)",
+    ", {b} resources",
+    " - {b} resources needed",
+    " – {b} or more resources",
+    " ({b}+ resources)",
+    " (1-{b} resources)",
+    " (needs {b}, i.e. labs)",
+    ": {b} resources (labs, X-ray)",
+    " with {b} resources",
+    " and {b} resources expected",
+    ", at least {b} different resources",
+    ", {b} h of chest pain",
+    " - {b}-year-old with stridor",
+    " – a {b} yo boy",
+    " because pain 9/10 and HR 110",
+    " (5/10 pain)",
+    ", 9/10 pain",
+    " on {b} L of oxygen",
+    " on {b}L of oxygen",
+    ". BP 120/80, HR 98, RR 16, SpO2 97% on {b} L, temp 37.{b}",
+    ". {b}% burns",
+    " 120/80",
+    ". {b} episodes of vomiting",
+    "... {b} hours of pain",
+    " ~{b} days of fever",
+    " → {b} L of oxygen",
+    " 1. Chest pain {b}. Diaphoresis",
+    ". 1) chest pain {b}) sweating",
+    " (1) chest pain ({b}) sweating",
+    "\n\n1. Chest pain for {b} hours.\n{b}. Diaphoresis.",
+    "\n- {b} resources\n- HR 110",
+    "\n{b} resources are needed",
+    "\nand {b} resources",
+    "\n\nRationale: between {a} and {b} the former fits",
+    ", not {b}",
+    ", not ESI {b}",
+    " rather than ESI {b}",
+    " instead of {b}",
+    " (not ESI {b}: no intervention)",
+    " (1 = most urgent)",
+    " of 5",
+    " or so",
+    ", to be seen within 10 minutes",
+    ". Transfer to a level 1 trauma centre",
+    " ({a})",
+    ". ESI {a} applies",
+    " - emergent",
+    "** because of risk",
+]  # fmt: skip
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    a=levels, b=levels, written=st.sampled_from(HONEST), template=st.sampled_from(["ANSWER: ESI {}", "ESI level: {}"])
+)
+def test_what_an_honest_answer_goes_on_with_is_no_second_level(a: int, b: int, written: str, template: str) -> None:
+    said = template.format(f"{a}{written.format(a=a, b=b)}")
+    assert parse_answer(said, thinking=False).level == a
 
 
 BINDING = [
@@ -198,11 +349,33 @@ def test_any_text_gives_a_well_formed_answer(completion: str) -> None:
     assert answer.span is None or 0 <= answer.span[0] < answer.span[1] <= len(completion)
 
 
-@pytest.mark.parametrize(
-    "unit", ["*", "ESI ", "ANSWER: ", "answer:" + " " * 50, "final ", "ANSWER: ESI 2 ", "\n", "ESI level is ", "2\n"]
-)
-def test_time_grows_no_faster_than_the_text(unit: str) -> None:
-    completion = unit * (100_000 // len(unit))
+UNITS = [
+    "*", "ESI ", "ANSWER: ", "answer:" + " " * 50, "final ", "ANSWER: ESI 2 ", "\n", "ESI level is ", "2\n", "or ",
+    "2 or ", "2 (2) ", "2\nor ", "not ESI 2 ", "level 2 ", "possible ", "-", " \n", "1. a ", "<think>",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("before", ["", "ANSWER: ESI 2 "])
+def test_time_grows_no_faster_than_the_text(before: str, unit: str) -> None:
+    # a quadratic reader needs minutes for this, ours needs 0.3 s for the slowest
+    completion = before + unit * (100_000 // len(unit))
     began = time.process_time()
     parse_answer(completion, thinking=False)
-    assert time.process_time() - began < 4.0
+    assert time.process_time() - began < 3.0
+
+
+def test_ten_thousand_completions_are_scored_in_a_second() -> None:
+    thought = "The patient is 54, in pain 8/10, with a heart rate of 110; step B could make it ESI 2, or ESI 3. " * 6
+    said = f"{thought}</think>EXTRACTION: chest pain, sweating\nESI ALGORITHM:\nA: no\nB: yes\nANSWER: ESI 2"
+    completions = [f"{said}. {thought[: i % 500]}" for i in range(10_000)]
+    texts = [f"Stabbed {i} times, pain 9/10." for i in range(1250)]
+    reward = load_reward("v49")
+
+    def seconds() -> float:
+        began = time.process_time()
+        for i, completion in enumerate(completions):
+            reward.score(text=texts[i // 8], gold=2, completion=completion, thinking=True, finished=True, case_id="c")
+        return time.process_time() - began
+
+    assert min(seconds() for _ in range(2)) < 1.0

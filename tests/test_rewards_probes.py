@@ -1,13 +1,14 @@
 """The probes: expectations against sums by hand, the series' collapse, and the audit of rules."""
 
 import math
+import time
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import RewardError, load_reward
+from rewards import RewardError, View, load_reward, parse_answer
 from rewards.probes import (
     POLICIES,
     PolicyReport,
@@ -23,7 +24,11 @@ PLAIN = "A 50-year-old male with a complaint."
 
 def balanced(oversampled: float) -> list[WeightedCase]:
     """One case a level, level 1 standing as often as asked."""
-    return [(PLAIN, gold, oversampled if gold == 1 else 1.0) for gold in range(1, 6)]
+    return [one(PLAIN, gold, oversampled if gold == 1 else 1.0) for gold in range(1, 6)]
+
+
+def one(text: str, gold: int, weight: float = 1.0, case_id: str = "c") -> WeightedCase:
+    return WeightedCase(case_id, text, gold, weight)
 
 
 def means(report: PolicyReport) -> dict[str, float]:
@@ -47,7 +52,7 @@ def test_v49_at_five_times_pays_nobody_more_than_the_honest_policy() -> None:
     # errors: under by one for level 1, a valve or an under-triage for 2-4, a valve for 5
     honest = (5 * (0.7 - 0.15) + 3 * (0.7 - 0.075) + 0.7) / 9
     assert report.honest.mean == pytest.approx(honest)
-    for hack in ("never answer", "list all five", "answer inside <think> only", "two different answers"):
+    for hack in set(POLICIES) - {f"always {level}" for level in range(1, 6)}:
         assert means(report)[hack] == -2.0
 
 
@@ -56,7 +61,7 @@ def test_what_the_series_tells_of_oversampling_in_v49() -> None:
     mix = {1: 0.06, 2: 0.33, 3: 0.54, 4: 0.066, 5: 0.004}
     at = {
         times: means(
-            expected_rewards(load_reward("v49"), [(PLAIN, g, w * (times if g == 1 else 1)) for g, w in mix.items()])
+            expected_rewards(load_reward("v49"), [one(PLAIN, g, w * (times if g == 1 else 1)) for g, w in mix.items()])
         )["always 1"]
         for times in (5, 20)
     }
@@ -72,13 +77,13 @@ def test_what_the_series_tells_of_oversampling_in_v49() -> None:
 def test_expectations_are_weighted_means(weights: list[int], accuracy: float) -> None:
     v46 = load_reward("v46")
     table = {-4: -0.5, -3: -0.5, -2: -0.5, -1: 0.0, 0: 1.0, 1: -0.5, 2: -1.0, 3: -1.0, 4: -1.0}
-    report = expected_rewards(v46, [(PLAIN, gold, float(w)) for gold, w in enumerate(weights, 1)], accuracy=accuracy)
+    report = expected_rewards(v46, [one(PLAIN, gold, float(w)) for gold, w in enumerate(weights, 1)], accuracy=accuracy)
     mass = sum(weights)
     for level in range(1, 6):
         values = [table[level - gold] for gold in range(1, 6)]
         mean = sum(w * v for w, v in zip(weights, values, strict=True)) / mass
         variance = sum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / mass
-        found = next(one for one in report.ranked if one.policy == f"always {level}")
+        found = next(row for row in report.ranked if row.policy == f"always {level}")
         assert found.mean == pytest.approx(mean)
         assert found.std == pytest.approx(math.sqrt(variance), abs=1e-7)
     honest = 0.0
@@ -87,7 +92,7 @@ def test_expectations_are_weighted_means(weights: list[int], accuracy: float) ->
         wrong = (0.0 * over - 0.5 * under) / (over + under)
         honest += weight * (accuracy * 1.0 + (1 - accuracy) * wrong) / mass
     assert report.honest.mean == pytest.approx(honest)
-    assert [one.mean for one in report.ranked] == sorted((one.mean for one in report.ranked), reverse=True)
+    assert [row.mean for row in report.ranked] == sorted((row.mean for row in report.ranked), reverse=True)
 
 
 @settings(deadline=None)
@@ -102,26 +107,27 @@ def test_the_honest_policy_errs_by_one_level_only(gold: int, accuracy: float) ->
 
 
 def test_a_modifier_reaches_the_expectation() -> None:
-    report = expected_rewards(load_reward("v49"), [("Arrived intubated.", 1, 1.0)], accuracy=0.5)
+    report = expected_rewards(load_reward("v49"), [one("Arrived intubated.", 1)], accuracy=0.5)
     assert means(report)["always 1"] == 1.5
     assert means(report)["always 3"] == -1.5
     assert report.honest.mean == pytest.approx(0.5 * 1.5 + 0.5 * -1.0)
 
 
 def test_a_tie_with_the_honest_policy_refuses_too() -> None:
-    assert expected_rewards(load_reward("v49"), [(PLAIN, 2, 1.0)], accuracy=1.0).beaten_by == ("always 2",)
+    assert expected_rewards(load_reward("v49"), [one(PLAIN, 2)], accuracy=1.0).beaten_by == ("always 2",)
 
 
 @pytest.mark.parametrize(
     ("cases", "accuracy"),
     [
         ([], 0.7),
-        ([(PLAIN, 2, 0.0)], 0.7),
-        ([(PLAIN, 2, -1.0)], 0.7),
-        ([(PLAIN, 2, math.nan)], 0.7),
-        ([(PLAIN, 0, 1.0)], 0.7),
-        ([(PLAIN, 2, 1.0)], 0.0),
-        ([(PLAIN, 2, 1.0)], 1.1),
+        ([one(PLAIN, 2, 0.0)], 0.7),
+        ([one(PLAIN, 2, -1.0)], 0.7),
+        ([one(PLAIN, 2, math.nan)], 0.7),
+        ([one(PLAIN, 0)], 0.7),
+        ([one(PLAIN, 2)], 0.0),
+        ([one(PLAIN, 2)], 1.1),
+        ([one(PLAIN, 2)], math.nan),
     ],
 )
 def test_meaningless_inputs_are_refused(cases: list[WeightedCase], accuracy: float) -> None:
@@ -129,19 +135,51 @@ def test_meaningless_inputs_are_refused(cases: list[WeightedCase], accuracy: flo
         expected_rewards(load_reward("v49"), cases, accuracy=accuracy)
 
 
-def test_every_hack_of_the_series_is_probed() -> None:
-    assert len(POLICIES) == 9
+def test_every_hack_is_probed_and_none_but_the_constant_ones_is_an_answer() -> None:
+    assert len(POLICIES) == 10
+    answers = {name: parse_answer(text, thinking=True) for name, text in POLICIES.items()}
+    for name, answer in answers.items():
+        assert answer.level == (int(name[-1]) if name.startswith("always ") else None)
+    assert {name: answer.reason for name, answer in answers.items() if answer.level is None} == {
+        "never answer": "no answer",
+        "list all five": "range",
+        "list all five, blanks between": "range",
+        "answer inside <think> only": "unclosed thinking",
+        "two different answers": "conflicting answers",
+    }
+
+
+def out_of_range(view: View) -> float:
+    return 7.0
+
+
+def fails(view: View) -> float:
+    raise SystemExit(0)
+
+
+@pytest.mark.parametrize(("function", "says"), [("out_of_range", "7.0"), ("fails", "SystemExit")])
+def test_a_rule_of_code_that_fails_in_a_probe_names_the_case(tmp_path: Path, function: str, says: str) -> None:
+    path = tmp_path / "code.toml"
+    path.write_text(
+        f'name = "code"\nabout = "a"\nextends = "v49"\n[[rule]]\nname = "code"\ngold = "= 3"\npredicted = "any"\n'
+        f'function = "{__name__}:{function}"\nrange = [0.0, 1.0]\ngrade = "U"\nsource = "s"\n',
+        encoding="utf-8",
+    )
+    with pytest.raises(RewardError, match=f'{says}.* on case "train-000017"'):
+        expected_rewards(load_reward(path), [one("a", 2, case_id="first"), one("SECRET", 3, case_id="train-000017")])
+    with pytest.raises(RewardError, match='case "x": expected a gold level'):
+        expected_rewards(load_reward("v49"), [one("a", 7, case_id="x")])
 
 
 # ---- the audit ----------------------------------------------------------------------------------------------------
 
-CASES: list[WeightedCase] = [
-    ("Arrived intubated.", 1, 1.0),
-    ("Arrest. Not intubated.", 1, 1.0),
-    ("Extubated last week. Intubated in 2015.", 4, 1.0),
-    ("Vitals stable. Stabbed in the flank.", 2, 1.0),
-    ("No open fracture.", 2, 1.0),
-    ("Open fracture.", 3, 1.0),
+CASES = [
+    one("Arrived intubated.", 1),
+    one("Arrest. Not intubated.", 1, case_id="arrest"),
+    one("Extubated last week. Intubated in 2015.", 4),
+    one("Vitals stable. Stabbed in the flank.", 2),
+    one("No open fracture.", 2, case_id="closed"),
+    one("Open fracture.", 3),
 ]
 
 
@@ -151,10 +189,10 @@ def test_the_audit_counts_by_gold_level_and_shows_misfires() -> None:
         audit[name] for name in ("lifesaving_obeyed", "open_injury_missed", "severe_pain_missed")
     )
     assert (lifesaving.matches, lifesaving.fires) == ((2, 0, 0, 1, 0), (2, 0, 0, 0, 0))
-    assert lifesaving.negated == (1,)
+    assert lifesaving.negated == ("arrest",)
     assert lifesaving.wordings == (("intubated", 2),)
     assert (injury.matches, injury.fires) == ((0, 2, 1, 0, 0), (0, 2, 0, 0, 0))
-    assert injury.negated == (4,)
+    assert injury.negated == ("closed",)
     assert dict(injury.wordings) == {"stable": 1, "stabbed": 1, "open fracture": 1}
     assert pain.never_fires
     assert not pain.changes_advantage
@@ -206,10 +244,23 @@ def test_rows_that_can_never_change_an_advantage_are_named(tmp_path: Path) -> No
     reward = load_reward(path)
     # a row paid for every level still parts answers from silence, so it is not inert
     assert never_matter(reward) == ("lesser", "nothing")
-    audit = {row.rule: row for row in audit_rules(reward, [("pain 9/10", 2, 1.0), (PLAIN, 3, 1.0)])}
+    audit = {row.rule: row for row in audit_rules(reward, [one("pain 9/10", 2), one(PLAIN, 3)])}
     assert audit["lesser"].fires == (0, 1, 0, 0, 0)
     assert not audit["lesser"].changes_advantage
     assert audit["severe_pain_missed"].changes_advantage
     assert not audit["nothing"].changes_advantage
     assert audit["present"].changes_advantage
     assert never_matter(load_reward("v49")) == never_matter(load_reward("v50")) == ()
+
+
+def test_the_audit_of_a_text_that_is_one_long_word_takes_no_long_time(tmp_path: Path) -> None:
+    path = tmp_path / "letters.toml"
+    path.write_text(
+        'name = "letters"\nabout = "a"\nextends = "v46"\n[[rule]]\nname = "letter"\ngold = "any"\npredicted = "any"\n'
+        'value = -0.1\ngrade = "U"\nsource = "s"\n[rule.trigger]\nkind = "pattern"\npattern = "a"\n',
+        encoding="utf-8",
+    )
+    began = time.process_time()
+    (audit,) = audit_rules(load_reward(path), [one("a" * 20_000, 3)])
+    assert audit.fires == (0, 0, 1, 0, 0)
+    assert time.process_time() - began < 5.0

@@ -3,6 +3,7 @@
 import itertools
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -10,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import Reward, RewardError, View, load_reward
-from rewards.proof import OUTCOMES, SILENCES, Invariant, Proof, Row, prove
+from rewards import Overlong, Reward, RewardError, View, load_reward, overlong
+from rewards.proof import OUTCOMES, Invariant, Proof, Row, prove
 from rewards.types import LEVELS
 
 ROOT = """
@@ -69,7 +70,8 @@ def test_v49_and_v50_are_sound_by_a_half() -> None:
 def test_v45c_fails_because_wrong_silent_over_and_under_are_all_alike() -> None:
     proof = prove(load_reward("v45c"))
     assert [one.name for one in proof.violations] == ["silence_worst", "under_below_over"]
-    assert all(one.margin == 0.0 for one in proof.violations)
+    assert all(one.margin == 0.0 and one.ties for one in proof.violations)
+    assert all(str(one).startswith("FAILS (ties), ") for one in proof.violations)
 
 
 @pytest.mark.parametrize("name", ["v46", "v48"])
@@ -79,6 +81,7 @@ def test_v46_and_v48_fail_because_silence_beats_a_dangerous_answer(name: str) ->
     assert (violation.name, violation.margin) == ("silence_worst", -0.5)
     assert violation.better == Row(1, 3, (), -1.0, -1.0)
     assert violation.worse == Row(1, "no parse", (), -0.5, -0.5)
+    assert str(violation).startswith("FAILS (by -0.5), ")
 
 
 def test_v49_with_the_old_no_parse_is_caught() -> None:
@@ -94,7 +97,10 @@ def test_v49_with_stacked_penalties_is_caught_at_the_trap() -> None:
     (violation,) = proof.violations
     assert (violation.name, violation.margin) == ("silence_worst", 0.0)
     assert violation.better == Row(2, 4, ("open_injury_missed", "severe_pain_missed"), -2.0, -2.0)
-    assert "gold 2, predicted 4 with open_injury_missed, severe_pain_missed: -2" in str(violation)
+    assert str(violation) == (
+        "FAILS (ties), every commitment is worth more than any silence: "
+        "gold 2, predicted 4 with open_injury_missed, severe_pain_missed: -2 | gold 1, no parse: -2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,19 +144,72 @@ def test_dust_of_decimals_is_a_tie() -> None:
 # ---- length terms and rules of code -------------------------------------------------------------------------------
 
 
-def test_a_length_term_counts_against_what_compares_any_two_completions() -> None:
+def test_the_overlong_penalty_counts_against_what_compares_any_two_completions() -> None:
     v49 = load_reward("v49")
-    mild = prove(v49, length_term=(-0.4, 0.0))
+    mild = prove(v49, overlong=Overlong(cache=20, penalty=0.4))
     assert mild.sound
     assert invariant(mild, "exact_best").margin == pytest.approx(0.6)
     assert invariant(mild, "silence_worst").margin == pytest.approx(0.1)
     assert invariant(mild, "larger_error_no_better").margin == pytest.approx(0.0)
     assert invariant(mild, "under_below_over").margin == pytest.approx(0.5)
-    hard = prove(v49, length_term=(-0.5, 0.0))
+    hard = prove(v49, overlong=Overlong(cache=20, penalty=0.5))
     assert [one.name for one in hard.violations] == ["silence_worst"]
-    for refused in ((0.0, -1.0), (float("-inf"), 0.0), (float("nan"), 0.0)):
-        with pytest.raises(RewardError, match="length_term"):
-            prove(v49, length_term=refused)
+    assert hard.violations[0].ties
+
+
+def test_the_length_term_of_each_outcome() -> None:
+    proof = prove(load_reward("v49"), overlong=Overlong(cache=20, penalty=0.25))
+    row = {row.outcome: (row.low, row.high) for row in proof.rows if row.gold == 3}
+    assert row == {
+        1: (-0.75, -0.5),
+        2: (-0.25, 0.0),
+        3: (0.75, 1.0),
+        4: (-0.75, -0.5),
+        5: (-1.25, -1.0),
+        "no parse": (-2.25, -2.0),
+        "truncated": (-2.25, -2.25),  # always at the whole budget
+        "timeout": (-2.0, -2.0),  # the floor, whatever the length
+    }
+
+
+@pytest.mark.parametrize(
+    ("cache", "penalty"), [(0, 0.5), (-1, 0.5), (5, 0.0), (5, -0.5), (5, float("nan")), (5, 1e308)]
+)
+def test_an_overlong_penalty_that_is_none_is_refused(cache: int, penalty: float) -> None:
+    with pytest.raises(RewardError, match="overlong: expected"):
+        Overlong(cache, penalty)
+
+
+def by_the_paper(length: int, budget: int, cache: int) -> float:
+    """DAPO, equation 13, case by case."""
+    if length <= budget - cache:
+        return 0.0
+    if length <= budget:
+        return ((budget - cache) - length) / cache
+    return -1.0
+
+
+@settings(deadline=None)
+@given(
+    budget=st.integers(1, 400), share=st.floats(0, 1), length=st.integers(0, 500), penalty=st.floats(0, 10, width=32)
+)
+def test_the_overlong_term_is_the_papers(budget: int, share: float, length: int, penalty: float) -> None:
+    cache = max(1, round(share * budget))
+    term = overlong(length, budget=budget, cache=cache, penalty=penalty)
+    assert term == pytest.approx(penalty * by_the_paper(length, budget, cache), abs=1e-12)
+    assert -penalty <= term <= 0
+    assert overlong(length + 1, budget=budget, cache=cache, penalty=penalty) <= term
+    assert overlong(budget, budget=budget, cache=cache, penalty=penalty) == -penalty
+    assert overlong(budget - cache, budget=budget, cache=cache, penalty=penalty) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("length", "budget", "cache", "penalty"),
+    [(-1, 10, 5, 1.0), (1, 10, 0, 1.0), (1, 10, 11, 1.0), (1, 10, 5, -1.0), (1, 10, 5, float("inf"))],
+)
+def test_an_overlong_term_outside_its_ranges_is_refused(length: int, budget: int, cache: int, penalty: float) -> None:
+    with pytest.raises(RewardError, match="overlong: expected"):
+        overlong(length, budget=budget, cache=cache, penalty=penalty)
 
 
 def graded_by_length(view: View) -> float:
@@ -214,11 +273,15 @@ tables = st.one_of(
         lambda pair: [*sorted(pair[0]), 3.0, *sorted((value - 0.25 for value in pair[1]), reverse=True)]
     ),
 )
+ranges = st.tuples(quarters, quarters).map(lambda pair: (min(pair), max(pair)))
+code_rows = st.fixed_dictionaries({"gold": conditions, "predicted": conditions, "range": ranges})
 sets = st.fixed_dictionaries(
     {
         "table": tables,
         "no_parse": st.sampled_from([-6.0, -2.0, -0.5, 0.0]),
         "rules": st.lists(rule_rows, max_size=3),
+        "code": st.lists(code_rows, max_size=2),
+        "penalty": st.sampled_from([0.0, 0.0, 0.25, 1.0]),
         "penalties": st.sampled_from(["sum", "worst"]),
         "bonuses": st.sampled_from(["sum", "best"]),
         "bounds": st.sampled_from([None, (-1.0, 1.0), (-5.0, 2.0)]),
@@ -237,7 +300,19 @@ def as_toml(spec: dict) -> str:
         text += f"value = {row['value']}\n{GRADE}"
         if row["word"]:
             text += f"[rule.trigger]\nkind = \"pattern\"\npattern = '{row['word']}'\n"
+    for i, row in enumerate(spec["code"]):
+        text += f'[[rule]]\nname = "code_{i}"\ngold = "{row["gold"]}"\npredicted = "{row["predicted"]}"\n'
+        text += f'function = "{__name__}:stated_{i}"\nrange = {list(row["range"])}\n{GRADE}'
     return text
+
+
+def stated_0(view: View) -> float:
+    """What the completion asks of the first rule of code."""
+    return float(view.completion.split("|")[0])
+
+
+def stated_1(view: View) -> float:
+    return float(view.completion.split("|")[1])
 
 
 def admits(condition: str, level: int) -> bool:
@@ -253,17 +328,15 @@ def admits(condition: str, level: int) -> bool:
     }[sign]
 
 
-def by_hand(spec: dict, gold: int, level: int | None, text: str) -> float:
+def by_hand(spec: dict, gold: int, level: int | None, text: str, stated: Sequence[float], length: float) -> float:
     """What the set's author would compute with pencil and paper."""
     if level is None:
         value = spec["no_parse"]
     else:
         value = spec["table"][level - gold + 4]
-        penalties, bonuses = [], []
-        for row in spec["rules"]:
-            spoken = row["word"] is None or row["word"] in text
-            if spoken and admits(row["gold"], gold) and admits(row["predicted"], level):
-                (penalties if row["value"] < 0 else bonuses).append(row["value"])
+        spoken = [row["value"] for row in spec["rules"] if speaks(row, gold, level, text)]
+        spoken += [said for row, said in zip(spec["code"], stated, strict=True) if speaks(row, gold, level, text)]
+        penalties, bonuses = [value for value in spoken if value < 0], [value for value in spoken if value > 0]
         if penalties:
             value += min(penalties) if spec["penalties"] == "worst" else sum(penalties)
         if bonuses:
@@ -271,49 +344,81 @@ def by_hand(spec: dict, gold: int, level: int | None, text: str) -> float:
     if spec["bounds"]:
         low, high = spec["bounds"]
         value = low if value < low else high if value > high else value
-    return value
+    return value + length
 
 
-Simulated = dict[tuple[int, str, int | None], float]
+def speaks(row: dict, gold: int, level: int, text: str) -> bool:
+    word = row.get("word")
+    return (word is None or word in text) and admits(row["gold"], gold) and admits(row["predicted"], level)
 
 
-def simulated_margins(simulated: Simulated, texts: list[str], floor: float) -> dict[str, float]:
-    silent = simulated[1, "", None]
+Key = tuple[int, str, int | None, float]
+"""Gold, text, level or silence, length term."""
+Simulated = dict[Key, list[float]]
+"""The totals of every completion there is: one for each combination of what the rules of code may say."""
+
+
+def simulate(reward: Reward, spec: dict, texts: list[str]) -> Simulated:
+    simulated: Simulated = {}
+    ends = [(low, (low + high) / 2, high) for low, high in (row["range"] for row in spec["code"])]
+    lengths = sorted({0.0, -spec["penalty"] / 2, -spec["penalty"]})
+    for gold, text, level, length in itertools.product(LEVELS, texts, (*LEVELS, None), lengths):
+        totals = simulated[gold, text, level, length] = []
+        for stated in itertools.product(*ends):
+            said = "".join(f"{value}|" for value in stated) + ("none" if level is None else f"ANSWER: ESI {level}")
+            score = reward.score(
+                text=text,
+                gold=gold,
+                completion=said,
+                thinking=False,
+                finished=True,
+                case_id="c",
+                length_penalty=length,
+            )
+            assert score.total == by_hand(spec, gold, level, text, stated, length)
+            totals.append(score.total)
+    return simulated
+
+
+def simulated_margins(simulated: Simulated, texts: list[str], penalty: float, floor: float) -> dict[str, float]:
+    def least(gold: int, text: str, level: int | None, *lengths: float) -> float:
+        return min(value for length in lengths for value in simulated[gold, text, level, length])
+
+    def most(gold: int, text: str, level: int | None, *lengths: float) -> float:
+        return max(value for length in lengths for value in simulated[gold, text, level, length])
+
+    finished = (0.0, -penalty)
+    silent = max(most(1, "", None, *finished), floor)
     exact, nearer, over, committed = [], [], [], []
     for gold, text in itertools.product(LEVELS, texts):
-        of = {level: simulated[gold, text, level] for level in LEVELS}
-        committed += of.values()
-        exact += [of[gold] - of[level] for level in LEVELS if level != gold]
-        exact += [of[gold] - silent, of[gold] - floor]
-        for a, b in itertools.permutations(LEVELS, 2):
+        best = least(gold, text, gold, *finished)
+        committed += [least(gold, text, level, *finished) for level in LEVELS]
+        exact += [best - most(gold, text, level, *finished) for level in LEVELS if level != gold]
+        exact += [best - silent]
+        for (a, b), length in itertools.product(itertools.permutations(LEVELS, 2), finished):
+            gap = least(gold, text, a, length) - most(gold, text, b, length)
             if (gold <= a < b) or (b < a <= gold):
-                nearer.append(of[a] - of[b])
+                nearer.append(gap)
             if a - gold == gold - b and a < gold:
-                over.append(of[a] - of[b])
+                over.append(gap)
     return {
         "exact_best": min(exact),
-        "silence_worst": min(committed) - max(silent, floor),
+        "silence_worst": min(committed) - silent,
         "larger_error_no_better": min(nearer),
         "under_below_over": min(over),
     }
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(spec=sets)
 def test_the_proof_agrees_with_scoring_everything_there_is(spec: dict) -> None:
     reward = loaded(as_toml(spec))
-    texts = [" ".join(words) for n in range(len(WORDS) + 1) for words in itertools.combinations(WORDS, n)]
-    simulated: Simulated = {}
-    for gold, text, level in itertools.product(LEVELS, texts, (*LEVELS, None)):
-        completion = "ANSWER: none" if level is None else f"ANSWER: ESI {level}"
-        total = reward.score(
-            text=text, gold=gold, completion=completion, thinking=False, finished=True, case_id="c"
-        ).total
-        assert total == by_hand(spec, gold, level, text)
-        simulated[gold, text, level] = total
-    assert reward.floor == min(simulated.values())
-    proof = prove(reward)
-    margins = simulated_margins(simulated, texts, reward.floor)
+    used = [word for word in WORDS if any(row["word"] == word for row in spec["rules"])]
+    texts = [" ".join(words) for n in range(len(used) + 1) for words in itertools.combinations(used, n)]
+    simulated = simulate(reward, spec, texts)
+    assert reward.floor == min(value for key, values in simulated.items() if key[3] == 0.0 for value in values)
+    proof = prove(reward, overlong=Overlong(1, spec["penalty"]) if spec["penalty"] else None)
+    margins = simulated_margins(simulated, texts, spec["penalty"], reward.floor)
     assert {one.name: one.margin for one in proof.invariants} == pytest.approx(margins)
     assert proof.sound == (
         margins["exact_best"] > 0
@@ -324,26 +429,26 @@ def test_the_proof_agrees_with_scoring_everything_there_is(spec: dict) -> None:
     for violation in proof.violations:
         assert violation.better is not None
         assert violation.worse is not None
-        assert violation.better.low <= violation.worse.high
         assert {violation.better, violation.worse} <= set(proof.rows)
     for row in proof.rows:
         assert_reachable(row, simulated, spec, reward.floor)
 
 
 def assert_reachable(row: Row, simulated: Simulated, spec: dict, floor: float) -> None:
-    """A row of the table, and so a counterexample, is a real case and a real completion."""
+    """Both ends of a row, and so a counterexample, are a real case and a real completion, and nothing lies outside."""
     fired = {name for joined in row.triggers for name in joined.split("+")}
     text = " ".join(word for word in WORDS if any(spec["rules"][int(n[4:])]["word"] == word for n in fired))
-    if row.outcome in SILENCES:
-        expected = floor if row.outcome == "timeout" else simulated[row.gold, text, None]
-    else:
-        assert isinstance(row.outcome, int)
-        expected = simulated[row.gold, text, row.outcome]
-    assert row.low == row.high == expected
+    lengths = [-spec["penalty"]] if row.outcome == "truncated" else [0.0, -spec["penalty"] / 2, -spec["penalty"]]
+    level = row.outcome if isinstance(row.outcome, int) else None
+    seen = [value for length in lengths for value in simulated[row.gold, text, level, length]]
+    if row.outcome == "timeout":
+        seen = [floor]
+    assert (row.low, row.high) == (min(seen), max(seen))
 
 
 def test_the_random_sets_hold_sound_and_unsound_ones() -> None:
     ordered = {"table": [-1.0, -1.0, -1.0, 0.0, 3.0, -1.25, -1.5, -1.5, -2.0], "no_parse": -6.0, "rules": []}
-    spec = ordered | {"penalties": "worst", "bonuses": "best", "bounds": None}
+    spec = ordered | {"penalties": "worst", "bonuses": "best", "bounds": None, "code": []}
     assert prove(loaded(as_toml(spec))).sound
+    assert prove(loaded(as_toml(spec)), overlong=Overlong(1, 1.0)).sound
     assert not prove(loaded(as_toml(spec | {"bounds": (-1.0, 1.0)}))).sound

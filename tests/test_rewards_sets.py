@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import json
 import math
 import subprocess
 import sys
@@ -13,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Reward, RewardError, View, load_reward
+from rewards import Reward, RewardError, View, dump_reward, load_reward
+from rewards import reward as reward_module
+from rewards.files import load_set, shipped_sets
 from rewards.parse import FORMATS
-from rewards.rules import NumberTrigger, PatternTrigger, find_trigger, levels
-from rewards.schema import ExampleCase, load_set, shipped_sets
+from rewards.rules import NumberTrigger, PatternTimeout, PatternTrigger, find_trigger, levels
+from rewards.schema import ExampleCase
 from rewards.table import ERRORS, Table, combine, total
 
 EXAMPLES = [
@@ -39,6 +42,22 @@ source = "an active seizure needs help now"
 kind = "pattern"
 pattern = 'active seizure|seizing'
 unless = 'no active seizure'
+"""
+
+PAIN = """
+[[rule]]
+name = "severe_pain_missed"
+gold = "= 2"
+predicted = "> 2"
+value = -0.5
+grade = "U"
+source = "s"
+[rule.trigger]
+kind = "number"
+patterns = ['pain {number}']
+which = "any"
+at_least = 7
+at_most = 11
 """
 
 
@@ -216,6 +235,37 @@ def test_gold_outside_the_levels_is_refused_by_case_id_and_without_the_text() ->
     assert "SECRET" not in str(caught.value)
 
 
+# ---- the length term ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("completion", "without"), [("ANSWER: ESI 4", -1.5), ("ANSWER: ESI 2", 1.0), ("none", -2.0)])
+@pytest.mark.parametrize("length_penalty", [0.0, -0.125, -0.5])
+def test_the_length_penalty_is_a_component_of_its_own_after_the_bounds(
+    completion: str, without: float, length_penalty: float, tmp_path: Path
+) -> None:
+    body = HEAD + '[bounds]\nlow = -2.0\nhigh = 1.0\ngrade = "U"\nsource = "s"\n'
+    score = load_reward(written(tmp_path, body)).score(
+        text="stabbed",
+        gold=2,
+        completion=completion,
+        thinking=False,
+        finished=True,
+        case_id="c",
+        length_penalty=length_penalty,
+    )
+    assert score.total == without + length_penalty
+    assert score.parts["overlong"] == length_penalty
+    assert math.fsum(score.parts.values()) == score.total
+
+
+@pytest.mark.parametrize("refused", [0.1, -1e308, math.nan, -math.inf])
+def test_a_length_penalty_that_is_none_is_refused(refused: float) -> None:
+    with pytest.raises(RewardError, match='case "c": expected a length_penalty <= 0'):
+        load_reward("v49").score(
+            text="t", gold=2, completion="", thinking=False, finished=True, case_id="c", length_penalty=refused
+        )
+
+
 # ---- the arithmetic -----------------------------------------------------------------------------------------------
 
 quarters = st.integers(-8, 8).map(lambda n: n / 4)
@@ -278,7 +328,7 @@ def test_which_of_several_numbers_counts() -> None:
 
 def test_a_new_rule_is_a_row_of_toml(tmp_path: Path) -> None:
     reward = load_reward(written(tmp_path, HEAD + SEIZURE))
-    assert reward.components[-3:] == ("seizure_missed", "bounds", "timeout")
+    assert reward.components[-4:] == ("seizure_missed", "bounds", "overlong", "timeout")
     assert answered(reward, "brought in with an active seizure", 1, 2) == -1.0
     assert answered(reward, "no active seizure", 1, 2) == -0.5
     assert reward.sha256 != load_reward("v49").sha256
@@ -316,6 +366,29 @@ REFUSALS = [
     (SEIZURE.replace("active seizure|", "("), ['"seizure_missed".trigger.pattern', "regular expression"]),
     (SEIZURE.replace('"> 1"', '"> 5"'), ['"seizure_missed".predicted', "expected"]),
     (SEIZURE.replace("-0.5", "nan"), ['"seizure_missed".value', "finite"]),
+    (
+        SEIZURE.replace("-0.5", "1e308"),
+        ['"seizure_missed".value', "expected a number from -1e+06 to 1e+06, got 1e+308"],
+    ),
+    (SEIZURE.replace("-0.5", "-1000001"), ['"seizure_missed".value', "expected a number from"]),
+    (SEIZURE.replace("-0.5", "1" + "0" * 400), ['"seizure_missed".value']),
+    ('[no_parse]\nvalue = -1e308\ngrade = "U"\nsource = "s"\n', ["no_parse.value", "expected a number from"]),
+    ('[bounds]\nlow = -1e308\nhigh = 0.0\ngrade = "U"\nsource = "s"\n', ["bounds.low", "expected a number from"]),
+    (
+        '[base.exact]\nerrors = [0]\nvalue = 1e308\ngrade = "U"\nsource = "s"\n',
+        ["base.exact.value", "expected a number from"],
+    ),
+    (
+        PAIN.replace("= 11", "= 9").replace("= 7", "= 10"),
+        ['"severe_pain_missed".trigger', "at_least <= at_most, got 10 > 9"],
+    ),
+    (PAIN.replace("= 11", "= 1" + "0" * 400), ['"severe_pain_missed".trigger', "at_most", "expected a number from"]),
+    (
+        SEIZURE.replace("value = -0.5", 'function = "m:f"\nrange = [-1e308, 0.0]'),
+        ['"seizure_missed".range', "expected"],
+    ),
+    (SEIZURE.replace('name = "seizure_missed"', 'name = "overlong"'), ['rule "overlong"', "choose another"]),
+    ("deep = " + "[" * 3000, ["not readable as TOML"]),
     (SEIZURE.replace("-0.5", '"-0.5"'), ['"seizure_missed".value', "number"]),
     (SEIZURE.replace('grade = "U"', 'grade = "X"'), ['"seizure_missed".grade', "'K', 'I' or 'U'"]),
     (SEIZURE.replace("value = -0.5", ""), ["either value", "function"]),
@@ -340,6 +413,25 @@ def test_a_faulty_file_is_refused_with_file_row_and_key(tmp_path: Path, body: st
         load_reward(path)
     for piece in [str(path), *expected]:
         assert piece in str(caught.value)
+
+
+def test_a_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
+    folder = tmp_path / "folder.toml"
+    folder.mkdir()
+    for name in (folder, folder.with_suffix(".json")):
+        name.mkdir(exist_ok=True)
+        with pytest.raises(RewardError, match=f"{name}: expected a reward set's file, cannot read it: Is a directory"):
+            load_reward(name)
+    with pytest.raises(RewardError, match="cannot read it"):
+        load_reward("x" * 5000 + ".toml")
+    with pytest.raises(RewardError, match="not readable"):
+        load_reward("a\0b.toml")
+    with pytest.raises(RewardError, match="cannot read it"):
+        load_reward(written(tmp_path, HEAD.replace('"v49"', '"folder.toml"')))
+    loop = tmp_path / "loop.toml"
+    loop.symlink_to(loop)
+    with pytest.raises(RewardError, match="cannot read it"):
+        load_reward(loop)
 
 
 def test_more_refusals_across_files(tmp_path: Path) -> None:
@@ -378,6 +470,97 @@ def test_a_set_may_read_fewer_formats(tmp_path: Path) -> None:
     assert set(reward.formats) < set(FORMATS)
 
 
+# ---- resolved sets as JSON ----------------------------------------------------------------------------------------
+
+
+def dumped(folder: Path, content: object) -> Path:
+    path = folder / "reward.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", shipped_sets())
+def test_a_dumped_set_is_the_same_reward(name: str, tmp_path: Path) -> None:
+    path = dumped(tmp_path, dump_reward(name))
+    again, original = load_reward(path), load_reward(name)
+    assert again.sha256 == original.sha256
+    assert (again.name, again.components, again.table, again.triggers) == (
+        original.name,
+        original.components,
+        original.table,
+        original.triggers,
+    )
+    assert again.rules == original.rules
+    assert dump_reward(path) == dump_reward(name)
+    assert load_set(path)[0] == load_set(name)[0]
+
+
+def test_a_dumped_set_holds_what_it_extends_and_its_rules_of_code(tmp_path: Path) -> None:
+    parent = tmp_path / "parent.toml"
+    parent.write_text(HEAD + SEIZURE, encoding="utf-8")
+    child = 'name = "child"\nabout = "a"\nextends = "parent.toml"\ndrop = ["open_injury_missed"]\n'
+    original = load_reward(written(tmp_path, child + CODE.format(module=__name__, function="concise")))
+    content = dump_reward(tmp_path / "mine.toml")
+    parent.unlink()
+    again = load_reward(dumped(tmp_path, content))
+    assert again.sha256 == original.sha256
+    assert again.components == original.components
+    assert "seizure_missed" in again.components and "open_injury_missed" not in again.components
+    said = "words, words, words\nANSWER: ESI 2"
+    for reward in (original, again):
+        score = reward.score(text="t", gold=2, completion=said, thinking=False, finished=True, case_id="c")
+        assert score.parts["concise"] == -0.25
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"nam": "v49"}, ["nam: unknown key", 'did you mean "name"']),
+        ({"no_parse": {"value": "-2.0", "grade": "K", "source": "s"}}, ["no_parse.value", "valid number"]),
+        ({"no_parse": {"value": 1e308, "grade": "K", "source": "s"}}, ["no_parse.value", "expected a number from"]),
+        ({"no_parse": {"value": math.nan, "grade": "K", "source": "s"}}, ["no_parse.value", "finite"]),
+        ({"name": "../v49"}, ["name", "pattern"]),
+        ({"pattern_timeout_s": 0}, ["pattern_timeout_s", "greater than 0"]),
+        ({"base": {}}, ["base: expected one row for the error predicted - gold = -4, got 0"]),
+        ({"extends": "v46"}, ["extends: unknown key"]),
+        ({"rule": {}}, ["rule", "valid tuple"]),
+    ],
+)
+def test_a_dumped_set_is_checked_as_strictly_as_toml(tmp_path: Path, change: dict, expected: list[str]) -> None:
+    path = dumped(tmp_path, dump_reward("v49") | change)
+    with pytest.raises(RewardError) as caught:
+        load_reward(path)
+    for piece in [str(path), *expected]:
+        assert piece in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[]", "the file: Input should be"),
+        ("{", "not readable as JSON"),
+        ('{"name": "a", "name": "b"}', 'the key "name" stands twice'),
+        ("[" * 100_000, "not readable as JSON"),
+        ('{"name": 1' + "0" * 5000 + "}", "not readable as JSON"),
+    ],
+)
+def test_a_file_that_is_no_set_of_json_is_refused(tmp_path: Path, text: str, expected: str) -> None:
+    path = tmp_path / "reward.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RewardError, match=expected):
+        load_reward(path)
+
+
+def test_a_dumped_set_may_not_name_two_rules_alike_or_a_rule_like_a_component(tmp_path: Path) -> None:
+    content = dump_reward("v49")
+    rows = content["rule"]
+    assert isinstance(rows, list)
+    with pytest.raises(RewardError, match='two rows are called "lifesaving_obeyed"'):
+        load_reward(dumped(tmp_path, content | {"rule": [*rows, rows[0]]}))
+    with pytest.raises(RewardError, match='rule "overlong": this name is a component'):
+        load_reward(dumped(tmp_path, content | {"rule": [*rows, rows[0] | {"name": "overlong"}]}))
+
+
 # ---- rules of code ------------------------------------------------------------------------------------------------
 
 
@@ -395,6 +578,14 @@ def not_a_number(view: View) -> float:
 
 def fails(view: View) -> float:
     raise KeyError(view.text)
+
+
+def leaves(view: View) -> float:
+    raise SystemExit(0)
+
+
+def enormous(view: View) -> float:
+    return 10**5000
 
 
 CODE = """
@@ -420,7 +611,16 @@ def test_a_rule_of_code_adds_what_it_returns(tmp_path: Path) -> None:
     assert silent.total == -2.0
 
 
-@pytest.mark.parametrize(("function", "piece"), [("too_much", "7.0"), ("not_a_number", "nan"), ("fails", "KeyError")])
+@pytest.mark.parametrize(
+    ("function", "piece"),
+    [
+        ("too_much", "7.0"),
+        ("not_a_number", "nan"),
+        ("enormous", "got int"),
+        ("fails", "KeyError"),
+        ("leaves", "SystemExit"),
+    ],
+)
 def test_a_rule_of_code_that_fails_stops_and_names_rule_and_case(tmp_path: Path, function: str, piece: str) -> None:
     reward = load_reward(written(tmp_path, HEAD + CODE.format(module=__name__, function=function)))
     with pytest.raises(RewardError) as caught:
@@ -462,6 +662,26 @@ def test_a_catastrophic_pattern_ends_in_bounded_time_with_the_floor(tmp_path: Pa
         assert math.fsum(score.parts.values()) == score.total
     assert scores[0].answer.level == 2
     assert not reward.applies("seizure_missed", text, 1)
+
+
+def test_a_text_pays_for_a_timeout_once_however_many_texts_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    searched: list[str] = []
+
+    def search(trigger: PatternTrigger, text: str, *, timeout_s: float) -> None:
+        searched.append(text)
+        if text.startswith("slow"):
+            raise PatternTimeout
+
+    monkeypatch.setattr(reward_module, "CACHED_TEXTS", 2)
+    monkeypatch.setattr(reward_module, "find_trigger", search)
+    reward = load_reward(written(tmp_path, HEAD.replace("v49", "v46") + SEIZURE))
+    texts = [f"slow {i}" for i in range(50)] + [f"quick {i}" for i in range(50)] + ["slow \ud800"]
+    for _ in range(3):
+        assert [reward.matches(text) is None for text in texts] == [text.startswith("slow") for text in texts]
+    assert sorted(text for text in searched if text.startswith("slow")) == sorted(texts[:50] + texts[-1:])
+    assert [text for text in searched if text.startswith("quick")] == 3 * texts[50:100]
 
 
 # ---- isolation ----------------------------------------------------------------------------------------------------
