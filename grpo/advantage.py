@@ -119,19 +119,21 @@ def split_by_component(
     epsilon: float,
     ddof: int,
     in_baseline: ArrayLike | None = None,
+    total: ArrayLike | None = None,
 ) -> dict[str, Floats]:
     """A_k = (r_k - group mean of r_k)/divisor of the total reward: the part of A that component k gives.
 
     Args:
-        components: name -> [B,G] finite, already weighted; the total reward is their sum, added in the order
-            of the mapping. Add the rewards in that order too: rounding in another one can part equal totals.
+        components: name -> [B,G] finite, already weighted; the total reward is their sum.
+        total: [B,G], that sum as the rewards were added. Without it the components are added in the order of the
+            mapping; rounding in another order can part equal totals, and then a group without variance has some.
         kind, epsilon, ddof, in_baseline: as in `advantages`.
 
     The parts add up to `advantages(total)`. Where the total has no variance every part is 0.0, also when two
     components cancel: there is no advantage to split.
 
     Raises:
-        ValueError: no components, components of different shapes, and all that `advantages` refuses.
+        ValueError: no components, components (or a total) of different shapes, and all that `advantages` refuses.
 
     >>> parts = {"level": [[1.0, 0.0]], "rule": [[0.5, 0.5]]}
     >>> split_by_component(parts, kind="none", epsilon=0.0, ddof=1)
@@ -143,10 +145,16 @@ def split_by_component(
     shapes = {name: part.shape for name, part in parts.items()}
     if len(set(shapes.values())) > 1:
         raise ValueError(f"expected components of one shape [B,G], got {shapes}")
-    total = np.zeros(next(iter(shapes.values())))
-    for part in parts.values():
-        total = total + part
-    return _shares(parts, total, _members(in_baseline, total), kind, epsilon, ddof)
+    shape = next(iter(shapes.values()))
+    if total is None:
+        whole = np.zeros(shape)
+        for part in parts.values():
+            whole = whole + part
+    else:
+        whole = _reward_matrix(total, "total")
+        if whole.shape != shape:
+            raise ValueError(f"total: expected the components' shape {list(shape)}, got {list(whole.shape)}")
+    return _shares(parts, whole, _members(in_baseline, whole), kind, epsilon, ddof)
 
 
 def zero_variance(rewards: ArrayLike, *, in_baseline: ArrayLike | None = None) -> Bools:

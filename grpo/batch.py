@@ -22,19 +22,38 @@ def make_batch(groups: Sequence[Group], rewards: np.ndarray, config: Config) -> 
     rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
     lengths = [len(completion.ids) for _, completion in rows]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    weights = token_weights(lengths, kind=config.loss.token_weights, max_new_tokens=config.rollout.max_new_tokens)
+    finished = np.array([[completion.finished for completion in group.completions] for group in groups])
+    members = baseline(finished, config.advantage)
+    weights = token_weights(
+        lengths,
+        kind=config.loss.token_weights,
+        max_new_tokens=config.rollout.max_new_tokens,
+        include=finished.flatten().tolist() if config.loss.mask_truncated else None,
+    )
     sampler = torch.zeros(mask.shape)
-    sampler[mask] = torch.tensor([lp for _, completion in rows for lp in completion.sampler_logprobs])
+    sampler[mask] = torch.tensor(
+        [lp for _, completion in rows for lp in completion.sampler_logprobs], dtype=torch.float32
+    )
     return Batch(
         prompt_ids=tuple(ids for ids, _ in rows),
         completion_ids=tuple(completion.ids for _, completion in rows),
         completion_mask=mask,
         sampler_logprobs=sampler,
-        advantages=torch.from_numpy(normalised(rewards, config.advantage)).flatten().float(),
+        in_baseline=torch.from_numpy(members.flatten()),
+        advantages=torch.from_numpy(normalised(rewards, members, config.advantage)).flatten(),
         token_weights=torch.where(mask, weights[:, None], 0.0),
     )
 
 
-def normalised(rewards: np.ndarray, section: Advantage) -> np.ndarray:
+def baseline(finished: np.ndarray, section: Advantage) -> np.ndarray:
+    """Which of the completions [B,G] bool their group's mean and std are made of.
+
+    >>> baseline(np.array([[True, False]]), Advantage(kind="none", epsilon=0.0, ddof=1, truncated_in_baseline=False))
+    array([[ True, False]])
+    """
+    return np.ones_like(finished) if section.truncated_in_baseline else finished
+
+
+def normalised(rewards: np.ndarray, members: np.ndarray, section: Advantage) -> np.ndarray:
     """`grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
-    return advantages(rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof)
+    return advantages(rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof, in_baseline=members)

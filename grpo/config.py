@@ -10,7 +10,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
     BaseModel,
@@ -92,11 +92,24 @@ class Rollout(Section):
     temperature: Annotated[float, Field(gt=0)]
     thinking: Literal["on", "off", "mixed"]
     """"mixed": half of a step's prompts think, the other half answer at once."""
+    refill_rounds: Count
+    """How many times a step may draw further cases in place of groups whose rewards are all equal, which teach
+    nothing; 0 keeps them. What is still without variance after the last round stays in the batch."""
+
+
+class Overlong(Section):
+    """The soft overlong penalty of DAPO, arXiv 2503.14476: 0 up to ``max_new_tokens − cache_tokens``, then falling
+    in a line to ``−penalty`` at the budget."""
+
+    cache_tokens: Positive
+    penalty: Annotated[float, Field(gt=0)]
 
 
 class RewardSection(Section):
     set: Annotated[str, Field(min_length=1)]
     """A shipped set ("v49") or the path of a TOML file."""
+    overlong: Overlong | None = None
+    """A length term on top of the set; the proof covers it."""
     allow_unsound: bool = False
     """Train although `grpo.examine` refuses this reward for this run."""
     reason: str = ""
@@ -113,6 +126,8 @@ class Advantage(Section):
     kind: Literal["group", "none", "batch", "leave_one_out"]
     epsilon: Annotated[float, Field(ge=0)]
     ddof: Literal[0, 1]
+    truncated_in_baseline: bool
+    """Whether completions that the budget cut count in their group's mean and std. If not, their advantage is 0."""
 
 
 class Loss(Section):
@@ -122,6 +137,8 @@ class Loss(Section):
     dual_clip: Annotated[float, Field(gt=1)] | None = None
     """Only with ``surrogate = "dual_clip"``."""
     token_weights: Literal["sequence", "token", "constant"]
+    mask_truncated: bool
+    """Completions that the budget cut weigh nothing: neither surrogate nor KL, and they are in no denominator."""
     kl: Literal["k1", "k2", "k3", "ratio_k3"]
     beta: Annotated[float, Field(ge=0)]
     reference: Literal["base", "warm_start"]
@@ -160,6 +177,15 @@ class Checkpoint(Section):
     keep: Positive
 
 
+class Ledger(Section):
+    """What every k-th step writes down for `grpo.replay`, `grpo.inspect` and `grpo.report`; changes no number."""
+
+    every: Count = 1
+    """0 writes none."""
+    text: Literal["full", "redacted", "off"] = "full"
+    """"redacted": case ids, levels and rules without any text or token id; "off": numbers alone."""
+
+
 class Evaluate(Section):
     ends: dict[Name, str]
     """Sets evaluated before and after training: name → file."""
@@ -192,6 +218,7 @@ class Config(Section):
     optim: Optim
     train: Train
     checkpoint: Checkpoint
+    ledger: Ledger = Ledger()
     evaluate: Evaluate
 
     @model_validator(mode="after")
@@ -201,6 +228,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.micro_batch_size = {self.optim.micro_batch_size} is more than the {rows} completions of a step "
                 f"(rollout.prompts_per_step {self.rollout.prompts_per_step} × group_size {self.rollout.group_size})"
+            )
+        if self.reward.overlong and self.reward.overlong.cache_tokens > self.rollout.max_new_tokens:
+            raise ValueError(
+                f"reward.overlong.cache_tokens = {self.reward.overlong.cache_tokens} is more than "
+                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
             )
         if self.loss.reference == "warm_start" and not self.lora.warm_start:
             raise ValueError('loss.reference = "warm_start" needs lora.warm_start to name an adapter')
@@ -245,6 +277,43 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         set_here = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
         raise ConfigError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
     return config, Source(file, text, tuple(overrides))
+
+
+def notes(text: str) -> dict[str, str]:
+    """The comments of a config's TOML by dotted key: what stands behind a value, and in lines of their own after it.
+
+    The shipped configs begin them with a grade (KNOWN, INFERRED, UNKNOWN) or with what differs from their parent.
+
+    >>> notes('''[train]
+    ... steps = 300   # KNOWN
+    ... name = "a # b"
+    ...               # a choice of ours''')
+    {'train.steps': 'KNOWN', 'train.name': 'a choice of ours'}
+    """
+    found: dict[str, str] = {}
+    section, key = "", ""
+    for line in text.splitlines():
+        code, comment = _split_comment(line)
+        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+\s*$", code):
+            section, key = header[1], ""
+        elif pair := re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", code):
+            key = f"{section}.{pair[1]}" if section else pair[1]
+        elif code.strip().startswith("#") or not (code.strip() or comment):
+            key = ""
+        if key and comment:
+            found[key] = f"{found[key]} {comment}" if key in found else comment
+    return found
+
+
+def _split_comment(line: str) -> tuple[str, str]:
+    """The line without its comment, and the comment: a # within quotes is text."""
+    quote = ""
+    for i, letter in enumerate(line):
+        if letter in "\"'" and quote in ("", letter):
+            quote = "" if quote else letter
+        elif letter == "#" and not quote:
+            return line[:i], line[i + 1 :].strip()
+    return line, ""
 
 
 def embedded(name: str) -> Path | None:
@@ -338,4 +407,5 @@ def _fields(section: tuple[str, ...]) -> list[str]:
     model: Any = Config
     for part in section:
         model = model.model_fields[part].annotation
+        model = next((kind for kind in get_args(model) if hasattr(kind, "model_fields")), model)  # "Section | None"
     return list(model.model_fields) if hasattr(model, "model_fields") else []

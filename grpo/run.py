@@ -2,7 +2,9 @@
 
 runs/NAME/
     config.json      resolved config, its TOML source, overrides, commit, versions
+    reward.json      the reward set, resolved: what every score of this run follows from
     metrics.jsonl    one line a step
+    ledger/          every step, complete: see grpo.ledger
     eval.json        a list of evaluations
     eval/            one JSONL a evaluation: every case's answer
     checkpoints/     step_NNNNNN/
@@ -14,14 +16,16 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from grpo.config import Config, Source
-from grpo.evaluate import Verdict
+from grpo.ledger import cut_ledger
+from grpo.rates import Verdict, row
+from rewards import Reward, dump_reward
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
@@ -47,6 +51,10 @@ class Run:
     @property
     def metrics(self) -> Path:
         return self.path / "metrics.jsonl"
+
+    @property
+    def ledger(self) -> Path:
+        return self.path / "ledger"
 
     @property
     def evaluations(self) -> Path:
@@ -76,23 +84,38 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
             )
 
 
-def start_run(path: Path, config: Config, source: Source) -> Run:
-    """A new run folder, readable by its owner alone, with its resolved config."""
+def start_run(path: Path, config: Config, source: Source, reward: Reward, *, device: str) -> Run:
+    """A new run folder, readable by its owner alone, with its resolved config and reward.
+
+    Args:
+        device: what the policy runs on, for people.
+    """
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
     record = {
         "config": config.model_dump(mode="json"),
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
-        "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        **provenance(device),
+        "reward": {"name": reward.name, "sha256": reward.sha256},
     }
     write_json(path / "config.json", record)
+    write_json(path / "reward.json", dump_reward(config.reward.set))
     return Run(path)
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """The program and the machine that figures come from: commit, versions, platform, and the device as named."""
+    return {
+        "commit": _commit(),
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "machine": {"platform": platform.platform(), "processor": platform.processor(), "device": device},
+    }
 
 
 def continue_run(path: Path, *, step: int) -> Run:
     """An existing run folder, its records cut back to the ``step`` steps that the checkpoint holds."""
     run = Run(path)
+    cut_ledger(run.ledger, step=step)
     if run.metrics.is_file():
         lines = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
         kept = [line for line in lines if _step(line) <= step]
@@ -103,10 +126,18 @@ def continue_run(path: Path, *, step: int) -> Run:
 
 
 def add_metrics(run: Run, record: dict[str, Any]) -> None:
-    """Appends one line to ``metrics.jsonl``; a figure that is not finite is written as null."""
-    record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    """Appends one line to ``metrics.jsonl``."""
     with run.metrics.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record, allow_nan=False) + "\n")
+
+
+def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The record with None for every figure that is not finite: JSON has no NaN.
+
+    >>> finite({"step": 3, "loss": float("nan")})
+    {'step': 3, 'loss': None}
+    """
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
 def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
@@ -114,19 +145,7 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
     folder = run.path / "eval"
     folder.mkdir(exist_ok=True)
     name = f"step_{record['step']:06d}_{record['cases']}_{record['thinking']}"
-    answers = (
-        {
-            "id": v.case.id,
-            "esi": v.case.esi,
-            "predicted": v.predicted,
-            "reason": v.answer.reason,
-            "finished": v.completion.finished,
-            "tokens": len(v.completion.ids),
-            "completion": v.completion.text,
-        }
-        for v in verdicts
-    )
-    _replace(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
+    _replace(folder / f"{name}.jsonl", "".join(json.dumps(row(verdict)) + "\n" for verdict in verdicts))
     write_json(run.evaluations, [*(r for r in evaluations(run) if _same(r) != _same(record)), record])
 
 

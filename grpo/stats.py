@@ -3,6 +3,7 @@
 A mean of means weighs a short micro-batch like a long one; a sum and a count cannot.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 Stats = dict[str, tuple[float, float]]
@@ -16,7 +17,7 @@ def mean_of(values: Iterable[float]) -> tuple[float, float]:
     (9.0, 3.0)
     """
     listed = [float(value) for value in values]
-    return sum(listed), float(len(listed))
+    return math.fsum(listed), float(len(listed))
 
 
 def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:

@@ -10,6 +10,7 @@ import os
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,15 +21,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.advantage import zero_variance
-from grpo.batch import make_batch
-from grpo.budget import budget_stats
+from grpo.answers import evaluate
+from grpo.batch import baseline, make_batch
 from grpo.cases import CaseError, cases_for_step, row_key, stream
 from grpo.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.config import Config, ConfigError, load_config
-from grpo.evaluate import evaluate, summarise
 from grpo.examine import UnsoundReward, check_reward, examine, gather
+from grpo.ledger import write_step
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
+from grpo.rates import summarise
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.run import (
     Run,
@@ -39,12 +42,12 @@ from grpo.run import (
     check_folder,
     continue_run,
     evaluations,
+    finite,
     start_run,
 )
-from grpo.stats import Stats, mean_of, means
-from grpo.types import Case, Group, Prompt
-from grpo.update import Updated, learning_rate, update
-from rewards import Reward, RewardError, Score
+from grpo.types import Case, Dropped, Group, Prompt, Step
+from grpo.update import learning_rate, update
+from rewards import Reward, RewardError, Score, overlong
 
 
 class NotFinite(ArithmeticError):
@@ -93,32 +96,32 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
     bar = tqdm(range(first_step, config.train.steps), initial=first_step, total=config.train.steps, unit="step")
     for step in bar:
         started = time.perf_counter()
-        prompts = prompts_for_step(setup, step)
-        groups = rollout(
-            policy,
-            prompts,
-            noise_keys(prompts, config, step),
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-        )
-        rolled_out = time.perf_counter()
-        scores = score_groups(setup.reward, groups)
+        groups, scores, dropped = sample_step(setup, step)
+        sampled = time.perf_counter()
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(groups, rewards, config)
         updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
-        record = metrics(setup, groups, scores, rewards, updated, step=step)
-        record |= cost(groups, policy.device, rollout_s=rolled_out - started, update_s=time.perf_counter() - rolled_out)
+        moved = time.perf_counter()
+        done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, updated.grad_norm, updated.skipped)
+        account = token_account(done.tokens, batch, config.loss)
+        shares = advantage_shares(done, config.advantage)
+        lr = learning_rate(config, (step + 1) * config.optim.inner_epochs - 1)
+        record = finite(step_metrics(done, account, shares, config) | {"lr": lr})
+        if config.ledger.every and done.number % config.ledger.every == 0:
+            write_step(run.ledger, done, account, shares, record, text=config.ledger.text)
+        phases = {"rollout": sampled - started, "update": moved - sampled, "account": time.perf_counter() - moved}
+        record |= cost(done, policy.device, phases)
         add_metrics(run, record)
         bar.set_postfix_str(postfix(record, config))
         skipped_in_a_row = skipped_in_a_row + updated.skipped if updated.skipped else 0
         if skipped_in_a_row > config.train.max_skipped_steps:
-            ids = ", ".join(repr(prompt.case.id) for prompt in prompts)
+            ids = ", ".join(repr(group.prompt.case.id) for group in groups)
             raise NotFinite(f"step {step + 1}: {skipped_in_a_row} updates in a row were not finite; cases {ids}")
-        done = step + 1
-        if done % config.evaluate.every == 0 and done < config.train.steps:
-            evaluate_sets(setup, run, step=done, names=list(config.evaluate.during))
-        if done % config.checkpoint.every == 0 or done == config.train.steps:
-            save_checkpoint(run.checkpoints, policy, setup.optimizer, step=done, keep=config.checkpoint.keep)
+        last = done.number == config.train.steps
+        if done.number % config.evaluate.every == 0 and not last:
+            evaluate_sets(setup, run, step=done.number, names=list(config.evaluate.during))
+        if done.number % config.checkpoint.every == 0 or last:
+            save_checkpoint(run.checkpoints, policy, setup.optimizer, step=done.number, keep=config.checkpoint.keep)
     evaluate_sets(setup, run, step=config.train.steps, names=[*config.evaluate.ends, *config.evaluate.during])
     save_adapter(policy, run.adapter)
 
@@ -166,12 +169,70 @@ def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None
             check_length(policy, prompt, budget)
 
 
-def prompts_for_step(setup: Setup, step: int) -> list[Prompt]:
-    """The prompts of a step. With ``thinking = "mixed"`` every other one thinks, the phase changing with the step."""
+def sample_step(
+    setup: Setup, step: int
+) -> tuple[tuple[Group, ...], tuple[tuple[Score, ...], ...], tuple[Dropped, ...]]:
+    """The groups of a step (0-based), their scores, and what drop-and-refill left out.
+
+    Round 0 samples the step's cases. Each of up to ``rollout.refill_rounds`` more samples further cases, as many as
+    there are groups whose rewards are all equal, and those of them that vary take the equal ones' places. What is
+    drawn is a function of (seed, step, round, case, member) alone.
+    """
     config = setup.config
-    cases = cases_for_step(
-        setup.cases, setup.epoch, seed=config.train.seed, step=step, count=config.rollout.prompts_per_step
+    met: Counter[str] = Counter()
+    groups: list[Group] = []
+    scores: list[tuple[Score, ...]] = []
+    dropped: list[Dropped] = []
+    for round_ in range(1 + config.rollout.refill_rounds):
+        silent = [b for b, group in enumerate(groups) if is_silent(group, scores[b], config)]
+        wanted = len(silent) if round_ else config.rollout.prompts_per_step
+        if not wanted:
+            break
+        prompts = prompts_for_step(setup, step, round_)[:wanted]
+        fresh = rollout(
+            setup.policy,
+            prompts,
+            noise_keys(prompts, config, step, met),
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+        )
+        fresh_scores = score_groups(setup.reward, fresh, config)
+        if not round_:
+            groups, scores = list(fresh), list(fresh_scores)
+            continue
+        for group, row in zip(fresh, fresh_scores, strict=True):
+            if is_silent(group, row, config):
+                dropped.append(left_out(group, row))
+            else:
+                b = silent.pop(0)
+                dropped.append(left_out(groups[b], scores[b]))
+                groups[b], scores[b] = group, row
+    return tuple(groups), tuple(scores), tuple(dropped)
+
+
+def is_silent(group: Group, scores: Sequence[Score], config: Config) -> bool:
+    """No completion of the group will have an advantage."""
+    finished = np.array([[completion.finished for completion in group.completions]])
+    members = baseline(finished, config.advantage)
+    return bool(zero_variance([[score.total for score in scores]], in_baseline=members)[0])
+
+
+def left_out(group: Group, scores: Sequence[Score]) -> Dropped:
+    """What is kept of a group that is not trained on."""
+    return Dropped(
+        group.prompt.case.id,
+        tuple(len(completion.ids) for completion in group.completions),
+        tuple(completion.finished for completion in group.completions),
+        scores[0].total,
     )
+
+
+def prompts_for_step(setup: Setup, step: int, round_: int = 0) -> list[Prompt]:
+    """The prompts of a step; ``round_`` > 0 gives those that refill it, from a shuffle of their own. With
+    ``thinking = "mixed"`` every other one thinks, the phase changing with the step."""
+    config = setup.config
+    seed = row_key("refill", config.train.seed, round_) if round_ else config.train.seed
+    cases = cases_for_step(setup.cases, setup.epoch, seed=seed, step=step, count=config.rollout.prompts_per_step)
     thinks = {"on": lambda i: True, "off": lambda i: False, "mixed": lambda i: (i + step) % 2 == 0}
     return [
         render_prompt(
@@ -184,22 +245,22 @@ def prompts_for_step(setup: Setup, step: int) -> list[Prompt]:
     ]
 
 
-def noise_keys(prompts: Sequence[Prompt], config: Config, step: int) -> list[list[int]]:
-    """Keys of (seed, step, case, member). A case that oversampling puts into one step twice counts its members on."""
-    met: dict[str, int] = {}
+def noise_keys(prompts: Sequence[Prompt], config: Config, step: int, met: Counter[str]) -> list[list[int]]:
+    """Keys of (seed, step, case, member). A case that a step meets again counts its members on: ``met`` remembers how
+    many it has had."""
     keys = []
     for prompt in prompts:
-        first = met.get(prompt.case.id, 0)
-        met[prompt.case.id] = first + config.rollout.group_size
+        first = met[prompt.case.id]
+        met[prompt.case.id] += config.rollout.group_size
         members = range(first, met[prompt.case.id])
         keys.append([row_key("rollout", config.train.seed, step, prompt.case.id, member) for member in members])
     return keys
 
 
-def score_groups(reward: Reward, groups: Sequence[Group]) -> list[list[Score]]:
-    """[B][G] scores: text only, no tensors."""
-    return [
-        [
+def score_groups(reward: Reward, groups: Sequence[Group], config: Config) -> tuple[tuple[Score, ...], ...]:
+    """[B][G] scores: text and lengths only, no tensors."""
+    return tuple(
+        tuple(
             reward.score(
                 text=group.prompt.case.text,
                 gold=group.prompt.case.esi,
@@ -207,57 +268,36 @@ def score_groups(reward: Reward, groups: Sequence[Group]) -> list[list[Score]]:
                 thinking=group.prompt.thinking,
                 finished=completion.finished,
                 case_id=group.prompt.case.id,
+                length_penalty=length_penalty(len(completion.ids), config),
             )
             for completion in group.completions
-        ]
+        )
         for group in groups
-    ]
+    )
 
 
-def metrics(
-    setup: Setup,
-    groups: Sequence[Group],
-    scores: Sequence[Sequence[Score]],
-    rewards: np.ndarray,
-    updated: Updated,
-    *,
-    step: int,
-) -> dict[str, Any]:
-    """One step's line of ``metrics.jsonl``: every name is defined in the README."""
-    flat = [score for row in scores for score in row]
-    stats: Stats = {
-        "reward/mean": mean_of(rewards.flatten()),
-        "reward/std_group": mean_of(rewards.std(axis=1, ddof=1)),
-        "groups/zero_variance": mean_of(zero_variance(rewards)),
-        "completions/no_parse": mean_of(score.answer.level is None for score in flat),
-        **budget_stats([completion for group in groups for completion in group.completions]),
-        **{f"reward/{name}/mean": mean_of(score.parts[name] for score in flat) for name in setup.reward.components},
-        **updated.stats,
-    }
-    config = setup.config
-    return {
-        "step": step + 1,
-        "loss": updated.loss,
-        "grad_norm": updated.grad_norm,
-        "lr": learning_rate(config, (step + 1) * config.optim.inner_epochs - 1),
-        "skipped": updated.skipped,
-        "reward/std_batch": float(rewards.std(ddof=1)),
-        **means(stats),
-    }
+def length_penalty(length: int, config: Config) -> float:
+    """The soft overlong penalty of a completion of that many tokens, 0 without ``[reward.overlong]``."""
+    section = config.reward.overlong
+    if section is None:
+        return 0.0
+    budget = config.rollout.max_new_tokens
+    return overlong(length, budget=budget, cache=section.cache_tokens, penalty=section.penalty)
 
 
-def cost(groups: Sequence[Group], device: torch.device, *, rollout_s: float, update_s: float) -> dict[str, float]:
-    """Seconds, sampled tokens a second, and peak memory so far (of the device on CUDA, else of the process)."""
-    tokens = sum(len(completion.ids) for group in groups for completion in group.completions)
+def cost(step: Step, device: torch.device, phases: dict[str, float]) -> dict[str, float]:
+    """Seconds by phase, sampled tokens a second, and peak memory so far (of the device on CUDA, else of the
+    process)."""
+    kept = sum(len(completion.ids) for group in step.groups for completion in group.completions)
+    tokens = kept + sum(sum(one.lengths) for one in step.dropped)
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     else:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
-        "time/rollout_s": rollout_s,
-        "time/update_s": update_s,
-        "tokens_per_s/rollout": tokens / rollout_s,
-        "tokens_per_s/step": tokens / (rollout_s + update_s),
+        **{f"time/{phase}_s": seconds for phase, seconds in phases.items()},
+        "tokens_per_s/rollout": tokens / phases["rollout"],
+        "tokens_per_s/step": tokens / sum(phases.values()),
         "memory/peak_bytes": peak,
     }
 
@@ -286,6 +326,13 @@ def evaluate_sets(setup: Setup, run: Run, *, step: int, names: Sequence[str]) ->
                 )
                 record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
                 add_evaluation(run, record, verdicts)
+
+
+def device_name(device: torch.device) -> str:
+    """For people: "cpu (2 threads)" or the name of the card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def plan(setup: Setup) -> str:
@@ -334,7 +381,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"config    {source.path}\n{plan(setup)}", flush=True)
         checkpoint = latest_checkpoint(out / "checkpoints") if arguments.resume else None
         first_step = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else 0
-        run = continue_run(out, step=first_step) if arguments.resume else start_run(out, config, source)
+        run = (
+            continue_run(out, step=first_step)
+            if arguments.resume
+            else start_run(out, config, source, setup.reward, device=device_name(setup.policy.device))
+        )
         train(setup, run, first_step=first_step)
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)

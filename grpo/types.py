@@ -1,13 +1,16 @@
 """The frozen values that cross borders, and the dimension key.
 
 Dimensions: B prompts a step · G completions a prompt (one group) · N = B·G rows · T completion tokens of the
-widest row. Column t of every [N,T] tensor speaks of completion token t.
+widest row · E inner epochs · M = ΣL completion tokens of a step, packed row after row.
+Column t of every [N,T] tensor speaks of completion token t.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from rewards import Score
 
 if TYPE_CHECKING:  # cases and configs are looked at without torch
     from torch import Tensor
@@ -76,7 +79,50 @@ class Batch:
     """[N,T] bool, built from lengths."""
     sampler_logprobs: Tensor
     """[N,T] fp32 nats; 0 in the padding."""
+    in_baseline: Tensor
+    """[N] bool; the completions that mean and std of their group are made of."""
     advantages: Tensor
-    """[N] fp32."""
+    """[N] fp64."""
     token_weights: Tensor
     """[N,T] fp32; the weight of each token in the loss of the whole step, 0 in the padding."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRecord:
+    """The log-probabilities of one step's completion tokens as the update met them, on the CPU, packed."""
+
+    logprobs: Tensor
+    """[E,M] fp32 nats, of the policy at the start of each inner epoch; row 0 is also the old policy's."""
+    ref_logprobs: Tensor | None
+    """[M] fp32 nats; None with beta = 0, where the reference is never run."""
+    entropy: Tensor
+    """[M] fp32 nats, of the policy before its first update."""
+
+
+@dataclass(frozen=True, slots=True)
+class Dropped:
+    """A group that was sampled and left out because its rewards were all equal. Costs tokens, teaches nothing."""
+
+    case_id: str
+    lengths: tuple[int, ...]
+    finished: tuple[bool, ...]
+    reward: float
+    """The one reward of all its completions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One training step, complete: all that its metrics are computed from, and what the ledger keeps."""
+
+    number: int
+    """1 for the first."""
+    groups: tuple[Group, ...]
+    scores: tuple[tuple[Score, ...], ...]
+    """[B][G], beside ``groups``."""
+    batch: Batch
+    tokens: TokenRecord
+    dropped: tuple[Dropped, ...]
+    grad_norm: float
+    """Before clipping; the last inner epoch's."""
+    skipped: int
+    """Inner epochs whose loss or gradient was not finite: no optimiser step was taken."""

@@ -10,7 +10,7 @@ they cost no forward pass and the ratio is exactly 1 there.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,7 @@ from grpo.config import Config
 from grpo.logprobs import join, predicting_states, spread, token_logprobs
 from grpo.loss import LossTerms, grpo_loss
 from grpo.policy import Policy, adapter_swapped
-from grpo.stats import Stats, merge
-from grpo.types import Batch
+from grpo.types import Batch, TokenRecord
 
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
@@ -43,10 +42,7 @@ class Cut:
 class Updated:
     """What `update` did."""
 
-    stats: Stats
-    """Over the tokens of the first inner epoch (KL, entropy, sampler mismatch) or of all (clip ratios)."""
-    loss: float
-    """Of the first inner epoch."""
+    tokens: TokenRecord
     grad_norm: float
     """Before clipping; the last inner epoch's."""
     skipped: int
@@ -71,29 +67,26 @@ def update(
     """
     cuts = micro_batches(batch, config.optim.micro_batch_size)
     ref = reference_logprobs(policy, batch, cuts, config, reference) if config.loss.beta > 0 else None
-    old: list[Tensor] = []
-    parts: list[Stats] = []
-    losses: list[float] = []
-    norms: list[float] = []
-    skipped = 0
+    seen: list[list[Tensor]] = []
+    entropies: list[Tensor] = []
+    norm, skipped = 0.0, 0
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
         optimizer.zero_grad(set_to_none=True)
         torch.manual_seed(row_key("dropout", config.train.seed, step, epoch) % 2**63)  # the only noise of the update
-        total = 0.0
+        seen.append([])
+        total = torch.zeros((), device=policy.device)
         for i, cut in enumerate(cuts):
             logprobs, entropy, mask = score(policy, batch, cut, config.rollout.temperature)
+            seen[epoch].append(logprobs.detach())
             if epoch == 0:
-                old.append(logprobs.detach())
-            terms = _loss(logprobs, old[i], ref[i] if ref else None, batch, cut, mask, config)
+                entropies.append(entropy.detach())
+            terms = _loss(logprobs, seen[0][i], ref[i] if ref else None, batch, cut, mask, config)
             if config.loss.beta > 0 or batch.advantages[cut.rows].any():
                 terms.loss.backward()
-            total += terms.loss.item()
-            parts.append(_token_stats(terms, logprobs, entropy, mask, batch, cut, config, first=epoch == 0))
+            total += terms.loss.detach()
         norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), config.optim.max_grad_norm))
-        losses.append(total)
-        norms.append(norm)
-        if torch.isfinite(torch.tensor([total, norm])).all():
+        if math.isfinite(norm) and math.isfinite(float(total)):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step * config.optim.inner_epochs + epoch)
             optimizer.step()
@@ -101,7 +94,20 @@ def update(
             skipped += 1
     optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
-    return Updated(merge(parts), losses[0], norms[-1], skipped)
+    tokens = TokenRecord(
+        logprobs=torch.stack([packed(batch, cuts, values) for values in seen]),
+        ref_logprobs=packed(batch, cuts, ref) if ref else None,
+        entropy=packed(batch, cuts, entropies),
+    )
+    return Updated(tokens, norm, skipped)
+
+
+def packed(batch: Batch, cuts: tuple[Cut, ...], values: Sequence[Tensor]) -> Tensor:
+    """[M] on the CPU, in the batch's order of rows, from the [n,T] of each micro-batch."""
+    whole = torch.zeros(batch.completion_mask.shape)
+    for cut, piece in zip(cuts, values, strict=True):
+        whole[cut.rows, : piece.shape[1]] = piece.float().cpu()
+    return whole[batch.completion_mask]
 
 
 def learning_rate(config: Config, position: int) -> float:
@@ -173,33 +179,3 @@ def _loss(
         kl=section.kl,
         beta=section.beta,
     )
-
-
-@torch.no_grad()
-def _token_stats(
-    terms: LossTerms,
-    logprobs: Tensor,
-    entropy: Tensor,
-    mask: Tensor,
-    batch: Batch,
-    cut: Cut,
-    config: Config,
-    *,
-    first: bool,
-) -> Stats:
-    count = float(mask.sum())
-    stats: Stats = {
-        "clip_ratio/low": (float(terms.clipped_low[mask].sum()), count),
-        "clip_ratio/high": (float(terms.clipped_high[mask].sum()), count),
-        "ratio": (float(terms.ratio[mask].double().sum()), count),
-    }
-    if not first:
-        return stats
-    stats["entropy"] = (float(entropy[mask].double().sum()), count)
-    if terms.kl is not None:
-        stats[f"kl/{config.loss.kl}"] = (float(terms.kl[mask].double().sum()), count)
-    sampler = batch.sampler_logprobs[cut.rows, : logprobs.shape[1]].to(logprobs.device)
-    apart = (logprobs - sampler)[mask].double()
-    stats["sampler/abs_logprob_diff"] = (float(apart.abs().sum()), count)
-    stats["sampler/kl_k3"] = (float((apart.exp() - 1 - apart).sum()), count)
-    return stats

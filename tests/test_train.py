@@ -1,8 +1,10 @@
 """The whole loop on the embedded model: what it leaves, that it resumes to the bit, and how it refuses."""
 
+import dataclasses
 import json
 import re
 import stat
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from safetensors.torch import load_file
 
 from grpo import train as train_module
-from grpo.config import EMBEDDED
-from grpo.train import main
+from grpo.config import EMBEDDED, load_config
+from grpo.ledger import ledger_steps, read_step
+from grpo.train import main, noise_keys
+from grpo.types import Case, Prompt
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
 
@@ -60,7 +64,7 @@ def test_a_run_leaves_what_the_readme_says(
     out = tmp_path / "runs" / "x"
     assert run(world, out) == 0
     assert {p.name for p in out.iterdir()} == {
-        "config.json", "metrics.jsonl", "eval.json", "eval", "checkpoints", "adapter",
+        "config.json", "reward.json", "metrics.jsonl", "eval.json", "eval", "checkpoints", "adapter", "ledger",
     }  # fmt: skip
     config = json.loads((out / "config.json").read_text())
     assert config["config"]["train"]["steps"] == 4 and "train.steps=4" in config["source"]["overrides"]
@@ -115,7 +119,7 @@ def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path)
 def test_interrupted_and_resumed_is_bit_identical(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ["--set", "optim.inner_epochs=2", "--set", "lora.dropout=0.1"]
+    more = ["--set", "optim.inner_epochs=2", "--set", "lora.dropout=0.1", "--set", "rollout.refill_rounds=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(world, whole, *more) == 0
 
@@ -136,6 +140,9 @@ def test_interrupted_and_resumed_is_bit_identical(
         a, b = load_file(whole / file), load_file(parts / file)
         assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
     assert without_cost(lines(whole / "metrics.jsonl")) == without_cost(lines(parts / "metrics.jsonl"))
+    assert {p.name: p.read_bytes() for p in (whole / "ledger").iterdir()} == {
+        p.name: p.read_bytes() for p in (parts / "ledger").iterdir()
+    }
     assert json.loads((whole / "eval.json").read_text()) == json.loads((parts / "eval.json").read_text())
 
 
@@ -196,3 +203,94 @@ def test_too_many_updates_that_are_not_finite_stop_the_run(
     monkeypatch.setattr(train_module.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
     assert run(world, tmp_path / "run", "--set", "train.max_skipped_steps=1") == 2
     assert "step 2: 2 updates in a row were not finite; cases 'c" in capsys.readouterr().err
+
+
+def test_groups_without_variance_are_refilled(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reward that only case c0 to c4 can vary under: the others' groups are silent."""
+    true_scores = train_module.score_groups
+    sampled: list[list[str]] = []
+
+    def only_half_vary(reward: Any, groups: Any, config: Any) -> Any:
+        sampled.append([group.prompt.case.id for group in groups])
+        return tuple(
+            tuple(
+                dataclasses.replace(
+                    score,
+                    total=float(g) if group.prompt.case.id < "c5" else 1.0,
+                    parts=dict.fromkeys(score.parts, 0.0)
+                    | {"outcome": float(g) if group.prompt.case.id < "c5" else 1.0},
+                )
+                for g, score in enumerate(row)
+            )
+            for group, row in zip(groups, true_scores(reward, groups, config), strict=True)
+        )
+
+    monkeypatch.setattr(train_module, "score_groups", only_half_vary)
+    out = tmp_path / "run"
+    assert run(world, out, "--set", "rollout.refill_rounds=3", "--set", "train.steps=8") == 0
+    metrics = lines(out / "metrics.jsonl")
+    rounds, dropped = iter(sampled), []
+    for m in metrics:
+        entry = read_step(out / "ledger", m["step"])
+        kept = [group.prompt.case.id for group in entry.step.groups]
+        slots = list(next(rounds))
+        left: list[str] = []
+        for _ in range(3):
+            silent = [b for b, case in enumerate(slots) if case >= "c5"]
+            if not silent:
+                break
+            for case in next(rounds):
+                if case >= "c5":
+                    left.append(case)
+                else:
+                    left.append(slots[silent[0]])
+                    slots[silent.pop(0)] = case
+        assert kept == slots and [one.case_id for one in entry.step.dropped] == left
+        assert m["groups/dropped"] == len(left) and m["groups/zero_variance"] == sum(c >= "c5" for c in kept) / 2
+        tokens = sum(sum(one.lengths) for one in entry.step.dropped)
+        assert m["groups/dropped_tokens"] == tokens and (tokens > 0) == bool(left)
+        assert m["reward/mean_sampled"] == pytest.approx((6 * m["reward/mean"] + 3 * len(left)) / (6 + 3 * len(left)))
+        dropped.append(len(left))
+    assert next(rounds, None) is None and any(dropped), "nothing was refilled: the test shows nothing"
+
+
+def test_a_case_met_twice_in_a_step_draws_other_completions(world: list[str], tmp_path: Path) -> None:
+    config, _ = load_config(TINY, ["rollout.group_size=2", "optim.micro_batch_size=1"])
+    prompt = Prompt(Case("c0", "A 40-year-old.", 2), (1, 2), False)
+    met: Counter[str] = Counter()
+    keys = noise_keys([prompt, prompt], config, 0, met) + noise_keys([prompt], config, 0, met)
+    assert len({key for row in keys for key in row}) == 6
+
+
+def test_texts_stay_out_of_the_ledger_when_the_config_says_so(world: list[str], tmp_path: Path) -> None:
+    for text in ("redacted", "off"):
+        out = tmp_path / text
+        assert run(world, out, "--set", "train.steps=1", "--set", f"ledger.text={text}") == 0
+        written = b"".join(path.read_bytes() for path in (out / "ledger").iterdir())
+        assert b"year-old" not in written and b"ANSWER" not in written and b"rewards" in written
+    assert run(world, tmp_path / "none", "--set", "train.steps=1", "--set", "ledger.every=0") == 0
+    assert not (tmp_path / "none" / "ledger").exists()
+    assert run(world, tmp_path / "second", "--set", "train.steps=4", "--set", "ledger.every=2") == 0
+    assert ledger_steps(tmp_path / "second" / "ledger") == (2, 4)
+
+
+def test_the_overlong_penalty_reaches_the_reward_and_the_proof(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = [f"reward.overlong={{cache_tokens = 20, penalty = {penalty}}}" for penalty in (0.4, 0.2)]
+    means = []
+    for i, override in enumerate(more):
+        out = tmp_path / str(i)
+        assert run(world, out, "--set", "train.steps=1", "--set", override) == 0
+        entry = read_step(out / "ledger", 1)
+        for group, row in zip(entry.step.groups, entry.step.scores, strict=True):
+            for completion, score in zip(group.completions, row, strict=True):
+                over = max(0, len(completion.ids) - 20) / 20
+                assert score.parts["overlong"] == pytest.approx(-(0.4, 0.2)[i] * over)
+        means.append(lines(out / "metrics.jsonl")[0]["reward/overlong/mean"])
+    capsys.readouterr()
+    assert run(world, tmp_path / "tie", "--set", "reward.overlong={cache_tokens = 20, penalty = 0.5}") == 2
+    assert "a tie of gold 1, predicted 3" in capsys.readouterr().err, "v49's smallest margin is 0.5"
+    assert means[0] == pytest.approx(2 * means[1]) and means[0] < 0

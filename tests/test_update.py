@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo import update as update_module
+from grpo.account import token_account
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
 from grpo.policy import Policy, adapter_copy
@@ -115,13 +117,14 @@ def test_the_first_pass_is_on_policy_and_later_ones_are_not(make_policy: Callabl
         config = config_with(f"optim.inner_epochs={epochs}", "optim.learning_rate=0.02", "loss.beta=0.0")
         optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.02)
         before = adapter_copy(policy)
-        done = update(policy, batch_of(policy, config), config, optimizer, None, step=0)
-        total, count = done.stats["ratio"]
-        assert (total == count) == (epochs == 1), "the ratio is exactly 1 until the policy has moved"
+        batch = batch_of(policy, config)
+        done = update(policy, batch, config, optimizer, None, step=0)
+        account = token_account(done.tokens, batch, config.loss)
+        assert (account.ratio[0] == 1).all(), "the policy has not moved before its first optimiser step"
+        assert all((ratio != 1).any() for ratio in account.ratio[1:])
         assert optimizer.state[next(iter(policy.trainable().values()))]["step"] == epochs
         assert any(not torch.equal(before[name], p) for name, p in policy.trainable().items())
-        clipped = done.stats["clip_ratio/low"][0] + done.stats["clip_ratio/high"][0]
-        assert (clipped > 0) == (epochs == 3)
+        assert bool(account.clip.any()) == (epochs == 3)
 
 
 def test_the_base_never_moves(make_policy: Callable[..., Policy]) -> None:
@@ -143,15 +146,10 @@ def test_beta_zero_never_runs_the_reference(
     policy = make_policy()
     batch = batch_of(policy, config_with())
     monkeypatch.setattr(update_module, "adapter_swapped", never)
-    stats = update(
-        policy,
-        batch,
-        config_with("loss.beta=0.0"),
-        torch.optim.SGD(policy.trainable().values(), lr=0.0),
-        None,
-        step=0,
-    ).stats
-    assert not any(name.startswith("kl") for name in stats)
+    still = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+    config = config_with("loss.beta=0.0")
+    tokens = update(policy, batch, config, still, None, step=0).tokens
+    assert tokens.ref_logprobs is None and token_account(tokens, batch, config.loss).kl is None
     with pytest.raises(AssertionError, match="reference was run"):
         gradients(policy, batch, config_with())
 
@@ -161,18 +159,57 @@ def test_kl_is_zero_against_oneself_and_positive_against_the_base(make_policy: C
     config = config_with()
     batch = batch_of(policy, config)
     still = torch.optim.SGD(policy.trainable().values(), lr=0.0)
-    assert update(policy, batch, config, still, adapter_copy(policy), step=0).stats["kl/k3"][0] == 0
-    assert update(policy, batch, config, still, None, step=0).stats["kl/k3"][0] > 0
+    oneself = update(policy, batch, config, still, adapter_copy(policy), step=0).tokens
+    assert (token_account(oneself, batch, config.loss).kl == 0).all()
+    base = token_account(update(policy, batch, config, still, None, step=0).tokens, batch, config.loss).kl
+    assert base is not None and (base >= 0).all() and float(base.mean()) > 1e-4
 
 
 def test_sampler_and_trainer_agree(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     config = config_with("rollout.temperature=0.8")
     batch = batch_of(policy, config)
-    stats = update(policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0).stats
-    total, count = stats["sampler/abs_logprob_diff"]
-    assert count == int(batch.completion_mask.sum()) and total / count < 1e-5
-    assert stats["entropy"][0] / count > 0.1
+    tokens = update(policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0).tokens
+    drawn = batch.sampler_logprobs[batch.completion_mask]
+    assert tokens.logprobs.shape == (1, len(drawn)) == (1, len(tokens.entropy))
+    assert float((tokens.logprobs[0] - drawn).abs().max()) < 2e-5
+    assert float(tokens.entropy.mean()) > 0.1
+
+
+@pytest.mark.parametrize("micro", [12, 5, 1])
+def test_the_record_is_in_the_batchs_order_whatever_the_cut(make_policy: Callable[..., Policy], micro: int) -> None:
+    policy = make_policy()
+    config = config_with(f"optim.micro_batch_size={micro}")
+    batch = batch_of(policy, config)
+    assert len({len(ids) for ids in batch.completion_ids}) > 1
+    logprobs, entropies = [], []
+    for prompt, ids in zip(batch.prompt_ids, batch.completion_ids, strict=True):
+        with torch.no_grad():
+            logits = policy.model(input_ids=torch.tensor([[*prompt, *ids]])).logits[0]
+        law = logits[len(prompt) - 1 : -1].log_softmax(-1)
+        logprobs.append(law.gather(1, torch.tensor(ids)[:, None])[:, 0])
+        entropies.append(-(law.exp() * law).sum(1))
+    tokens = update(policy, batch, config, torch.optim.AdamW(policy.trainable().values()), None, step=0).tokens
+    torch.testing.assert_close(tokens.logprobs[0], torch.cat(logprobs), atol=2e-5, rtol=1e-5)
+    torch.testing.assert_close(tokens.entropy, torch.cat(entropies), atol=2e-5, rtol=1e-5)
+
+
+def test_the_accounts_loss_is_the_updates(make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = make_policy()
+    config = config_with("loss.beta=0.3", "optim.inner_epochs=2", "optim.micro_batch_size=5")
+    batch = batch_of(policy, config)
+    seen: list[float] = []
+    true_loss = update_module.grpo_loss
+
+    def recorded(*args: Any, **kwargs: Any) -> Any:
+        terms = true_loss(*args, **kwargs)
+        seen.append(terms.loss.item())
+        return terms
+
+    monkeypatch.setattr(update_module, "grpo_loss", recorded)
+    done = update(policy, batch, config, torch.optim.AdamW(policy.trainable().values(), lr=0.02), None, step=0)
+    loss = token_account(done.tokens, batch, config.loss).loss.sum(1).tolist()
+    assert loss == pytest.approx([sum(seen[:3]), sum(seen[3:])], rel=1e-5, abs=1e-6) and abs(loss[1]) > 1e-3
 
 
 def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]) -> None:
@@ -209,7 +246,9 @@ def test_batch_lays_out_rows_group_by_group(make_policy: Callable[..., Policy]) 
         [True] * 3,
     ]
     assert batch.sampler_logprobs.tolist() == [[-1, -2, -3], [-4, 0, 0], [-4, 0, 0], [-1, -2, -3]]
-    torch.testing.assert_close(batch.advantages, torch.tensor([0.5, -0.5, 0, 0]) / (0.5**0.5 + 1e-4))
+    torch.testing.assert_close(
+        batch.advantages, torch.tensor([0.5, -0.5, 0, 0], dtype=torch.float64) / (0.5**0.5 + 1e-4)
+    )
     torch.testing.assert_close(
         batch.token_weights, torch.tensor([[1 / 12] * 3, [0.25, 0, 0], [0.25, 0, 0], [1 / 12] * 3])
     )
