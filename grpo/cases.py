@@ -1,48 +1,51 @@
 """Files → `Case`s, and the order in which training meets them: a pure function of (seed, step)."""
 
 import hashlib
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from grpo.config import resolve
+from grpo.loaders.jsonl import read_jsonl
+from grpo.loaders.mietic import read_instructions, read_validate
+from grpo.loaders.mimic import read_mimic_iv_ed
+from grpo.loaders.report import CaseError as CaseError
+from grpo.loaders.report import Loaded, Row, gather
 from grpo.types import Case
 
-MAX_TEXT = 100_000
-"""Characters. A longer narrative is a broken file, not a patient."""
+LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {
+    "jsonl": read_jsonl,
+    "mietic-validate": read_validate,
+    "mietic-instructions": read_instructions,
+    "mimic-iv-ed": read_mimic_iv_ed,
+}
+"""Format → reader. A reader yields rows one by one; `load` is the same as tuples."""
 
 
-class CaseError(ValueError):
-    """A case file that cannot be used. Names file, line and field, never a narrative."""
+def load(loader: str, name: str, *, strict: bool) -> Loaded:
+    """The cases of a file and the account of every row that did not become one.
+
+    Args:
+        loader: a key of `LOADERS`, for a name that brings none of its own.
+        name: the file, or the folder for mimic-iv-ed; ``mietic-validate:FILE`` names its loader.
+        strict: refuse the file for any faulty row instead of leaving it out. Rows that the format itself sets aside
+            (MIETIC's unretained) are no fault.
+
+    Raises:
+        CaseError: a damaged or empty file, cases without gold levels, under ``strict`` any fault.
+    """
+    own, colon, rest = name.partition(":")
+    if colon and own in LOADERS:
+        loader, name = own, rest
+    return gather(name, LOADERS[loader](name), strict=strict)
 
 
 def load_jsonl(name: str) -> tuple[Case, ...]:
-    """Cases of a JSONL file: one object a line with ``id`` (text), ``text`` (the narrative), ``esi`` (1–5) and,
-    if wanted, ``tags`` (list of texts). Other fields are ignored: only ``text`` ever reaches a prompt.
+    """Cases of a JSONL file, strictly (see `read_jsonl`).
 
     Raises:
-        CaseError: with file and line, for the first line that is not such an object, a repeated id, or an empty file.
+        CaseError: with file and line, for the first line that is no case, a repeated id, or an empty file.
     """
-    path = resolve(name)
-    cases: list[Case] = []
-    first_line: dict[str, int] = {}
-    for number, line in _lines(path):
-        if not line.strip():
-            continue
-        case = _case(f"{path}:{number}", line)
-        if case.id in first_line:
-            raise CaseError(f"{path}:{number}: id {case.id!r} was already used in line {first_line[case.id]}")
-        first_line[case.id] = number
-        cases.append(case)
-    if not cases:
-        raise CaseError(f"{path}: no cases in it: expected one JSON object a line with id, text and esi")
-    return tuple(cases)
-
-
-LOADERS = {"jsonl": load_jsonl}
+    return load("jsonl", name, strict=True).cases
 
 
 def stream(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, ...]:
@@ -85,39 +88,3 @@ def row_key(*parts: int | str) -> int:
 
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=row_key("order", seed, epoch))).permutation(size)
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    try:
-        with path.open("rb") as file:
-            for number, raw in enumerate(file, 1):
-                try:
-                    yield number, raw.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise CaseError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line)") from None
-    except OSError as error:
-        raise CaseError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _case(where: str, line: str) -> Case:
-    try:
-        row: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else "nested too deep"
-        raise CaseError(f"{where}: not valid JSON: {what}") from None
-    if not isinstance(row, dict):
-        raise CaseError(f"{where}: expected an object with id, text and esi, got a {type(row).__name__}")
-    if missing := [key for key in ("id", "text", "esi") if key not in row]:
-        raise CaseError(f"{where}: {' and '.join(missing)} missing: a case needs id, text and esi")
-    ident, text, esi, tags = row["id"], row["text"], row["esi"], row.get("tags", [])
-    if not isinstance(ident, str) or not 0 < len(ident) <= 200 or not ident.isprintable():
-        raise CaseError(f"{where}: id must be printable text of 1 to 200 characters")
-    if not isinstance(text, str) or not text.strip() or len(text) > MAX_TEXT:
-        raise CaseError(f"{where}: text of case {ident!r} must be a narrative of 1 to {MAX_TEXT:,} characters")
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise CaseError(f"{where}: text of case {ident!r} holds a NUL or half a surrogate pair: re-export the file")
-    if type(esi) is not int or not 1 <= esi <= 5:
-        raise CaseError(f"{where}: esi of case {ident!r} must be a whole number from 1 to 5, got {esi!r:.40}")
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise CaseError(f"{where}: tags of case {ident!r} must be a list of texts")
-    return Case(ident, text.strip(), esi, tuple(tags))

@@ -77,8 +77,11 @@ class Lora(Section):
 
 
 class Cases(Section):
-    format: Literal["jsonl"]
+    format: Literal["jsonl", "mietic-validate", "mietic-instructions", "mimic-iv-ed"]
+    """Of the files that name none: ``mietic-validate:data/samples.csv`` says its own."""
     train: str
+    strict: bool = True
+    """Refuse a file for any faulty row; false leaves such rows out, counted and reported by `grpo.preflight`."""
     oversample: Annotated[dict[Annotated[int, Field(ge=1, le=5)], Positive], BeforeValidator(_int_keys)]
     """How many times a case of this level stands in the training stream; levels left out stand once."""
     system_prompt: Annotated[str, Field(min_length=1)]

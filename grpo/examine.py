@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grpo.cases import LOADERS, CaseError, stream
+from grpo.cases import CaseError, load, stream
 from grpo.config import Config
 from grpo.plan import Plan, Shape, make_plan, read_shape
 from grpo.types import Case
@@ -54,6 +54,8 @@ class Material:
     shape: Shape | None
     faults: tuple[str, ...]
     """One line for each case file that cannot be used."""
+    left_out: tuple[str, ...]
+    """One line for each reason for which rows of a case file, or values of theirs, were left out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +126,7 @@ class Examination:
     """None without training cases."""
     plan: Plan
     faults: tuple[str, ...]
+    left_out: tuple[str, ...]
     unchecked: tuple[str, ...]
     """What should have been looked at and could not be, for want of a case file."""
 
@@ -171,12 +174,13 @@ def gather(config: Config, *, reward_only: bool = False) -> Material:
     """
     resolved, _ = load_set(config.reward.set)
     faults: list[str] = []
+    left_out: list[str] = []
     cases: tuple[Case, ...] | None = None
     sets: dict[str, tuple[Case, ...]] = {}
     if not reward_only:
-        cases = _load(config, config.cases.train, faults)
+        cases = _load(config, config.cases.train, faults, left_out)
         for name, file in (config.evaluate.ends | config.evaluate.during).items():
-            members = _load(config, file, faults)
+            members = _load(config, file, faults, left_out)
             if members is not None:
                 sets[name] = members
     return Material(
@@ -186,12 +190,15 @@ def gather(config: Config, *, reward_only: bool = False) -> Material:
         sets=sets,
         shape=read_shape(config.model.name),
         faults=tuple(faults),
+        left_out=tuple(left_out),
     )
 
 
-def _load(config: Config, file: str, faults: list[str]) -> tuple[Case, ...] | None:
+def _load(config: Config, file: str, faults: list[str], left_out: list[str]) -> tuple[Case, ...] | None:
     try:
-        return LOADERS[config.cases.format](file)
+        loaded = load(config.cases.format, file, strict=config.cases.strict)
+        left_out += [f"{file}: {finding}" for finding in loaded.report.findings]
+        return loaded.cases
     except CaseError as error:
         faults.append(str(error))
         return None
@@ -223,6 +230,7 @@ def examine(config: Config, material: Material, *, accuracy: float = HONEST) -> 
         data=audit_data(cases, oversample, material.sets) if cases else None,
         plan=make_plan(config, material.shape, longest),
         faults=material.faults,
+        left_out=material.left_out,
         unchecked=_unchecked(config, material),
     )
 

@@ -85,7 +85,7 @@ class Plan:
     inner_epochs: int
     steps: int
     tokens_a_step: int
-    """At most: every completion as long as the budget."""
+    """At most: every completion as long as the budget, and every refill round drawn in full."""
     frozen: int | None
     """Parameters of the base; None where the model's shape cannot be read."""
     trained: int | None
@@ -206,7 +206,7 @@ def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None
         micro_batches=-(-rows // config.optim.micro_batch_size),
         inner_epochs=config.optim.inner_epochs,
         steps=config.train.steps,
-        tokens_a_step=rows * rollout.max_new_tokens,
+        tokens_a_step=rows * rollout.max_new_tokens * (1 + rollout.refill_rounds),
         frozen=frozen_parameters(shape) if shape else None,
         trained=trained,
         modules=modules,

@@ -208,6 +208,7 @@ def verdict_lines(config: Config, examination: Examination) -> list[str]:
     lines += [f"          - {visible(reason)}" for reason in examination.refusals]
     if config.reward.allow_unsound:
         lines.append(f"          training is allowed all the same: {visible(config.reward.reason)}")
+    lines += [f"          left out: {visible(line)}" for line in examination.left_out]
     if examination.unchecked:
         lines += [f"          not checked: {visible(what)}" for what in examination.unchecked]
         lines.append("          (--reward-only looks at the reward and the plan alone)")
@@ -224,6 +225,7 @@ def record(config: Config, examination: Examination) -> dict[str, object]:
         "refusals": examination.refusals,
         "allowed": config.reward.reason if config.reward.allow_unsound else None,
         "faults": examination.faults,
+        "left_out": examination.left_out,
         "unchecked": examination.unchecked,
         "proof": {
             "sound": proof.sound,

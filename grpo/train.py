@@ -133,6 +133,8 @@ def build(config: Config) -> Setup:
     if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
         raise MissingInput("\n       ".join(faults))
     assert material.cases is not None  # else there were faults
+    for line in material.left_out:
+        print(f"left out  {line}", file=sys.stderr)
     check_reward(config, examine(config, material))
     cases, sets = material.cases, dict(material.sets)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)

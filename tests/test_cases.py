@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import CaseError, cases_for_step, load_jsonl, row_key, stream
+from grpo.cases import CaseError, cases_for_step, load, load_jsonl, row_key, stream
 from grpo.types import Case
 
 GOOD = {"id": "a", "text": "A 40-year-old with chest pain.", "esi": 2}
@@ -107,3 +107,9 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
 def test_row_keys_of_different_parts_differ(parts: list[list[int | str]]) -> None:
     first, second = parts
     assert (row_key(*first) == row_key(*second)) == (first == second)
+
+
+def test_a_name_can_bring_its_loader(tmp_path: Path) -> None:
+    file = tmp_path / "cases.jsonl"
+    file.write_text('{"id": "a", "text": "Rash.", "esi": 5}\n', encoding="utf-8")
+    assert load("mimic-iv-ed", f"jsonl:{file}", strict=True).cases == load_jsonl(str(file))

@@ -381,6 +381,12 @@ def test_bad_input_is_json_where_json_was_asked_for(
     assert err == f"error: {json.loads(out)['error']}\n"
 
 
+def test_the_most_tokens_of_a_step_hold_its_refill_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    for rounds, tokens in ((0, "8,192"), (2, "24,576")):
+        assert main([V49, "--reward-only", *sets(rollout__refill_rounds=rounds)]) == 0
+        assert f"≤ {tokens} sampled tokens a step" in shown(capsys)
+
+
 def test_json_of_an_incomplete_examination_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([V49, "--json", "--set", "cases.train=nowhere.jsonl"]) == 2
     found = json.loads(shown(capsys))
@@ -638,3 +644,22 @@ def test_a_rule_written_in_toml_is_proved_explained_and_trained(
     for line in lines:
         fired = line["reward/active_seizure_missed/mean"] * 8 / -0.5
         assert fired in (1, 2, 3, 4), "of eight completions, the four of s1 may miss the seizure"
+
+
+def test_rows_that_are_left_out_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    header = "subject_id,stay_id,temperature,heartrate,resprate,o2sat,sbp,dbp,pain,chiefcomplaint,acuity"
+    (tmp_path / "triage.csv").write_text(
+        f"{header}\n1,11,98.6,80,16,99,120,80,3,Chest pain,2\n2,12,98.6,80,16,99,120,80,3,Rash,\n", encoding="utf-8"
+    )
+    (tmp_path / "edstays.csv").write_text(
+        "subject_id,stay_id,intime,gender,arrival_transport\n"
+        "1,11,2150-01-01 10:00:00,F,WALK IN\n2,12,2150-01-01 11:00:00,M,AMBULANCE\n",
+        encoding="utf-8",
+    )
+    args = [TINY, "--set", f"cases.train=mimic-iv-ed:{tmp_path}"]
+    assert main(args) == 2
+    said = capsys.readouterr()
+    assert "no acuity" in said.out + said.err
+    assert main([*args, "--set", "cases.strict=false", "--set", "reward.allow_unsound=true", "--set",
+                 "reward.reason=one case"]) in (0, 1)  # fmt: skip
+    assert "left out: mimic-iv-ed:" in capsys.readouterr().out

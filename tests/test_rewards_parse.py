@@ -166,6 +166,16 @@ def test_two_levels_that_are_joined_are_no_answer(a: int, b: int, joiner: str, t
         assert answer.level == a or TEMPLATES[template] is None
 
 
+WORDS = (
+    "or to through thru versus vs and but maybe possibly perhaps probably potentially alternatively otherwise else "
+    "also plus then even though although however borderline leaning almost nearly"
+)
+
+
+def test_the_words_that_join_are_all_of_these() -> None:
+    assert set(WORDS.split()) <= {*RANGE_WORDS, *LOOSE_WORDS}
+
+
 @pytest.mark.parametrize("joiner", JOINERS)
 def test_every_joiner_joins(joiner: str) -> None:
     assert parse_answer(f"ANSWER: ESI 4{joiner}3", thinking=False).reason == "range"

@@ -137,6 +137,8 @@ def test_meaningless_inputs_are_refused(cases: list[WeightedCase], accuracy: flo
 
 def test_every_hack_is_probed_and_none_but_the_constant_ones_is_an_answer() -> None:
     assert len(POLICIES) == 10
+    assert POLICIES["list all five"].endswith("ANSWER: ESI 1, 2, 3, 4, 5")
+    assert POLICIES["list all five, blanks between"].endswith("ANSWER: ESI 1 2 3 4 5")
     answers = {name: parse_answer(text, thinking=True) for name, text in POLICIES.items()}
     for name, answer in answers.items():
         assert answer.level == (int(name[-1]) if name.startswith("always ") else None)

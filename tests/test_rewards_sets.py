@@ -641,6 +641,36 @@ def test_a_function_that_cannot_be_imported_is_refused_at_load(tmp_path: Path) -
         load_reward(written(tmp_path, HEAD + CODE.format(module=__name__, function="CODE")))
 
 
+BROKEN_MODULES = {
+    "torn": ("def concise(view:\n", "SyntaxError"),
+    "raising": ("raise ValueError('no such thing')\n", "ValueError: no such thing"),
+    "leaving": ("raise SystemExit(0)\n", "SystemExit: 0"),
+    "missing": ("import nowhere_at_all\n", "ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    "deep": ("def f():\n    f()\nf()\n", "RecursionError"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODULES)
+def test_a_module_that_fails_while_it_is_imported_is_one_error(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, says = BROKEN_MODULES[name]
+    (tmp_path / f"module_{name}.py").write_text(source, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    path = written(tmp_path, HEAD + CODE.format(module=f"module_{name}", function="concise"))
+    with pytest.raises(RewardError) as caught:
+        load_reward(path)
+    expected = f'{path}: rule "concise".function: cannot import "module_{name}:concise": {says}'
+    assert str(caught.value).startswith(expected)
+
+
+@pytest.mark.parametrize("function", ["builtins:len", "math:sqrt", "functools:partial", "builtins:str"])
+def test_a_callable_without_a_source_file_of_its_own_can_be_hashed(function: str, tmp_path: Path) -> None:
+    module, _, name = function.partition(":")
+    reward = load_reward(written(tmp_path, HEAD + CODE.format(module=module, function=name)))
+    assert reward.rule("concise").function_name == function
+
+
 # ---- time ---------------------------------------------------------------------------------------------------------
 
 
