@@ -45,9 +45,10 @@ from grpo.run import (
     finite,
     start_run,
 )
+from grpo.score import score_groups
 from grpo.types import Case, Dropped, Group, Prompt, Step
 from grpo.update import learning_rate, update
-from rewards import Reward, RewardError, Score, overlong
+from rewards import Reward, RewardError, Score
 
 
 class NotFinite(ArithmeticError):
@@ -257,34 +258,6 @@ def noise_keys(prompts: Sequence[Prompt], config: Config, step: int, met: Counte
         members = range(first, met[prompt.case.id])
         keys.append([row_key("rollout", config.train.seed, step, prompt.case.id, member) for member in members])
     return keys
-
-
-def score_groups(reward: Reward, groups: Sequence[Group], config: Config) -> tuple[tuple[Score, ...], ...]:
-    """[B][G] scores: text and lengths only, no tensors."""
-    return tuple(
-        tuple(
-            reward.score(
-                text=group.prompt.case.text,
-                gold=group.prompt.case.esi,
-                completion=completion.text,
-                thinking=group.prompt.thinking,
-                finished=completion.finished,
-                case_id=group.prompt.case.id,
-                length_penalty=length_penalty(len(completion.ids), config),
-            )
-            for completion in group.completions
-        )
-        for group in groups
-    )
-
-
-def length_penalty(length: int, config: Config) -> float:
-    """The soft overlong penalty of a completion of that many tokens, 0 without ``[reward.overlong]``."""
-    section = config.reward.overlong
-    if section is None:
-        return 0.0
-    budget = config.rollout.max_new_tokens
-    return overlong(length, budget=budget, cache=section.cache_tokens, penalty=section.penalty)
 
 
 def cost(step: Step, device: torch.device, phases: dict[str, float]) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""A run folder read back: its config, its reward, what `metrics.jsonl` says and which steps its ledger holds."""
+
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from grpo.config import Config
+from grpo.ledger import ledger_steps
+from grpo.run import Run, RunError
+from rewards import Reward, load_reward
+
+
+@dataclass(frozen=True, slots=True)
+class Recording:
+    """What a replay starts from. The steps themselves are read one at a time, by `grpo.ledger.read_step`."""
+
+    run: Run
+    config: Config
+    reward: Reward
+    """Of ``reward.json``."""
+    reward_sha256: str
+    """What ``config.json`` says the reward's is."""
+    logged: Mapping[int, Mapping[str, Any]]
+    """``metrics.jsonl`` by step."""
+    steps: tuple[int, ...]
+    """Of the ledger, in order."""
+    made_with: Mapping[str, str | None]
+    """Versions and machine of the training."""
+
+
+def read_recording(path: Path) -> Recording:
+    """Everything of a run folder but its steps.
+
+    Raises:
+        RunError, LedgerError, RewardError: a part that is missing or cannot be read; each names its file.
+    """
+    config, record = read_config(path)
+    run = Run(path)
+    try:
+        reward_sha256 = str(record["reward"]["sha256"])
+        made_with = {**record["versions"], **record["machine"]}
+    except (KeyError, TypeError):
+        raise RunError(
+            f"{path / 'config.json'}: holds no reward, versions or machine: not one of this program's"
+        ) from None
+    return Recording(
+        run=run,
+        config=config,
+        reward=load_reward(path / "reward.json"),
+        reward_sha256=reward_sha256,
+        logged=dict(read_metrics(run.metrics)),
+        steps=ledger_steps(run.ledger),
+        made_with=made_with,
+    )
+
+
+def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
+    """The config of a run folder, and all of its ``config.json``. Raises `RunError`."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise RunError(f"{path}: no run here: a run folder holds config.json")
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return Config.model_validate(record["config"]), record
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise RunError(f"{file}: not a config of this version: {key}: {first['msg']}") from None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RunError(f"{file}: cannot be read: {type(error).__name__}") from None
+
+
+def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(step, line) of each line of ``metrics.jsonl``; a last line torn by a crash is none.
+
+    Raises:
+        RunError: the file is missing, a line is no JSON object with a step, or a step has two lines.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunError(f"{file}: cannot be read: {type(error).__name__}") from None
+    seen: set[int] = set()
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            step = record["step"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            step = None
+        if step is None and number == len(lines) and not line.endswith("\n"):
+            return
+        if not isinstance(step, int) or isinstance(step, bool):
+            raise RunError(f"{file}:{number}: expected one JSON object with a whole number as its step")
+        if step in seen:
+            raise RunError(f"{file}:{number}: a second line of step {step}")
+        seen.add(step)
+        yield step, record
+
+
+def unindexed_files(ledger: Path, steps: Sequence[int]) -> tuple[str, ...]:
+    """Names of step files that the index does not speak of: of a step the training was killed in, or put there."""
+    found = ((path.name, re.fullmatch(r"step_(\d{6,})\.(?:safetensors|jsonl)", path.name)) for path in ledger.iterdir())
+    return tuple(sorted(name for name, match in found if match and int(match[1]) not in steps))
+
+
+def rewritten_lines(ledger: Path) -> tuple[int, ...]:
+    """Numbers of the lines of ``index.jsonl`` that no run wrote like that, whatever they mean: the index holds the
+    sha256 of everything else, and nothing holds its own."""
+    lines = (ledger / "index.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    torn = bool(lines) and not lines[-1].endswith("\n")
+    whole = lines[: len(lines) - torn]
+    return tuple(number for number, line in enumerate(whole, 1) if json.dumps(json.loads(line)) + "\n" != line)
