@@ -293,30 +293,23 @@ def notes(text: str) -> dict[str, str]:
     ...               # a choice of ours''')
     {'train.steps': 'KNOWN', 'train.name': 'a choice of ours'}
     """
-    found: dict[str, str] = {}
+    strings = r'"""(?:\\.|[^\\])*?"""|' + r"'''.*?'''|" + r'"(?:\\.|[^"\\\n])*"|' + r"'[^'\n]*'"
+    bare = re.sub(
+        rf"{strings}|(#[^\n]*)", lambda m: m[1] or re.sub(r"[^\n]", "x", m[0]), text, flags=re.DOTALL
+    )  # what is inside a string can no longer look like a key or a comment
     section, key = "", ""
-    for line in text.splitlines():
-        code, comment = _split_comment(line)
-        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+\s*$", code):
-            section, key = header[1], ""
+    found: dict[str, str] = {}
+    for line in bare.splitlines():
+        code, _, comment = line.partition("#")
+        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*$", code):
+            section, key = f"{header[1]}.", ""
         elif pair := re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", code):
-            key = f"{section}.{pair[1]}" if section else pair[1]
-        elif code.strip().startswith("#") or not (code.strip() or comment):
+            key = section + pair[1]
+        elif line.startswith("#") or not line.strip():
             key = ""
-        if key and comment:
-            found[key] = f"{found[key]} {comment}" if key in found else comment
+        if key and comment.strip():
+            found[key] = f"{found.get(key, '')} {comment.strip()}".strip()
     return found
-
-
-def _split_comment(line: str) -> tuple[str, str]:
-    """The line without its comment, and the comment: a # within quotes is text."""
-    quote = ""
-    for i, letter in enumerate(line):
-        if letter in "\"'" and quote in ("", letter):
-            quote = "" if quote else letter
-        elif letter == "#" and not quote:
-            return line[:i], line[i + 1 :].strip()
-    return line, ""
 
 
 def embedded(name: str) -> Path | None:

@@ -1,115 +1,238 @@
-"""Cases → answers → rates, under the evaluation's own budget and temperature.
+"""The card's evaluation: ``python -m grpo.evaluate CONFIG|MODEL``.
 
-The noise of an evaluation depends on the seed, the set, the mode and the case, never on the training step: two
-evaluations of one run differ by the policy alone.
+    model, adapter, cases → answers with and without thinking → rates with intervals, errors, a comparison
+
+OUT/
+    settings.json    all that the answers depend on, hashes of model, adapter and cases included
+    answers/         one JSONL a set and mode: every answer, appended as it comes
+    eval.json        rates, intervals, baselines, agreement, errors, levels by case; no text of any case
+
+A second start with the same settings goes on where the first stopped, and changes no answer. The reward set and the
+comparison are no part of the settings: they judge answers that are there. Exit codes: 0 done, 2 bad input,
+130 interrupted.
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+import argparse
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from grpo.cases import row_key
-from grpo.config import Config
-from grpo.policy import Policy, render_prompt
-from grpo.rollout import rollout
-from grpo.types import Case, Completion
-from rewards import Answer, Reward, parse_answer
+from tqdm import tqdm
+
+from grpo.cases import CaseError
+from grpo.config import ConfigError, Thinking
+from grpo.evaluation.answers import AnswersError, answer, append_answers, in_order, read_answers
+from grpo.evaluation.comparison import FORMAT, AnsweredCase, ComparisonError, Evaluated, between_modes, compare
+from grpo.evaluation.failures import failure_row, failures, triage_of_errors
+from grpo.evaluation.fingerprint import text_sha256
+from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_samples, summarise
+from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
+from grpo.evaluation.scorecard import scorecard
+from grpo.policy import ModelError, adapter_swapped, load_policy
+from grpo.recorded.terminal import visible
+from grpo.rollout import PromptError
+from grpo.run import provenance, write_json
+from grpo.types import Case
+from rewards import RewardError
+
+INPUT_ERRORS = (
+    EvaluationError, AnswersError, ComparisonError, ConfigError, CaseError, ModelError, PromptError, RewardError
+)  # fmt: skip
+"""What a person can mend: one clear line and exit code 2."""
+
+Verdicts = Mapping[tuple[str, Thinking], tuple[Verdict, ...]]
+"""(set, mode) → its answers, in the order of the cases."""
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One case answered once."""
+def answered(asked: Asked, out: Path) -> Verdicts:
+    """All answers: those that the folder holds, and the others as they come. Loads nothing if none is missing."""
+    config = asked.config
+    parts = [(name, mode) for name in asked.sets for mode in config.evaluate.thinking]
+    files = {(name, mode): out / "answers" / f"{name}_{mode}.jsonl" for name, mode in parts}
+    known = {part: read_answers(files[part], asked.sets[part[0]], asked.samples) for part in parts}
+    wanted = {part: len(asked.sets[part[0]]) * asked.samples for part in parts}
+    missing = [part for part in parts if len(known[part]) < wanted[part]]
+    with contextlib.ExitStack() as stack:
+        policy = load_policy(config.model, config.lora, seed=config.train.seed) if missing else None
+        if policy is not None and not config.lora.warm_start:
+            stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter says nothing: none need be run
+        done = sum(map(len, known.values()))
+        bar = stack.enter_context(tqdm(total=sum(wanted.values()), initial=done, unit="answer", disable=not missing))
+        for name, mode in missing:
+            assert policy is not None
+            bar.set_description(f"{name}, thinking {mode}")
+            for batch in answer(
+                policy,
+                asked.sets[name],
+                config,
+                name=name,
+                thinking=mode == "on",
+                samples=asked.samples,
+                formats=asked.reward.formats,
+                known=known[name, mode],
+            ):
+                append_answers(files[name, mode], batch)
+                known[name, mode] |= {(v.case.id, v.sample): v for v in batch}
+                bar.update(len(batch))
+    return {part: in_order(list(known[part].values()), asked.sets[part[0]]) for part in parts}
 
-    case: Case
-    answer: Answer
-    completion: Completion
 
-    @property
-    def predicted(self) -> int | None:
-        return self.answer.level
-
-
-def evaluate(
-    policy: Policy,
-    cases: Sequence[Case],
-    config: Config,
-    *,
-    name: str,
-    thinking: bool,
-    progress: Callable[[int], object] = lambda done: None,
-) -> tuple[Verdict, ...]:
-    """One sampled answer to every case.
-
-    Args:
-        name: of the set; part of the noise key.
-        thinking: the chat template's switch.
-        progress: called with the number of cases just answered.
-    """
-    verdicts: list[Verdict] = []
-    prompts = [
-        render_prompt(policy.tokenizer, case, system_prompt=config.cases.system_prompt, thinking=thinking)
-        for case in cases
+def evaluation(asked: Asked, verdicts: Verdicts, against: Path | None) -> dict[str, Any]:
+    """``eval.json``: every figure, case ids and levels, and no text."""
+    config, settings, reward = asked.config, asked.settings, asked.reward
+    failed = {part: failures(found, reward) for part, found in verdicts.items()}
+    records = [
+        {
+            "cases": name,
+            "thinking": mode,
+            **summarise(found, reward),
+            **({"samples": over_samples(found)} if asked.samples > 1 else {}),
+            "errors": triage_of_errors(asked.sets[name], failed[name, mode], reward),
+        }
+        for (name, mode), found in verdicts.items()
     ]
-    prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.case.id))
-    size = config.evaluate.batch_size
-    for start in range(0, len(prompts), size):
-        batch = prompts[start : start + size]
-        groups = rollout(
-            policy,
-            batch,
-            [[row_key("evaluate", config.train.seed, name, str(thinking), p.case.id)] for p in batch],
-            max_new_tokens=config.evaluate.max_new_tokens,
-            temperature=config.evaluate.temperature,
-        )
-        for group in groups:
-            completion = group.completions[0]
-            answer = parse_answer(completion.text, thinking=group.prompt.thinking)
-            verdicts.append(Verdict(group.prompt.case, answer, completion))
-        progress(len(batch))
-    order = {case.id: i for i, case in enumerate(cases)}
-    return tuple(sorted(verdicts, key=lambda verdict: order[verdict.case.id]))
-
-
-def summarise(verdicts: Sequence[Verdict], reward: Reward) -> dict[str, Any]:
-    """The rates of an evaluation, each a share of all ``n`` cases; an answer that does not parse is wrong in every one.
-
-    ``adjacent``: within one level. ``dangerous_under``: predicted at least two levels less acute than gold.
-    ``high_acuity_under``: gold 1 or 2 and predicted less acute. ``confusion``: gold → [predicted 1 … 5, no parse].
-    """
-    n = len(verdicts)
+    cases = {name: answered_cases(members, name, verdicts) for name, members in asked.sets.items()}
+    adapter = config.lora.warm_start
     return {
-        "n": n,
-        "exact": _share(verdicts, lambda v: v.predicted == v.case.esi),
-        "adjacent": _share(verdicts, lambda v: v.predicted is not None and abs(v.predicted - v.case.esi) <= 1),
-        "dangerous_under": _share(verdicts, lambda v: v.predicted is not None and v.predicted >= v.case.esi + 2),
-        "high_acuity_under": _share(
-            verdicts, lambda v: v.predicted is not None and v.case.esi <= 2 and v.predicted > v.case.esi
-        ),
-        "no_parse": _share(verdicts, lambda v: v.predicted is None),
-        "clipped_ratio": _share(verdicts, lambda v: not v.completion.finished),
-        "mean_length": sum(len(v.completion.ids) for v in verdicts) / n,
-        "by_rule": {
-            rule.name: _subset(v for v in verdicts if reward.applies(rule.name, v.case.text, v.case.esi))
-            for rule in reward.rules
-        },
-        "by_tag": {
-            tag: _subset(v for v in verdicts if tag in v.case.tags)
-            for tag in sorted({tag for v in verdicts for tag in v.case.tags})
-        },
-        "confusion": {
-            str(gold): [
-                sum(v.case.esi == gold and v.predicted == level for v in verdicts) for level in (1, 2, 3, 4, 5, None)
-            ]
-            for gold in range(1, 6)
-        },
+        "format": FORMAT,
+        "model": {"name": config.model.name, "sha256": settings["model_sha256"]},
+        "adapter": {"name": adapter, "sha256": settings["adapter_sha256"]} if adapter else None,
+        "reward": {"name": reward.name, "sha256": reward.sha256},
+        "settings": dict(settings),
+        "batch_size": config.evaluate.batch_size,
+        "left_out": list(asked.left_out),
+        **provenance(settings["device"]),
+        "records": records,
+        "baselines": {name: baselines([case.esi for case in members]) for name, members in asked.sets.items()},
+        "agreement": {name: between_modes(told) for name, told in cases.items() if len(told[0].levels) == 2},
+        "errors": [
+            {"cases": name, "thinking": mode, **failure_row(failure)}
+            for (name, mode), found in failed.items()
+            for failure in found
+        ],
+        "cases": {name: [case.model_dump(mode="json") for case in told] for name, told in cases.items()},
+        "comparison": comparison(asked.before, settings, cases, against) if asked.before and against else None,
     }
 
 
-def _share(verdicts: Sequence[Verdict], holds: Callable[[Verdict], bool]) -> float:
-    return sum(map(holds, verdicts)) / len(verdicts)
+def answered_cases(cases: Sequence[Case], name: str, verdicts: Verdicts) -> tuple[AnsweredCase, ...]:
+    """The cases of a set by hash, each with the levels it was given in every mode."""
+    levels = {mode: levels_by_case(found) for (part, mode), found in verdicts.items() if part == name}
+    return tuple(
+        AnsweredCase(
+            id=case.id,
+            esi=case.esi,
+            sha256=text_sha256(case.text),
+            levels={mode: tuple(by_case[case.id]) for mode, by_case in levels.items()},
+        )
+        for case in cases
+    )
 
 
-def _subset(verdicts: Iterable[Verdict]) -> dict[str, float | int | None]:
-    members = list(verdicts)
-    right = sum(v.predicted == v.case.esi for v in members)
-    return {"n": len(members), "exact": right / len(members) if members else None}
+def comparison(
+    before: Evaluated, settings: Mapping[str, Any], cases: Mapping[str, Sequence[AnsweredCase]], against: Path
+) -> dict[str, Any]:
+    """What changed since an earlier evaluation, for every set and mode in both."""
+    found = [
+        {"cases": name, "thinking": mode, **compare(before.cases[name], now, mode)}
+        for name, now in cases.items()
+        if name in before.cases
+        for mode in now[0].levels
+    ]
+    how = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
+    return {
+        "against": str(against),
+        "adapter_sha256": before.settings.get("adapter_sha256"),
+        "changed_settings": [key for key in how if before.settings.get(key) != settings[key]],
+        "records": [record for record in found if record["n"]],
+    }
+
+
+def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder, readable by its owner alone, or makes sure that its answers were given with these settings.
+
+    Raises:
+        EvaluationError: it holds something else, or answers of another evaluation.
+    """
+    path = out / "settings.json"
+    if path.is_file():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise EvaluationError(
+                f"{path}: cannot be read ({type(error).__name__}): delete {out} to start again"
+            ) from None
+        if before != settings:
+            held = before if isinstance(before, dict) else {}
+            other = sorted(key for key in settings.keys() | held.keys() if settings.get(key) != held.get(key))
+            raise EvaluationError(
+                f"{out}: holds answers given with other {', '.join(other)}: name another folder with --out, or "
+                f"delete it"
+            )
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise EvaluationError(f"{out}: already there, and no evaluation: name another folder with --out")
+    (out / "answers").mkdir(parents=True, exist_ok=True)
+    out.chmod(0o700)
+    write_json(path, settings)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m grpo.evaluate",
+        description="Answer cases with and without thinking, and say how good the answers are, and why the wrong are.",
+        epilog="Exit codes: 0 done, 2 bad input, 130 interrupted: the same command goes on.",
+    )
+    made.add_argument("what", metavar="CONFIG|MODEL", help="a TOML config; or a model: folder, embedded:base or hub id")
+    made.add_argument("--adapter", metavar="DIR", help='instead of the config\'s warm start; "none": the base alone')
+    made.add_argument("--cases", metavar="FILE", help="instead of the sets of [evaluate]")
+    made.add_argument("--thinking", choices=MODES, help="default: as the config says; the card's: both")
+    made.add_argument("--samples", type=_positive, default=1, metavar="K", help="answers to each case (default: 1)")
+    made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="token budget of an answer")
+    how = made.add_mutually_exclusive_group()
+    how.add_argument("--temperature", type=float, metavar="T", help="of the sampling")
+    how.add_argument("--greedy", action="store_true", help="the most likely token always")
+    made.add_argument("--batch-size", type=_positive, metavar="N", help="answers decoded together: memory and speed")
+    made.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/eval-NAME-HASH of the settings)")
+    made.add_argument("--against", type=Path, metavar="EVAL.JSON", help="an earlier evaluation to compare with")
+    made.add_argument("--json", action="store_true", help="print eval.json instead of the table")
+    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
+    return made
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {value}")
+    return value
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    os.umask(0o077)  # answers may repeat what patients' notes say
+    try:
+        asked = ask(arguments)
+        out = arguments.out or default_folder(asked)
+        open_folder(out, asked.settings)
+        record = evaluation(asked, answered(asked, out), arguments.against)
+        write_json(out / "eval.json", record)
+    except INPUT_ERRORS as error:
+        print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    if arguments.json:
+        print(json.dumps(record, indent=2, ensure_ascii=False))
+    else:
+        print(f"{scorecard(record)}\n\nrecord     {out / 'eval.json'}\nanswers    {out / 'answers'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

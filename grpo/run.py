@@ -16,15 +16,16 @@ import math
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from grpo.config import Config, Source
+from grpo.evaluation.rates import Verdict, row
 from grpo.ledger import cut_ledger
-from grpo.rates import Verdict, row
 from rewards import Reward, dump_reward
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
@@ -106,6 +107,7 @@ def start_run(path: Path, config: Config, source: Source, reward: Reward, *, dev
 def provenance(device: str) -> dict[str, Any]:
     """The program and the machine that figures come from: commit, versions, platform, and the device as named."""
     return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": {"platform": platform.platform(), "processor": platform.processor(), "device": device},
@@ -126,9 +128,9 @@ def continue_run(path: Path, *, step: int) -> Run:
 
 
 def add_metrics(run: Run, record: dict[str, Any]) -> None:
-    """Appends one line to ``metrics.jsonl``."""
+    """Appends one line to ``metrics.jsonl``; a figure that is not finite is written as null."""
     with run.metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(record, allow_nan=False) + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -160,30 +162,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def before_after(records: Iterable[dict[str, Any]]) -> str:
-    """The evaluations of a run as a table: one row a set and mode, first evaluation → last.
+    """The evaluations of a run as a table: one row a set and mode, first evaluation → last, and the 95 % interval of
+    the last one's exact.
 
     >>> row = {"cases": "test", "thinking": "on", "n": 4, "exact": 0.5, "adjacent": 1.0, "dangerous_under": 0.0,
     ...        "no_parse": 0.25, "clipped_ratio": 0.25}
-    >>> print(before_after([{**row, "step": 0}, {**row, "step": 9, "exact": 1.0}]))
-    cases  thinking    n    exact           adjacent        dangerous       no parse        clipped
-    test   on          4    50.0 → 100.0 %  100.0 → 100.0 % 0.0 → 0.0 %     25.0 → 25.0 %   25.0 → 25.0 %
+    >>> last = {**row, "step": 9, "exact": 1.0, "intervals": {"exact": [0.51, 1.0]}}
+    >>> print(before_after([{**row, "step": 0}, last]))
+    cases  thinking    n  exact           95 % interval   adjacent        dangerous       no parse        clipped
+    test   on          4  50.0 → 100.0 %  51.0–100.0      100.0 → 100.0 % 0.0 → 0.0 %     25.0 → 25.0 %   25.0 → 25.0 %
     """
     spans: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         spans.setdefault((record["cases"], record["thinking"]), []).append(record)
     width = max([5, *(len(name) for name, _ in spans)])
-    columns = {
-        "exact": "exact",
-        "adjacent": "adjacent",
-        "dangerous": "dangerous_under",
-        "no parse": "no_parse",
-        "clipped": "clipped_ratio",
+    columns: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
+        "exact": _change("exact"),
+        "95 % interval": lambda first, last: _interval(last),
+        "adjacent": _change("adjacent"),
+        "dangerous": _change("dangerous_under"),
+        "no parse": _change("no_parse"),
+        "clipped": _change("clipped_ratio"),
     }
-    lines = [f"{'cases':<{width}}  thinking    n    " + "".join(f"{title:<16}" for title in columns)]
+    lines = [f"{'cases':<{width}}  thinking    n  " + "".join(f"{title:<16}" for title in columns)]
     for (name, thinking), span in spans.items():
-        cells = [f"{100 * span[0][key]:.1f} → {100 * span[-1][key]:.1f} %" for key in columns.values()]
-        lines.append(f"{name:<{width}}  {thinking:<8}{span[0]['n']:>5}    " + "".join(f"{cell:<16}" for cell in cells))
+        cells = [cell(span[0], span[-1]) for cell in columns.values()]
+        lines.append(f"{name:<{width}}  {thinking:<8}{span[0]['n']:>5}  " + "".join(f"{cell:<16}" for cell in cells))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _change(rate: str) -> Callable[[dict[str, Any], dict[str, Any]], str]:
+    return lambda first, last: f"{100 * first[rate]:.1f} → {100 * last[rate]:.1f} %"
+
+
+def _interval(record: dict[str, Any]) -> str:
+    """Of exact; "" for a record written before there were intervals."""
+    bounds = record.get("intervals", {}).get("exact")
+    return "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else ""
 
 
 def _read_json(path: Path) -> Any:

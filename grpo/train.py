@@ -23,15 +23,16 @@ from tqdm import tqdm
 
 from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.advantage import zero_variance
-from grpo.answers import evaluate
 from grpo.batch import baseline, make_batch
 from grpo.cases import CaseError, cases_for_step, row_key, stream
 from grpo.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.config import Config, ConfigError, load_config
+from grpo.evaluation.answers import evaluate
+from grpo.evaluation.rates import summarise
 from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import write_step
+from grpo.model_card import write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
-from grpo.rates import summarise
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.run import (
     Run,
@@ -125,6 +126,7 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
             save_checkpoint(run.checkpoints, policy, setup.optimizer, step=done.number, keep=config.checkpoint.keep)
     evaluate_sets(setup, run, step=config.train.steps, names=[*config.evaluate.ends, *config.evaluate.during])
     save_adapter(policy, run.adapter)
+    write_model_card(run.path, run.adapter / "README.md")
 
 
 def build(config: Config) -> Setup:

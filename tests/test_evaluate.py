@@ -1,87 +1,404 @@
-"""Rates of an evaluation on hand-made answers, and what a run writes of them."""
+"""The evaluation from cases to ``eval.json``: the same answers whatever the batch or an interruption."""
 
 import json
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import grpo.evaluate
+from grpo.cases import load_jsonl
 from grpo.config import load_config
-from grpo.evaluate import Verdict, evaluate, summarise
-from grpo.policy import Policy
+from grpo.evaluate import main
+from grpo.evaluation.agreement import mcnemar, wilson
+from grpo.evaluation.answers import AnswersError, answer, append_answers, evaluate, read_answers
+from grpo.evaluation.comparison import AnsweredCase, between_modes, compare
+from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha256
+from grpo.evaluation.rates import Verdict, summarise
+from grpo.evaluation.scorecard import WIDTH, scorecard
+from grpo.policy import Policy, adapter_swapped
 from grpo.run import Run, add_evaluation, before_after, evaluations
-from grpo.types import Case, Completion
+from grpo.types import Case
 from rewards import load_reward, parse_answer
 
-TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
+MIETIC36 = load_jsonl("embedded:cases/mietic36.jsonl")
+CASES = [*[case for case in MIETIC36 if "plain" in case.tags][:3], MIETIC36[0]]
+"""Three that the warm start gets wrong by a rule, and one that it gets right."""
+
+Make = Callable[..., Policy]
 
 
-def verdict(
-    gold: int, said: str, *, text: str = "Cough.", tags: tuple[str, ...] = (), finished: bool = True
-) -> Verdict:
-    case = Case(f"{gold}-{said}-{text}", text, gold, tags)
-    return Verdict(case, parse_answer(said, thinking=False), Completion((1, 2), (0.0, 0.0), finished, said))
+def case_file(path: Path, cases: list[Case] = CASES) -> Path:
+    rows = ({"id": c.id, "text": c.text, "esi": c.esi, "tags": list(c.tags)} for c in cases)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
 
 
-VERDICTS = [
-    verdict(1, "ANSWER: ESI 1", text="Arrived intubated.", tags=("a",)),
-    verdict(1, "ANSWER: ESI 2", text="Chest tube placed.", tags=("a", "b")),
-    verdict(1, "ANSWER: ESI 3"),
-    verdict(2, "ANSWER: ESI 1"),
-    verdict(2, "ANSWER: ESI 4", text="Open fracture, pain 9/10."),
-    verdict(3, "ANSWER: ESI 3"),
-    verdict(5, "ANSWER: ESI 3"),
-    verdict(4, "no idea", finished=False),
-]
+def configured(**evaluation: object) -> Any:
+    return load_config(TINY, [f"evaluate.{key}={value}" for key, value in evaluation.items()])[0]
 
 
-def test_rates_by_their_definitions() -> None:
-    rates = summarise(VERDICTS, load_reward("v49"))
-    assert rates["n"] == 8
-    assert rates["exact"] == 2 / 8
-    assert rates["adjacent"] == 4 / 8  # two exact, 1→2 and 2→1; no parse is not adjacent
-    assert rates["dangerous_under"] == 2 / 8  # 1→3 and 2→4
-    assert rates["high_acuity_under"] == 3 / 8  # 1→2 as well
-    assert rates["no_parse"] == rates["clipped_ratio"] == 1 / 8
-    assert rates["by_rule"]["lifesaving_missed"] == {"n": 2, "exact": 0.5}
-    assert rates["by_rule"]["open_injury_missed"] == {"n": 1, "exact": 0.0}
-    assert rates["by_rule"]["severe_pain_missed"] == {"n": 1, "exact": 0.0}
-    assert rates["by_tag"] == {"a": {"n": 2, "exact": 0.5}, "b": {"n": 1, "exact": 0.0}}
-    assert rates["confusion"] == {
-        "1": [1, 1, 1, 0, 0, 0],
-        "2": [1, 0, 0, 1, 0, 0],
-        "3": [0, 0, 1, 0, 0, 0],
-        "4": [0, 0, 0, 0, 0, 1],
-        "5": [0, 0, 1, 0, 0, 0],
-    }
-
-
-def test_a_rule_that_applies_to_no_case_has_no_accuracy() -> None:
-    assert summarise(VERDICTS[5:6], load_reward("v49"))["by_rule"]["lifesaving_missed"] == {"n": 0, "exact": None}
-
-
-def test_an_evaluation_is_written_once(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    record = {"step": 3, "cases": "x", "thinking": "on", **summarise(VERDICTS, load_reward("v49"))}
-    for _ in range(2):
-        add_evaluation(run, record, VERDICTS)
-    assert evaluations(run) == [json.loads(json.dumps(record))]
-    answers = (tmp_path / "eval" / "step_000003_x_on.jsonl").read_text().splitlines()
-    assert [json.loads(line)["predicted"] for line in answers] == [1, 2, 3, 1, 4, 3, 3, None]
-    assert "exact" in before_after(evaluations(run))
+# ---- answers ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("size", [1, 3])
-def test_answers_do_not_depend_on_the_batch_or_the_order(make_policy: Callable[..., Policy], size: int) -> None:
+def test_answers_do_not_depend_on_the_batch_or_the_order(make_policy: Make, size: int) -> None:
     policy = make_policy()
     cases = [Case(f"c{i}", "Cough. " * (i % 3 + 1), 3) for i in range(5)]
 
-    def answers(given: list[Case], batch: int, temperature: float = 1.0) -> dict[str, tuple[int, ...]]:
-        overrides = [f"evaluate.batch_size={batch}", f"evaluate.temperature={temperature}", "evaluate.max_new_tokens=9"]
-        config, _ = load_config(TINY, overrides)
+    def answers(given: list[Case], batch: int) -> dict[str, str]:
+        config = configured(batch_size=batch, temperature=1.0, max_new_tokens=4)
         verdicts = evaluate(policy, given, config, name="x", thinking=True)
         assert [v.case for v in verdicts] == given
-        return {v.case.id: v.completion.ids for v in verdicts}
+        return {v.case.id: v.text for v in verdicts}
 
     assert answers(cases, 5) == answers(cases[::-1], size)
     assert len(set(answers(cases, 5).values())) > 1
+
+
+def test_samples_differ_and_the_first_is_that_of_a_single_one(make_policy: Make) -> None:
+    policy = make_policy()
+    cases = [Case(f"c{i}", "Cough. " * (i + 1), 3) for i in range(3)]
+    config = configured(batch_size=4, temperature=1.0, max_new_tokens=4)
+    batches = list(answer(policy, cases, config, name="x", thinking=False, samples=3))
+    assert [len(batch) for batch in batches] == [4, 4, 1]
+    found = {(v.case.id, v.sample): v.text for batch in batches for v in batch}
+    assert set(found) == {(case.id, k) for case in cases for k in range(3)}
+    single = evaluate(policy, cases, config, name="x", thinking=False)
+    assert [found[v.case.id, 0] for v in single] == [v.text for v in single]
+    assert all(len({found[case.id, k] for k in range(3)}) == 3 for case in cases)
+    other = evaluate(policy, cases, config, name="y", thinking=False)
+    assert [v.text for v in other] != [v.text for v in single]
+
+
+def test_what_is_known_is_not_answered_again(make_policy: Make) -> None:
+    policy = make_policy()
+    cases = [Case(f"c{i}", "Cough. " * (i + 1), 3) for i in range(4)]
+    config = configured(batch_size=2, temperature=1.0, max_new_tokens=4)
+    whole = [v for batch in answer(policy, cases, config, name="x", thinking=False) for v in batch]
+    known = {(v.case.id, v.sample): v for v in (whole[0], whole[1], whole[3])}
+    rest = list(answer(policy, cases, config, name="x", thinking=False, known=known))
+    assert rest == [(whole[2],)]
+    assert list(answer(policy, cases, config, name="x", thinking=False, known={(v.case.id, 0): v for v in whole})) == []
+
+
+def given(case: Case, said: str, sample: int = 0) -> Verdict:
+    return Verdict(case, parse_answer(said, thinking=False), True, 4, said, sample)
+
+
+def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
+    path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5)]
+    assert read_answers(path, cases, 2) == {}
+    told = [given(cases[0], "ANSWER: ESI 4"), given(cases[1], "Äh\n", 1)]
+    append_answers(path, told[:1])
+    append_answers(path, told[1:])
+    found = read_answers(path, cases, 2)
+    assert list(found) == [("a", 0), ("b", 1)]
+    assert summarise(list(found.values()), load_reward("v49")) == summarise(told, load_reward("v49"))
+    assert [v.text for v in found.values()] == [v.text for v in told]
+    whole = path.read_bytes()
+    with path.open("ab") as file:
+        file.write(whole.splitlines()[0][:-5])
+    assert list(read_answers(path, cases, 2)) == list(found) and path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("nonsense", ":2: the line: json_invalid"),
+        ('{"id": "b", "sample": 0}', ":2: predicted: missing"),
+        ('{"id": "z", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
+         '"completion": "secret"}', ":2: case 'z', sample 0: not asked for"),
+        ('{"id": "a", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
+         '"completion": "secret"}', ":2: case 'a', sample 0: not asked for, or twice"),
+        ('{"id": "b", "sample": 2, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
+         '"completion": "secret"}', "sample 2"),
+        ('{"id": "b", "sample": 0, "predicted": 9, "reason": "parsed", "finished": true, "tokens": 3, '
+         '"completion": "secret"}', ":2: predicted: less_than_equal"),
+    ],
+)  # fmt: skip
+def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line: str, says: str) -> None:
+    path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5)]
+    append_answers(path, [given(cases[0], "ANSWER: ESI 4")])
+    with path.open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(AnswersError, match="delete the file") as error:
+        read_answers(path, cases, 2)
+    assert says in str(error.value) and "secret" not in str(error.value)
+
+
+# ---- comparing --------------------------------------------------------------------------------------------------
+
+
+def told(ident: str, esi: int, **levels: tuple[int | None, ...]) -> AnsweredCase:
+    return AnsweredCase(id=ident, esi=esi, sha256="", levels=levels)
+
+
+def test_every_case_in_both_is_fixed_broken_or_unchanged() -> None:
+    before = [told("a", 1, on=(2,)), told("b", 1, on=(2,)), told("c", 3, on=(3,)), told("d", 3, on=(3,)),
+              told("e", 4, on=(None,)), told("gone", 1, on=(1,)), told("other mode", 1, off=(1,))]  # fmt: skip
+    after = [told("b", 1, on=(1,)), told("a", 1, on=(1,)), told("c", 3, on=(4,)), told("d", 3, on=(3, 3, 1)),
+             told("e", 4, on=(None,)), told("new", 1, on=(1,)), told("other mode", 1, on=(1,))]  # fmt: skip
+    assert compare(before, after, "on") == {
+        "n": 5,
+        "fixed": ["b", "a"],
+        "broken": ["c"],
+        "unchanged_right": ["d"],
+        "unchanged_wrong": ["e"],
+        "p_value": mcnemar(2, 1),
+    }
+
+
+def test_modes_agree_on_outcomes_and_no_parse_is_one() -> None:
+    found = between_modes([
+        told("a", 1, on=(1,), off=(1,)),
+        told("b", 2, on=(2,), off=(3,)),
+        told("c", 4, on=(None,), off=(None,)),
+        told("d", 3, on=(2,), off=(None,)),
+    ])  # fmt: skip
+    assert found["n"] == 4 and found["agreement"] == 0.5 and found["interval"] == wilson(2, 4)
+    assert found["differ"] == ["b", "d"] and (found["only_on"], found["only_off"]) == (["b"], [])
+    # chance: on 1 2 – 2, off 1 3 – –: (1·1 + 1·2) / 16
+    assert found["kappa"] == pytest.approx((1 / 2 - 3 / 16) / (1 - 3 / 16))
+    assert found["p_value"] == 1.0
+
+
+# ---- the command ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An evaluation of the embedded warm start: two answers to four cases, both modes."""
+    folder = tmp_path_factory.mktemp("warm_start")
+    case_file(folder / "four.jsonl")
+    assert main([*asked(folder), "--out", str(folder / "out")]) == 0
+    return folder
+
+
+def asked(folder: Path) -> list[str]:
+    return [TINY, "--cases", str(folder / "four.jsonl"), "--samples", "2"]
+
+
+def read(path: Path) -> Any:
+    return json.loads((path / "eval.json").read_text(encoding="utf-8"))
+
+
+def test_the_record_says_what_went_wrong_by_step_and_rule(warm_start: Path) -> None:
+    record = read(warm_start / "out")
+    assert [(r["cases"], r["thinking"]) for r in record["records"]] == [("four", "on"), ("four", "off")]
+    for found in record["records"]:
+        assert found["n"] == 4 and found["exact"] == 0.25 and found["samples"]["majority"]["exact"] == 0.25
+        assert found["intervals"]["exact"] == pytest.approx(list(wilson(1, 4)))  # answers agree: four trials, not eight
+        assert sum(rule["broken"] for rule in found["errors"]["by_rule"].values()) == 3
+        assert found["errors"]["unexplained"] == []
+    assert len(record["errors"]) == 6 and all(error["step"] in ("A", "B") for error in record["errors"])
+    assert [(c["id"], c["esi"], len(c["levels"]["on"])) for c in record["cases"]["four"]] == [
+        (case.id, case.esi, 2) for case in CASES
+    ]
+    assert record["agreement"]["four"]["differ"] == [] and record["comparison"] is None
+    assert record["reward"]["name"] == "v49" and record["adapter"]["name"] == "embedded:v46"
+    assert record["versions"]["torch"] and record["settings"]["cases"] == {"four": cases_sha256(CASES)}
+
+
+def test_the_table_names_the_broken_rules_and_fits_80_columns(warm_start: Path) -> None:
+    record = read(warm_start / "out")
+    shown = scorecard(record)
+    assert all(len(line) <= WIDTH for line in shown.splitlines())
+    for rule, counts in record["records"][0]["errors"]["by_rule"].items():
+        assert (f"{rule}: broken in {counts['broken']} of" in shown) == (counts["broken"] > 0)
+    assert "pass@2" in shown and "exact                          25.0" in shown
+
+
+def test_neither_texts_nor_answers_are_in_the_record_and_the_folder_is_private(warm_start: Path) -> None:
+    content = (warm_start / "out" / "eval.json").read_text(encoding="utf-8")
+    assert not any(case.text[:30] in content for case in CASES) and "EXTRACTION" not in content
+    out = warm_start / "out"
+    assert stat.S_IMODE(out.stat().st_mode) == stat.S_IMODE((out / "answers").stat().st_mode) == 0o700
+    files = [file for file in out.rglob("*") if file.is_file()]
+    assert len(files) == 4 and all(stat.S_IMODE(file.stat().st_mode) == 0o600 for file in files)
+
+
+def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(warm_start: Path, tmp_path: Path) -> None:
+    out, cut = tmp_path / "out", tmp_path / "cut"
+    line = [*asked(warm_start), "--max-new-tokens", "3", "--temperature", "1.5", "--batch-size", "3"]
+    assert main([*line, "--out", str(out)]) == 0
+    (cut / "answers").mkdir(parents=True)
+    (cut / "settings.json").write_bytes((out / "settings.json").read_bytes())
+    whole = {mode: (out / "answers" / f"four_{mode}.jsonl").read_bytes() for mode in ("on", "off")}
+    lines = whole["on"].splitlines(keepends=True)
+    assert len(lines) == 8
+    (cut / "answers" / "four_on.jsonl").write_bytes(b"".join(lines[:4]) + lines[4][:40])  # torn within a batch
+    assert main([*line, "--out", str(cut)]) == 0
+    assert {mode: (cut / "answers" / f"four_{mode}.jsonl").read_bytes() for mode in whole} == whole
+    assert read(cut) == read(out)
+
+
+def test_a_finished_evaluation_loads_no_model_and_another_reward_judges_it(
+    warm_start: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(grpo.evaluate, "load_policy", None)
+    out = ["--out", str(warm_start / "out")]
+    before = read(warm_start / "out")
+    assert main([*asked(warm_start), *out, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == before == read(warm_start / "out")
+    assert (
+        main([*asked(warm_start), *out, "--set", "reward.set=v46", "--against", str(warm_start / "out/eval.json")]) == 0
+    )
+    assert "v46 has none" in capsys.readouterr().out
+    (compared, _) = read(warm_start / "out")["comparison"]["records"]
+    assert len(compared["unchanged_wrong"]) == 3 and compared["p_value"] == 1.0
+    assert main([*asked(warm_start), *out]) == 0 and read(warm_start / "out") == before
+
+
+def test_the_bare_base_compared_with_its_warm_start(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [TINY, "--cases", str(warm_start / "four.jsonl"), "--adapter", "none", "--thinking", "off", "--greedy"]
+    assert main([*base, "--out", str(tmp_path / "o"), "--against", str(warm_start / "out" / "eval.json")]) == 0
+    record = read(tmp_path / "o")
+    assert record["adapter"] is None and record["settings"]["temperature"] == 0
+    assert record["agreement"] == {} and [r["thinking"] for r in record["comparison"]["records"]] == ["off"]
+    assert record["comparison"]["changed_settings"] == ["samples", "temperature"]
+    shown = capsys.readouterr().out
+    assert "greedy" in shown and "McNemar" in shown and "adapter    none" in shown
+    assert all(len(line) <= WIDTH for line in scorecard(record).splitlines())
+
+
+def test_rows_that_became_no_case_are_told_of(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with case_file(tmp_path / "four.jsonl").open("a") as file:
+        file.write('{"id": "x", "text": "Cough.", "esi": 6}\n')
+    line = [TINY, "--cases", str(tmp_path / "four.jsonl"), "--max-new-tokens", "2", "--thinking", "off"]
+    assert "esi of case 'x' must be" in refusal(capsys, *line, "--out", tmp_path / "o")
+    (tmp_path / "o").mkdir(mode=0o755)
+    assert main([*line, "--set", "cases.strict=false", "--out", str(tmp_path / "o")]) == 0
+    assert stat.S_IMODE((tmp_path / "o").stat().st_mode) == 0o700
+    (left_out,) = read(tmp_path / "o")["left_out"]
+    assert left_out.startswith("four: 1 × ") and "line 5" in left_out
+    assert "left out   four: 1 ×" in capsys.readouterr().out
+
+
+def test_a_model_is_evaluated_with_the_cards_settings_and_an_adapters_own_rank(
+    warm_start: Path, tmp_path: Path
+) -> None:
+    line = ["embedded:base", "--adapter", "embedded:v46", "--cases", str(warm_start / "four.jsonl")]
+    assert main([*line, "--max-new-tokens", "4", "--out", str(tmp_path / "o")]) == 0
+    settings = read(tmp_path / "o")["settings"]
+    assert (settings["temperature"], settings["thinking"], settings["samples"]) == (0.1, ["on", "off"], 1)
+    assert settings["system_prompt"].startswith("You are an expert emergency triage nurse.")
+    config, _ = load_config("configs/v49.toml")
+    assert settings["system_prompt"] == config.cases.system_prompt and config.evaluate.max_new_tokens == 1024
+
+
+def test_no_adapter_is_the_base_itself(make_policy: Make) -> None:
+    config = configured(batch_size=4, temperature=1.0, max_new_tokens=4)
+    cases, moved = [Case("a", "Cough.", 4)], make_policy()
+    with adapter_swapped(moved, None):
+        bare = evaluate(moved, cases, config, name="x", thinking=False)
+    assert bare == evaluate(make_policy(moved=False), cases, config, name="x", thinking=False)
+    assert bare != evaluate(moved, cases, config, name="x", thinking=False)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *line: object) -> str:
+    assert main([str(part) for part in line]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == "" and shown.err.startswith("error: ")
+    return shown.err
+
+
+def test_other_settings_are_refused_by_name(warm_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = [*asked(warm_start), "--out", warm_start / "out"]
+    assert "other samples, temperature:" in refusal(capsys, *line, "--samples", 1, "--temperature", 0.5)
+    assert "other adapter_sha256:" in refusal(capsys, *line, "--adapter", "none")
+    assert "other seed:" in refusal(capsys, *line, "--set", "train.seed=7")
+    (warm_start / "other").mkdir()
+    case_file(warm_start / "other" / "four.jsonl", CASES[:3])
+    assert "other cases:" in refusal(capsys, *line, "--cases", warm_start / "other" / "four.jsonl")
+
+
+def test_only_answers_to_the_same_cases_are_compared(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    changed = [Case(CASES[0].id, CASES[0].text + " Smokes.", CASES[0].esi), *CASES[1:]]
+    against = ["--against", warm_start / "out" / "eval.json"]
+    said = refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", changed), *against)
+    assert f"1 of 4 cases in both have another text or gold level there: {CASES[0].id!r}" in said
+    assert "Smokes" not in said
+    relabelled = [Case(CASES[0].id, CASES[0].text, 5), *CASES[1:]]
+    assert "gold level" in refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", relabelled), *against)
+    assert "no case in common" in refusal(capsys, TINY, "--cases", case_file(tmp_path / "five.jsonl"), *against)
+    (tmp_path / "list.json").write_text("[]")
+    assert "training run" in refusal(capsys, TINY, "--against", tmp_path / "list.json")
+    (tmp_path / "odd.json").write_text('{"format": 7}')
+    assert "format: Input should be 1" in refusal(capsys, TINY, "--against", tmp_path / "odd.json")
+    (tmp_path / "torn.json").write_text('{"format"')
+    assert "not JSON" in refusal(capsys, TINY, "--against", tmp_path / "torn.json")
+    assert "No such file" in refusal(capsys, TINY, "--against", tmp_path / "absent.json")
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grpo.evaluate, "load_policy", None)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "reward.json").write_text("{}")
+    assert "is a run folder" in refusal(capsys, tmp_path / "run")
+    assert "adapter_config.json: cannot be read" in refusal(capsys, TINY, "--adapter", tmp_path / "none")
+    for content, says in (
+        ("{", "not JSON"),
+        ("[]", "a list of layer names"),
+        ('{"target_modules": ["q"]}', "lora_alpha"),
+    ):
+        (tmp_path / "run" / "adapter_config.json").write_text(content)
+        assert says in refusal(capsys, TINY, "--adapter", tmp_path / "run")
+    said = refusal(capsys, "configs/v49.toml")  # neither the model, nor its warm start, nor MIETIC-36 is here
+    assert "hf download" in said and "adapters/v46" in said and "(name another file with --cases)" in said
+    assert "no such config" in refusal(capsys, tmp_path / "x.toml")
+    assert "[evaluate] names no set" in refusal(
+        capsys, TINY, "--set", "evaluate.ends={}", "--set", "evaluate.during={}"
+    )
+    assert "evaluate.temperature" in refusal(capsys, TINY, "--temperature", -1)
+    out = ["--cases", case_file(tmp_path / "four.jsonl"), "--out", tmp_path / "run"]
+    assert "already there, and no evaluation" in refusal(capsys, TINY, *out)
+    (tmp_path / "run" / "settings.json").write_text("{")
+    assert "cannot be read" in refusal(capsys, TINY, *out)
+    with pytest.raises(SystemExit, match="2"):
+        main([TINY, "--samples", "0"])
+
+
+def test_a_hash_is_of_names_and_contents_alone(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+        (tmp_path / folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (tmp_path / "b" / "README.md").write_text("beside")
+    first, second = (folder_sha256(tmp_path / folder, ADAPTER_FILES) for folder in ("a", "b"))
+    assert first == second
+    (tmp_path / "b" / "adapter_model.safetensors").write_bytes(b"Weights")
+    assert folder_sha256(tmp_path / "b", ADAPTER_FILES) != first
+    blob = tmp_path / "blobs" / ("5" * 64)  # as the hub's cache keeps large files
+    blob.parent.mkdir()
+    blob.write_bytes(b"weights")
+    (tmp_path / "a" / "adapter_model.safetensors").unlink()
+    (tmp_path / "a" / "adapter_model.safetensors").symlink_to(blob)
+    assert folder_sha256(tmp_path / "a", ADAPTER_FILES) != first  # by the blob's name, unread
+
+
+# ---- during training --------------------------------------------------------------------------------------------
+
+
+def test_an_evaluation_of_a_run_is_written_once(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    verdicts = [given(case, "ANSWER: ESI 2") for case in CASES]
+    record = {"step": 3, "cases": "x", "thinking": "on", **summarise(verdicts, load_reward("v49"))}
+    for _ in range(2):
+        add_evaluation(run, record, verdicts)
+    assert evaluations(run) == [json.loads(json.dumps(record))]
+    answers = (tmp_path / "eval" / "step_000003_x_on.jsonl").read_text().splitlines()
+    assert [json.loads(line)["predicted"] for line in answers] == [2, 2, 2, 2]
+    low, high = (100 * bound for bound in record["intervals"]["exact"])
+    assert f"{low:.1f}–{high:.1f}" in before_after(evaluations(run))

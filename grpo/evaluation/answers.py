@@ -1,0 +1,202 @@
+"""Cases → answers, under the evaluation's own budget and temperature, and the file that keeps them as they come.
+
+The noise of an answer depends on the seed, the set, the mode, the case and which of its answers it is: never on the
+training step, the batch, or what was answered before. Two evaluations differ by the policy alone.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from grpo.cases import row_key
+from grpo.config import Config
+from grpo.evaluation.rates import Verdict, row
+from grpo.policy import Policy, render_prompt
+from grpo.rollout import check_length, rollout
+from grpo.types import Case, Prompt
+from rewards import Answer, parse_answer
+from rewards.parse import FORMATS
+from rewards.types import Reason
+
+Known = Mapping[tuple[str, int], Verdict]
+"""(case id, sample) → its answer."""
+
+
+class AnswersError(ValueError):
+    """A file of answers that cannot be continued. Names file and line."""
+
+
+def evaluate(
+    policy: Policy,
+    cases: Sequence[Case],
+    config: Config,
+    *,
+    name: str,
+    thinking: bool,
+    progress: Callable[[int], object] = lambda done: None,
+) -> tuple[Verdict, ...]:
+    """One sampled answer to every case, in their order.
+
+    Args:
+        name: of the set; part of the noise key.
+        thinking: the chat template's switch.
+        progress: called with the number of cases just answered.
+    """
+    found: list[Verdict] = []
+    for verdicts in answer(policy, cases, config, name=name, thinking=thinking):
+        found += verdicts
+        progress(len(verdicts))
+    return in_order(found, cases)
+
+
+def answer(
+    policy: Policy,
+    cases: Sequence[Case],
+    config: Config,
+    *,
+    name: str,
+    thinking: bool,
+    samples: int = 1,
+    formats: Sequence[str] = tuple(FORMATS),
+    known: Known | None = None,
+) -> Iterator[tuple[Verdict, ...]]:
+    """``samples`` answers to every case, batch by batch: each batch's answers that are not ``known`` yet.
+
+    Batches are cut from all there is to answer, whatever is known: a batch that misses an answer is decoded whole, so
+    that a continued evaluation gives the bits of one that was never interrupted.
+
+    Args:
+        name: of the set; part of the noise key.
+        thinking: the chat template's switch.
+        samples: answers to a case; the first is the same whatever their number.
+        formats: how an answer may be written, see `rewards.parse.FORMATS`.
+        known: what need not be answered again.
+
+    Raises:
+        PromptError: a case does not fit the model's context; before the first answer.
+    """
+    known = known or {}
+    prompts = [
+        render_prompt(policy.tokenizer, c, system_prompt=config.cases.system_prompt, thinking=thinking) for c in cases
+    ]
+    for prompt in prompts:
+        check_length(policy, prompt, config.evaluate.max_new_tokens)
+    prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.case.id))
+    wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    size = config.evaluate.batch_size
+    for start in range(0, len(wanted), size):
+        batch = wanted[start : start + size]
+        if any((prompt.case.id, sample) not in known for prompt, sample in batch):
+            verdicts = _decoded(policy, batch, config, name=name, thinking=thinking, formats=formats)
+            yield tuple(v for v in verdicts if (v.case.id, v.sample) not in known)
+
+
+def _decoded(
+    policy: Policy,
+    batch: Sequence[tuple[Prompt, int]],
+    config: Config,
+    *,
+    name: str,
+    thinking: bool,
+    formats: Sequence[str],
+) -> Iterator[Verdict]:
+    """The answers of one batch; a prompt that it holds several times is prefilled once."""
+    rows = [(prompt, [sample for _, sample in same]) for prompt, same in groupby(batch, key=lambda item: item[0])]
+    groups = rollout(
+        policy,
+        [prompt for prompt, _ in rows],
+        [
+            [noise_key(config.train.seed, name, thinking, prompt.case.id, k) for k in members]
+            for prompt, members in rows
+        ],
+        max_new_tokens=config.evaluate.max_new_tokens,
+        temperature=config.evaluate.temperature,
+    )
+    for group, (_, members) in zip(groups, rows, strict=True):
+        for completion, sample in zip(group.completions, members, strict=True):
+            yield Verdict(
+                case=group.prompt.case,
+                answer=parse_answer(completion.text, thinking=group.prompt.thinking, formats=formats),
+                finished=completion.finished,
+                tokens=len(completion.ids),
+                text=completion.text,
+                sample=sample,
+            )
+
+
+def noise_key(seed: int, name: str, thinking: bool, case_id: str, sample: int) -> int:
+    """The noise of one answer. The first sample's is that of an evaluation during training.
+
+    >>> noise_key(42, "test", True, "c1", 0) == row_key("evaluate", 42, "test", "True", "c1")
+    True
+    """
+    return row_key("evaluate", seed, name, str(thinking), case_id, *([sample] if sample else []))
+
+
+def in_order(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> tuple[Verdict, ...]:
+    """The verdicts in the order of the cases, and of their samples."""
+    place = {case.id: i for i, case in enumerate(cases)}
+    return tuple(sorted(verdicts, key=lambda verdict: (place[verdict.case.id], verdict.sample)))
+
+
+class _Row(BaseModel):
+    """A line that `grpo.evaluation.rates.row` wrote."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    id: str
+    sample: Annotated[int, Field(ge=0)]
+    predicted: Annotated[int, Field(ge=1, le=5)] | None
+    reason: Reason
+    finished: bool
+    tokens: Annotated[int, Field(ge=1)]
+    completion: str
+
+
+def append_answers(path: Path, verdicts: Sequence[Verdict]) -> None:
+    """Adds lines to a file of answers and waits until they are on the disk."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(row(verdict)) + "\n" for verdict in verdicts))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_answers(path: Path, cases: Sequence[Case], samples: int) -> dict[tuple[str, int], Verdict]:
+    """What a file of answers already holds; empty where there is none. A last line that a crash tore is cut off.
+
+    Raises:
+        AnswersError: any other line that is no answer to one of the cases.
+    """
+    if not path.is_file():
+        return {}
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    if len(whole) < len(content):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    by_id = {case.id: case for case in cases}
+    found: dict[tuple[str, int], Verdict] = {}
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            held = _Row.model_validate_json(line)
+        except ValidationError as error:
+            fault = error.errors(include_input=False, include_url=False, include_context=False)[0]
+            where = ".".join(str(part) for part in fault["loc"]) or "the line"
+            raise AnswersError(f"{path}:{number}: {where}: {fault['type']}: not a line of answers; {_AFRESH}") from None
+        if held.id not in by_id or held.sample >= samples or (held.id, held.sample) in found:
+            raise AnswersError(
+                f"{path}:{number}: case {held.id!r}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
+            )
+        level = Answer(held.predicted, held.reason, None)
+        found[held.id, held.sample] = Verdict(
+            by_id[held.id], level, held.finished, held.tokens, held.completion, held.sample
+        )
+    return found
+
+
+_AFRESH = "delete the file to answer its cases again"

@@ -1,0 +1,187 @@
+"""What an evaluation is asked to do, checked before anything is loaded: config or model, adapter, cases, settings."""
+
+import argparse
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grpo.cases import CaseError, load
+from grpo.config import Config, Lora, load_config, resolve
+from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
+from grpo.evaluation.fingerprint import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
+from grpo.policy import missing_parts, pick_device, pick_dtype
+from grpo.types import Case
+from rewards import Reward, load_reward
+
+CARD = "configs/v49.toml"
+"""What a bare MODEL is evaluated with: the card's token budget, temperature, modes and system prompt."""
+MODES = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
+BARE = "none"
+"""``--adapter none``: the base alone."""
+
+
+class EvaluationError(ValueError):
+    """An evaluation that cannot be done as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One evaluation, checked: nothing is loaded yet."""
+
+    name: str
+    """Of the config or the model, for the folder."""
+    config: Config
+    """Its [lora] names the adapter; "" is the base alone."""
+    reward: Reward
+    sets: Mapping[str, tuple[Case, ...]]
+    samples: int
+    settings: Mapping[str, Any]
+    """All that the answers depend on, as JSON."""
+    before: Evaluated | None
+    """What ``--against`` names."""
+    left_out: tuple[str, ...]
+    """Rows and values of the case files that were dropped or set aside, a line each kind."""
+
+
+def ask(arguments: argparse.Namespace) -> Asked:
+    """What the command line asks for, cheapest checks first; every missing file is named at once."""
+    config = configured(arguments)
+    reward = load_reward(config.reward.set)
+    before = read_evaluation(arguments.against) if arguments.against else None
+    sets, left_out = load_sets(config, arguments.cases, missing_parts(config.model, config.lora))
+    if before is not None:
+        check_same_cases(sets, before, arguments.against)
+    device = pick_device(config.model.device)
+    adapter = config.lora.warm_start
+    settings = {
+        "model_sha256": folder_sha256(model_folder(config.model.name), MODEL_FILES),
+        "adapter_sha256": folder_sha256(resolve(adapter), ADAPTER_FILES) if adapter else None,
+        "cases": {name: cases_sha256(cases) for name, cases in sets.items()},
+        "thinking": list(config.evaluate.thinking),
+        "samples": arguments.samples,
+        "max_new_tokens": config.evaluate.max_new_tokens,
+        "temperature": config.evaluate.temperature,
+        "seed": config.train.seed,
+        "system_prompt": config.cases.system_prompt,
+        "formats": list(reward.formats),
+        "device": device.type,
+        "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
+    }
+    name = config.name if arguments.what.endswith(".toml") else set_name(arguments.what)
+    return Asked(name, config, reward, sets, arguments.samples, settings, before, left_out)
+
+
+def configured(arguments: argparse.Namespace) -> Config:
+    """The config with the command line laid over it. A MODEL is evaluated with the card's, and without its adapter."""
+    overrides = list(arguments.set)
+    given = {
+        "thinking": list(MODES[arguments.thinking]) if arguments.thinking else None,
+        "max_new_tokens": arguments.max_new_tokens,
+        "temperature": 0.0 if arguments.greedy else arguments.temperature,
+        "batch_size": arguments.batch_size,
+    }
+    overrides += [f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    if arguments.what.endswith(".toml"):
+        config, _ = load_config(arguments.what, overrides)
+        adapter = arguments.adapter
+    else:
+        _check_model(arguments.what)
+        model = f"model.name={json.dumps(arguments.what)}"
+        config, _ = load_config(CARD, [model, *overrides])
+        adapter = arguments.adapter or BARE
+    if adapter is None:
+        return config
+    lora = config.lora.model_copy(update={"warm_start": "", "r": 1}) if adapter == BARE else lora_of(adapter)
+    return config.model_copy(update={"lora": lora})
+
+
+def _check_model(name: str) -> None:
+    """A run folder holds a config.json too, and is not a model."""
+    if (resolve(name) / "reward.json").is_file():
+        raise EvaluationError(
+            f"{name}: is a run folder: name its config, and its adapter with --adapter {Path(name) / 'adapter'}"
+        )
+
+
+def lora_of(name: str) -> Lora:
+    """The [lora] section of an adapter folder, read from its own config.
+
+    Raises:
+        EvaluationError: no such folder, or not an adapter of plain LoRA.
+    """
+    path = resolve(name) / "adapter_config.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EvaluationError(f"--adapter {name}: {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise EvaluationError(f"--adapter {name}: {path}: not JSON: {type(error).__name__}") from None
+    targets = found.get("target_modules") if isinstance(found, dict) else None
+    if not isinstance(targets, list):
+        raise EvaluationError(f"--adapter {name}: {path}: expected target_modules, a list of layer names")
+    try:
+        return Lora(
+            r=found.get("r"),
+            alpha=found.get("lora_alpha"),
+            dropout=0.0,
+            target_modules=tuple(sorted(targets)),
+            warm_start=name,
+        )
+    except (TypeError, ValueError):
+        raise EvaluationError(f"--adapter {name}: {path}: expected r and lora_alpha, and names of layers") from None
+
+
+def load_sets(
+    config: Config, file: str | None, faults: Sequence[str]
+) -> tuple[dict[str, tuple[Case, ...]], tuple[str, ...]]:
+    """The sets of ``[evaluate]``, or the one of ``--cases``, named after its file; and what was left out of them.
+
+    Args:
+        faults: what is already known to be missing.
+
+    Raises:
+        EvaluationError: all that is missing or unreadable, a line each.
+    """
+    files = {set_name(file): file} if file else config.evaluate.ends | config.evaluate.during
+    if not files:
+        raise EvaluationError("no cases: [evaluate] names no set; name a file with --cases")
+    found, left_out, faults = {}, [], list(faults)
+    for name, path in files.items():
+        try:
+            loaded = load(config.cases.format, path, strict=config.cases.strict)
+        except CaseError as error:
+            faults.append(f"{name}: {error}" + ("" if file else " (name another file with --cases)"))
+        else:
+            found[name] = loaded.cases
+            left_out += [f"{name}: {finding}" for finding in loaded.report.findings]
+    if faults:
+        raise EvaluationError("\n       ".join(faults))
+    return found, tuple(left_out)
+
+
+def set_name(file: str) -> str:
+    """What the cases of a file are called: its name without ending, in the letters that a set may have.
+
+    >>> set_name("data/my cases.v2.jsonl"), set_name("embedded:cases/test.jsonl"), set_name("mimic-iv-ed:/data/ed")
+    ('my-cases.v2', 'test', 'ed')
+    """
+    path = re.sub("^[a-z-]+:", "", file)  # "embedded:" or a loader's name
+    return re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:80] or "cases"
+
+
+def model_folder(name: str) -> Path:
+    """Where a model's files lie on this machine: a folder, ``embedded:base``, or the cache behind a hub id."""
+    from transformers.utils import cached_file
+
+    folder = resolve(name)
+    return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", local_files_only=True))).parent
+
+
+def default_folder(asked: Asked) -> Path:
+    """``runs/eval-NAME-HASH``: other settings, another folder."""
+    digest = hashlib.sha256(json.dumps(asked.settings, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"eval-{asked.name}-{digest[:8]}"
