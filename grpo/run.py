@@ -96,6 +96,7 @@ def start_run(path: Path, config: Config, source: Source, reward: Reward, *, dev
     record = {
         "config": config.model_dump(mode="json"),
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **provenance(device),
         "reward": {"name": reward.name, "sha256": reward.sha256},
     }
@@ -107,7 +108,6 @@ def start_run(path: Path, config: Config, source: Source, reward: Reward, *, dev
 def provenance(device: str) -> dict[str, Any]:
     """The program and the machine that figures come from: commit, versions, platform, and the device as named."""
     return {
-        "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": {"platform": platform.platform(), "processor": platform.processor(), "device": device},
