@@ -309,7 +309,8 @@ def device_name(device: torch.device) -> str:
     """For people: "cpu (2 threads)" or the name of the card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type} ({torch.get_num_threads()} threads)"
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' * (threads != 1)})"
 
 
 def plan(setup: Setup) -> str:

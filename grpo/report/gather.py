@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from grpo.config import Config, notes
 
@@ -84,6 +84,7 @@ class _Header(_Read):
 
     config: dict[str, Any]
     source: _Source
+    started: AwareDatetime | None = None
     commit: str | None = None
     versions: dict[str, str | None] = {}
     machine: _Machine = _Machine()
@@ -144,7 +145,7 @@ def read_run(path: Path, *, now: float | None = None) -> RunRecord:
     right = {
         e.key: _read_answers(path / "eval" / f"step_{e.step:06d}_{e.cases}_{e.thinking}.jsonl") for e in evaluations
     }
-    started = (path / "config.json").stat().st_mtime
+    started = header.started.timestamp() if header.started else (path / "config.json").stat().st_mtime
     stopped = (path / "metrics.jsonl").stat().st_mtime if metrics else started
     done = int(metrics[-1]["step"] or 0) if metrics else 0
     running = done < config.train.steps and (time.time() if now is None else now) - stopped < STALE_AFTER_S
