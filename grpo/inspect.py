@@ -10,6 +10,7 @@ Exit codes: 0, and 2 for what cannot be read. Nothing that a model or a case say
 import argparse
 import json
 import math
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -267,4 +268,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that closes early is no error
     sys.exit(main())

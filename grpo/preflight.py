@@ -10,6 +10,7 @@ wrong). With ``--json``, bad input prints ``{"error": "..."}``; only a command l
 import argparse
 import json
 import math
+import signal
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -439,4 +440,5 @@ def _completion(argument: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that closes early is no error
     sys.exit(main())

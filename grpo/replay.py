@@ -13,6 +13,7 @@ import argparse
 import dataclasses
 import json
 import platform
+import signal
 import sys
 import time
 from collections import Counter
@@ -436,4 +437,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # a pager that closes early is no error
     sys.exit(main())

@@ -373,6 +373,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     print(f"\n{before_after(evaluations(run))}\n")
     print(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
+    print(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
 
 
