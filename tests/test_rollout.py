@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from grpo.cases import row_key
+from grpo.engine.sampling import draw, uniforms
 from grpo.policy import Policy, render_prompt
-from grpo.rollout import PromptError, draw, rollout, uniforms
+from grpo.rollout import PromptError, rollout
 from grpo.types import Case, Group, Prompt
 
 TEXTS = (
