@@ -119,6 +119,7 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
     return {
         "step": step.number,
         "loss": exact_sum(account.loss[0]),
+        "loss/trained": step.trained_loss,
         "grad_norm": step.grad_norm,
         "skipped": step.skipped,
         "reward/std_batch": float(rewards.std(ddof=1)),
@@ -156,11 +157,11 @@ def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
 def _dropped_stats(step: Step) -> Stats:
     """What drop-and-refill cost, and the mean reward of all that was sampled: the batch alone is a selection."""
     kept = rewards_of(step).flatten().tolist()
-    left_out = [(one.reward, len(one.lengths), sum(one.lengths)) for one in step.dropped]
+    left_out = [reward for one in step.dropped for reward in one.rewards]
     return {
         "groups/dropped": (float(len(step.dropped)), 1.0),
-        "groups/dropped_tokens": (float(sum(tokens for _, _, tokens in left_out)), 1.0),
-        "reward/mean_sampled": mean_of([*kept, *(reward for reward, count, _ in left_out for _ in range(count))]),
+        "groups/dropped_tokens": (float(sum(sum(one.lengths) for one in step.dropped)), 1.0),
+        "reward/mean_sampled": mean_of([*kept, *left_out]),
     }
 
 

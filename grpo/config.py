@@ -186,7 +186,8 @@ class Ledger(Section):
     every: Count = 1
     """0 writes none."""
     text: Literal["full", "redacted", "off"] = "full"
-    """"redacted": case ids, levels and rules without any text or token id; "off": numbers alone."""
+    """"redacted": case ids, levels and rules without any text or token id; "off": numbers alone. With both, the answers
+    of the evaluations are written without their words as well; their case ids stay."""
 
 
 class Evaluate(Section):

@@ -72,7 +72,7 @@ def step_record(entry: Entry, config: Config) -> Record:
                 "case": one.case_id or None,
                 "completions": len(one.lengths),
                 "tokens": sum(one.lengths),
-                "reward": one.reward,
+                "rewards": one.rewards,
             }
             for one in step.dropped
         ],

@@ -29,7 +29,9 @@ from grpo.account import TokenAccount, rewards_of
 from grpo.types import Batch, Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
 from rewards import Answer, Fired, Score
 
-LEDGER_VERSION = 1
+LEDGER_VERSION = 2
+FIGURES = ("loss/trained", "grad_norm", "skipped")
+"""Metrics that only the training can compute: a step takes them over from the line of its metrics."""
 TENSORS = {
     "groups": "[N] int32, the group of each row",
     "lengths": "[N] int32, tokens of each completion, end token included",
@@ -263,11 +265,11 @@ def _entry(
     )
     record = TokenRecord(tensors["logprobs"], tensors.get("ref_logprobs"), tensors["entropy"])
     dropped = tuple(
-        Dropped(d["case_id"], tuple(d["lengths"]), tuple(d["finished"]), d["reward"]) for d in head["dropped"]
+        Dropped(d["case_id"], tuple(d["lengths"]), tuple(d["finished"]), tuple(d["rewards"])) for d in head["dropped"]
     )
     metrics = head["metrics"]
     return Entry(
-        step=Step(number, groups, scores, batch, record, dropped, metrics["grad_norm"], metrics["skipped"]),
+        step=Step(number, groups, scores, batch, record, dropped, *(metrics[name] for name in FIGURES)),
         account=TokenAccount(tensors["ratio"], tensors["clip"], tensors.get("kl"), tensors["loss"]),
         advantages=tensors["advantages"].numpy().reshape(shape),
         rewards=tensors["rewards"].numpy().reshape(shape),
@@ -331,9 +333,9 @@ def _score(line: Mapping[str, Any], parts: dict[str, float], total: float, predi
 def _index(folder: Path) -> dict[int, dict[str, Any]]:
     file = folder / "index.jsonl"
     if not file.is_file():
-        raise LedgerError(f"{folder}: no ledger here: the run was made with ledger.every = 0, or has made no step")
+        raise LedgerError(f"{folder}: no ledger here: made with ledger.every = 0, without a step yet, or taken away")
     index = {}
-    lines = _read_text(file).splitlines(keepends=True)
+    lines = re.findall(r"[^\n]*\n|[^\n]+", _read_text(file))
     torn = bool(lines) and not lines[-1].endswith("\n")  # a crash: the step it was for is not in the ledger
     for at, line in enumerate(lines[: len(lines) - torn], 1):
         try:
@@ -385,7 +387,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
 
 def _read_text(file: Path) -> str:
     try:
-        return file.read_text(encoding="utf-8")
+        return file.read_bytes().decode("utf-8")  # as it is: reading as text would turn a \r into a newline
     except (OSError, UnicodeDecodeError) as error:
         raise LedgerError(f"{file}: cannot be read: {type(error).__name__}") from None
 

@@ -30,11 +30,11 @@ from grpo.account import TokenAccount, advantage_shares, rows, step_metrics, tok
 from grpo.batch import make_batch
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config
-from grpo.ledger import Entry, LedgerChanged, LedgerError, read_step, step_files
+from grpo.ledger import FIGURES, Entry, LedgerChanged, LedgerError, read_step, step_files
 from grpo.policy import ModelError
 from grpo.recorded.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.recorded.difference import Difference, array_differences, same, scalar_difference, shown
-from grpo.recorded.recording import Recording, read_recording, rewritten_lines, unindexed_files
+from grpo.recorded.recording import Recording, read_recording, rewritten_lines, torn, unindexed_files
 from grpo.recorded.terminal import visible
 from grpo.run import PACKAGES, RunError, finite
 from grpo.score import length_penalty, score_groups
@@ -49,7 +49,9 @@ FEW_ULPS = 64
 """Up to here a difference looks like the rounding of another library or processor."""
 MACHINE = ("time/", "tokens_per_s/", "memory/")
 """Metrics of ``metrics.jsonl`` that say how fast the machine was: there is nothing to compute them from."""
-COPIES = ("grad_norm", "skipped")
+PHASES = ("rollout", "update", "account")
+"""Of a step, as `grpo.train` times them."""
+COPIES = FIGURES
 """Metrics that only the training could compute: the ledger's copy is held against that of ``metrics.jsonl``."""
 _THOUGHTS = ("completions/opened_thinking", "completions/unclosed_thinking")
 UNSEEN: dict[str, tuple[str, ...]] = {
@@ -211,6 +213,7 @@ def _metric_differences(
         yield Difference(number, "metrics.jsonl", "", "no line", "a step")
     else:
         where["metrics.jsonl"] = {name: value for name, value in line.items() if not name.startswith(MACHINE)}
+        yield from _speed_differences(entry.step, line)
     for file, logged in where.items():
         for name in {**truth, **logged}:
             if name not in truth or name not in logged:
@@ -218,6 +221,21 @@ def _metric_differences(
                 yield Difference(number, f"{file}: {name}", "", said, meant)
             elif not same(logged[name], truth[name]):
                 yield scalar_difference(number, f"{file}: {name}", logged[name], truth[name])
+
+
+def _speed_differences(step: Step, line: Mapping[str, Any]) -> Iterator[Difference]:
+    """Of the throughput, which follows from the tokens and the seconds that stand beside it."""
+    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(one.lengths) for one in step.dropped)
+    seconds = [line.get(f"time/{name}_s") for name in PHASES]
+    if not all(isinstance(value, float) and value > 0 for value in seconds):
+        yield Difference(step.number, "metrics.jsonl: time/", "", shown(seconds), f"seconds of {', '.join(PHASES)}")
+        return
+    rollout, *_ = numbers = [float(value) for value in seconds if value]
+    truth = {"rollout": tokens / rollout, "step": tokens / sum(numbers)}
+    for name, value in truth.items():
+        if not same(line.get(f"tokens_per_s/{name}"), value):
+            said = shown(line.get(f"tokens_per_s/{name}"))
+            yield Difference(step.number, f"metrics.jsonl: tokens_per_s/{name}", "", said, shown(value))
 
 
 def is_copied(metric: str, text: str) -> bool:
@@ -252,6 +270,9 @@ def folder_differences(recording: Recording) -> Iterator[Difference]:
         if not every or step % every:
             yield Difference(step, index, "", "a record", f"none, with ledger.every = {every}")
     finished = recording.run.adapter.is_dir()
+    for file in (recording.run.metrics, recording.run.ledger / "index.jsonl"):
+        if finished and torn(file):
+            yield Difference(0, file.name, "", "whole lines", "a torn last line, in a finished run")
     if last > config.train.steps or (finished and last < config.train.steps):
         why = "train.steps; adapter/ is there, so the run is finished" if finished else "train.steps"
         yield Difference(0, "metrics.jsonl: last step", "", str(last), f"{config.train.steps} ({why})")
@@ -291,6 +312,8 @@ def not_checked(recording: Recording, replayed: Replayed) -> list[str]:
     alone = sum(step not in recording.steps for step in logged)
     return [
         f"{', '.join(MACHINE)}: how fast the machine was; {', '.join(COPIES)}: copy against copy",
+        "texts, token ids, case ids, log-probabilities, entropies: what all else follows from, by sha256 alone"
+        " (--model computes the log-probabilities again); config.json: taken as it is",
         *(f"{UNREAD[text]}; {', '.join(UNSEEN[text])}: copy against copy" for text in replayed.texts if text != "full"),
         *(
             [f"{alone:,} of {len(logged):,} steps: in metrics.jsonl alone (ledger.every = {config.ledger.every})"]
@@ -386,24 +409,32 @@ def replayed_run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[st
         record["equal"] &= all(one.within(allowed) for one in found)
         lines += model_lines(found, dtype, allowed, recording.config.optim.inner_epochs)
     seconds = time.perf_counter() - started
-    return record | {"seconds": seconds}, [*lines, verdict(replayed, differences, seconds)], int(not record["equal"])
+    last = verdict(replayed, differences, seconds)
+    if not record["equal"] and not differences:
+        last = "the record follows from itself, but not from the model: see above"
+    return record | {"seconds": seconds}, [*lines, last], int(not record["equal"])
 
 
 def other_reward(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[str], int]:
-    """The steps under another reward as one JSON value, as lines for people, and exit code 0."""
+    """The steps under another reward as one JSON value, as lines for people, and the exit code: 1 if its files
+    are not those that were written."""
     recording = read_recording(arguments.run)
     steps = chosen_steps(recording, arguments.step)
     other = load_reward(arguments.reward)
     found = []
+    changed: list[str] = []
     for number in tqdm(steps, unit="step", leave=False, disable=None):
-        found.append(counterfactual(read_step(recording.run.ledger, number), recording.config, other))
-    lines = [line for one in found for line in (step_lines(one) if len(found) == 1 else change_lines(one))]
+        entry = read_step(recording.run.ledger, number)
+        changed += [f"{name}: changed since it was written: its sha256 differs" for name in entry.changed]
+        found.append(counterfactual(entry, recording.config, other))
+    lines = [*changed] + [line for one in found for line in (step_lines(one) if len(found) == 1 else change_lines(one))]
     record = {
         "run": str(arguments.run),
         "rewards": {"now": recording.reward.name, "then": other.name},
+        "changed": changed,
         "steps": [dataclasses.asdict(one) | {"flips": one.flips} for one in found],
     }
-    return record, [*lines, *summary_lines(found, recording.reward.name, other.name)], 0
+    return record, [*lines, *summary_lines(found, recording.reward.name, other.name)], int(bool(changed))
 
 
 def parser() -> argparse.ArgumentParser:

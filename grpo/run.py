@@ -142,12 +142,17 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]) -> None:
-    """Appends one record to ``eval.json`` and writes every answer beside it. Written twice, it is there once."""
+def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict], *, text: bool = True) -> None:
+    """Appends one record to ``eval.json`` and writes every answer beside it. Written twice, it is there once.
+
+    Args:
+        text: whether the answers' words are written, beside case id, levels and length.
+    """
     folder = run.path / "eval"
     folder.mkdir(exist_ok=True)
     name = f"step_{record['step']:06d}_{record['cases']}_{record['thinking']}"
-    _replace(folder / f"{name}.jsonl", "".join(json.dumps(row(verdict)) + "\n" for verdict in verdicts))
+    answers = ({k: v for k, v in row(verdict).items() if text or k != "completion"} for verdict in verdicts)
+    _replace(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
     write_json(run.evaluations, [*(r for r in evaluations(run) if _same(r) != _same(record)), record])
 
 

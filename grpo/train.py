@@ -104,7 +104,7 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
         batch = make_batch(groups, rewards, config)
         updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
-        done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, updated.grad_norm, updated.skipped)
+        done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
         account = token_account(done.tokens, batch, config.loss)
         shares = advantage_shares(done, config.advantage)
         lr = learning_rate(config, (step + 1) * config.optim.inner_epochs - 1)
@@ -228,7 +228,7 @@ def left_out(group: Group, scores: Sequence[Score]) -> Dropped:
         group.prompt.case.id,
         tuple(len(completion.ids) for completion in group.completions),
         tuple(completion.finished for completion in group.completions),
-        scores[0].total,
+        tuple(score.total for score in scores),
     )
 
 
@@ -302,7 +302,7 @@ def evaluate_sets(setup: Setup, run: Run, *, step: int, names: Sequence[str]) ->
                     progress=bar.update,
                 )
                 record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
-                add_evaluation(run, record, verdicts)
+                add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
 
 
 def device_name(device: torch.device) -> str:

@@ -101,13 +101,13 @@ class TokenRecord:
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A group that was sampled and left out because its rewards were all equal. Costs tokens, teaches nothing."""
+    """A group that was sampled and left out because it had no variance. Costs tokens, teaches nothing."""
 
     case_id: str
     lengths: tuple[int, ...]
     finished: tuple[bool, ...]
-    reward: float
-    """The one reward of all its completions."""
+    rewards: tuple[float, ...]
+    """All equal, or, where truncated completions are out of the baseline, equal among the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,6 +122,8 @@ class Step:
     batch: Batch
     tokens: TokenRecord
     dropped: tuple[Dropped, ...]
+    trained_loss: float
+    """Of the first inner epoch, as the backward pass had it: in fp32 on the run's own device."""
     grad_norm: float
     """Before clipping; the last inner epoch's."""
     skipped: int

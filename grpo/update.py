@@ -43,10 +43,16 @@ class Updated:
     """What `update` did."""
 
     tokens: TokenRecord
+    loss: float
+    """Of the first inner epoch, as the backward pass had it."""
     grad_norm: float
     """Before clipping; the last inner epoch's."""
     skipped: int
     """Inner epochs whose loss or gradient was not finite: no optimiser step was taken."""
+
+    @property
+    def figures(self) -> tuple[float, float, int]:
+        return self.loss, self.grad_norm, self.skipped
 
 
 def update(
@@ -69,6 +75,7 @@ def update(
     ref = reference_logprobs(policy, batch, cuts, config, reference) if config.loss.beta > 0 else None
     seen: list[list[Tensor]] = []
     entropies: list[Tensor] = []
+    losses: list[float] = []
     norm, skipped = 0.0, 0
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
@@ -86,7 +93,8 @@ def update(
                 terms.loss.backward()
             total += terms.loss.detach()
         norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), config.optim.max_grad_norm))
-        if math.isfinite(norm) and math.isfinite(float(total)):
+        losses.append(float(total))
+        if math.isfinite(norm) and math.isfinite(losses[-1]):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config, step * config.optim.inner_epochs + epoch)
             optimizer.step()
@@ -99,7 +107,7 @@ def update(
         ref_logprobs=packed(batch, cuts, ref) if ref else None,
         entropy=packed(batch, cuts, entropies),
     )
-    return Updated(tokens, norm, skipped)
+    return Updated(tokens, losses[0], norm, skipped)
 
 
 def packed(batch: Batch, cuts: tuple[Cut, ...], values: Sequence[Tensor]) -> Tensor:

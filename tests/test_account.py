@@ -69,7 +69,7 @@ def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[
     )
     rewards = np.array([[score.total for score in row] for row in scores])
     batch = make_batch(groups, rewards, config)
-    return Step(3, tuple(groups), tuple(scores), batch, tokens, dropped, 0.25, 0)
+    return Step(3, tuple(groups), tuple(scores), batch, tokens, dropped, 0.5, 0.25, 0)
 
 
 def test_every_token_term_is_the_formulas() -> None:
@@ -138,14 +138,14 @@ def test_equal_totals_of_different_parts_have_no_shares() -> None:
 
 def test_metrics_by_hand() -> None:
     config = config_with("loss.beta=0.3")
-    dropped = (Dropped("c9", (2, 2, 3), (True, True, True), 1.0),)
+    dropped = (Dropped("c9", (2, 2, 3), (True, True, False), (1.0, 1.0, -0.5)),)
     step = make_step(config, dropped=dropped)
     account = token_account(step.tokens, step.batch, config.loss)
     m = step_metrics(step, account, advantage_shares(step, config.advantage), config)
     rewards = rewards_of(step)
-    assert (m["step"], m["grad_norm"], m["skipped"]) == (3, 0.25, 0)
+    assert (m["step"], m["loss/trained"], m["grad_norm"], m["skipped"]) == (3, 0.5, 0.25, 0)
     assert m["reward/mean"] == pytest.approx(sum([1.0, -1.0, 1.0, 0.0, 0.1, -2.0]) / 6)
-    assert m["reward/mean_sampled"] == pytest.approx((-0.9 + 3 * 1.0) / 9)
+    assert m["reward/mean_sampled"] == pytest.approx((-1.9 + 1.0 + 1.5) / 9)
     assert m["reward/mean_finished"] == pytest.approx(0.1 / 4) and m["reward/mean_truncated"] == pytest.approx(-0.5)
     assert m["reward/std_batch"] == pytest.approx(np.std(rewards, ddof=1))
     assert m["reward/std_group"] == pytest.approx(np.mean([np.std(r, ddof=1) for r in rewards]))

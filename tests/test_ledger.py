@@ -15,7 +15,7 @@ from grpo.ledger import TENSORS, LedgerError, cut_ledger, ledger_steps, read_ste
 from grpo.types import Dropped, Step
 from tests.test_account import config_with, make_step
 
-DROPPED = (Dropped("c9", (1, 2, 3), (True, True, True), 0.1),)
+DROPPED = (Dropped("c9", (1, 2, 3), (True, True, True), (0.1, 0.1, 0.1)),)
 
 
 def write(folder: Path, step: Step, *overrides: str, text: str = "full") -> dict[str, object]:
@@ -30,7 +30,8 @@ def write(folder: Path, step: Step, *overrides: str, text: str = "full") -> dict
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     write(
-        tmp_path / "ledger", make_step(config_with(), epochs=2, dropped=(Dropped("c9", (1, 2, 3), (True,) * 3, 0.1),))
+        tmp_path / "ledger",
+        make_step(config_with(), epochs=2, dropped=DROPPED),
     )
     return tmp_path / "ledger"
 

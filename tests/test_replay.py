@@ -302,8 +302,8 @@ def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: P
 # --- one metric -------------------------------------------------------------------------------------------
 
 
-def test_only_two_metrics_are_taken_on_trust() -> None:
-    assert COPIES == ("grad_norm", "skipped") and MACHINE == ("time/", "tokens_per_s/", "memory/")
+def test_only_three_metrics_are_taken_on_trust() -> None:
+    assert COPIES == ("loss/trained", "grad_norm", "skipped") and MACHINE == ("time/", "tokens_per_s/", "memory/")
     assert UNSEEN["full"] == () and len(UNSEEN["redacted"]) == 2 and len(UNSEEN["off"]) == 4
 
 
@@ -580,6 +580,7 @@ def test_a_reward_that_turns_things_round_flips_signs(plain: Path, tmp_path: Pat
     assert code == 0
     assert len(re.findall(r" 1 +[0-3] +c5 .*flips$", out, re.MULTILINE)) == 4
     assert "4 change the sign of their advantage" in out and "reward v49 → silence, 1 step" in out
+    assert re.search(r"^ {18}no_parse +[-+]\d\.\d{3} → +[-+]\d\.\d{3}$", out, re.MULTILINE)
     assert re.search(r"no_parse +0\.\d{3} → +0\.\d{3}", out) and max(map(len, out.splitlines())) <= 80
     whole = replay(plain, "--reward", str(file))[1]
     assert "3 steps" in whole and "group member" not in whole and "\nstep 2      4 of 8 flip\n" in f"\n{whole}"
@@ -649,3 +650,30 @@ def test_a_text_that_its_token_ids_do_not_spell_is_named(rich: Path, tmp_path: P
     code, out, _ = replay(run, "--model", "--step", "1")
     assert code == 1 and "no rounding" not in out
     assert "step 1: group 0 (case c0), member 2: completion is not what its token ids say" in out
+
+
+def test_throughput_that_does_not_follow_from_the_seconds_beside_it_is_named(victim: Path) -> None:
+    file = victim / "metrics.jsonl"
+    whole = file.read_bytes()
+    try:
+        for name, value, says in (
+            ("tokens_per_s/rollout", 9e9, "tokens_per_s/rollout"),
+            ("time/rollout_s", 1e-9, "tokens_per_s"),
+            ("time/account_s", None, "seconds of rollout, update, account"),
+        ):
+            edit_lines(file, lambda lines, name=name, value=value: [lines[0], {**lines[1], name: value}, lines[2]])
+            assert any(says in f"{one['where']} {one['replayed']}" for one in found(victim)), name
+            file.write_bytes(whole)
+    finally:
+        file.write_bytes(whole)
+
+
+def test_a_newline_that_changes_is_named(victim: Path) -> None:
+    for file in (victim / "ledger" / "index.jsonl", victim / "metrics.jsonl"):
+        whole = file.read_bytes()
+        try:
+            for at in (i for i, byte in enumerate(whole) if byte == 10):
+                file.write_bytes(whole[:at] + b"\r" + whole[at + 1 :])
+                assert replay(victim)[0] in (1, 2), f"{file.name}: byte {at}"
+        finally:
+            file.write_bytes(whole)

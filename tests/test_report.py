@@ -103,7 +103,7 @@ def record_run(
         count = int(batch.completion_mask.sum())
         noise = [torch.rand(count, generator=random) for _ in range(2)]
         tokens = TokenRecord(-noise[0].unsqueeze(0), -noise[1], noise[1])
-        step = Step(number, tuple(groups), tuple(scores), batch, tokens, (), 0.5 / number, 0)
+        step = Step(number, tuple(groups), tuple(scores), batch, tokens, (), 0.1 / number, 0.5 / number, 0)
         write_recorded(folder, step, text)
     return folder
 

@@ -269,7 +269,9 @@ def test_texts_stay_out_of_the_ledger_when_the_config_says_so(world: list[str], 
         out = tmp_path / text
         assert run(world, out, "--set", "train.steps=1", "--set", f"ledger.text={text}") == 0
         written = b"".join(path.read_bytes() for path in (out / "ledger").iterdir())
+        answers = b"".join(path.read_bytes() for path in (out / "eval").iterdir())
         assert b"year-old" not in written and b"ANSWER" not in written and b"rewards" in written
+        assert b"predicted" in answers and b"completion" not in answers
     assert run(world, tmp_path / "none", "--set", "train.steps=1", "--set", "ledger.every=0") == 0
     assert not (tmp_path / "none" / "ledger").exists()
     assert run(world, tmp_path / "second", "--set", "train.steps=4", "--set", "ledger.every=2") == 0

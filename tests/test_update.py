@@ -209,6 +209,7 @@ def test_the_accounts_loss_is_the_updates(make_policy: Callable[..., Policy], mo
     monkeypatch.setattr(update_module, "grpo_loss", recorded)
     done = update(policy, batch, config, torch.optim.AdamW(policy.trainable().values(), lr=0.02), None, step=0)
     loss = token_account(done.tokens, batch, config.loss).loss.sum(1).tolist()
+    assert done.loss == pytest.approx(sum(seen[:3]), rel=1e-6)
     assert loss == pytest.approx([sum(seen[:3]), sum(seen[3:])], rel=1e-5, abs=1e-6) and abs(loss[1]) > 1e-3
 
 

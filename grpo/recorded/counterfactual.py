@@ -5,7 +5,7 @@ what a run under it would have become. Groups that drop-and-refill left out are 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,6 +31,9 @@ class Changed:
     reward_then: float
     advantage_now: float
     advantage_then: float
+    parts_now: dict[str, float]
+    """Component → its part of the advantage; those that are not 0."""
+    parts_then: dict[str, float]
 
     @property
     def flips(self) -> bool:
@@ -87,10 +90,15 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
         step=step.number,
         rows=tuple(
             Changed(
-                b,
-                g,
-                group.prompt.case.id,
-                *(float(values[b, g]) for values in (entry.rewards, then, entry.advantages, advantages)),
+                group=b,
+                member=g,
+                case_id=group.prompt.case.id,
+                reward_now=float(entry.rewards[b, g]),
+                reward_then=float(then[b, g]),
+                advantage_now=float(entry.advantages[b, g]),
+                advantage_then=float(advantages[b, g]),
+                parts_now=_parts(entry.shares, b, g),
+                parts_then=_parts(shares, b, g),
             )
             for b, group in enumerate(step.groups)
             for g in range(len(group.completions))
@@ -104,16 +112,23 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
 
 
 def step_lines(one: Counterfactual) -> list[str]:
-    """A step as a table, a line a completion; ``flips`` marks those whose advantage would change its sign."""
+    """A step as a table: a line a completion, and below it its advantage by component; ``flips`` marks those whose
+    advantage would change its sign."""
     heads = f"{'case':<22}{'reward → then':>16}{'advantage → then':>19}"
     lines = [f"step {one.step}", f"  group member  {heads}"]
-    lines += [
-        f"  {row.group:>5} {row.member:>6}  {fit(visible(row.case_id), 22)}"
-        f"{row.reward_now:>+7.2f} → {row.reward_then:>+6.2f}{row.advantage_now:>+9.3f} → {row.advantage_then:>+7.3f}"
-        f"{'  flips' * row.flips}"
-        for row in one.rows
-    ]
+    for row in one.rows:
+        rewards = f"{row.reward_now:>+7.2f} → {row.reward_then:>+6.2f}"
+        both = _pair(row.advantage_now, row.advantage_then)
+        case = fit(visible(row.case_id), 22)
+        lines.append(f"  {row.group:>5} {row.member:>6}  {case}{rewards}{both}{'  flips' * row.flips}")
+        for name in {**row.parts_now, **row.parts_then}:
+            part = _pair(row.parts_now.get(name, 0.0), row.parts_then.get(name, 0.0))
+            lines.append(f"{'':<18}{fit(visible(name), 36)}{part}")
     return lines
+
+
+def _pair(now: float, then: float) -> str:
+    return f"{now:>+9.3f} → {then:>+7.3f}"
 
 
 def change_lines(one: Counterfactual) -> list[str]:
@@ -150,6 +165,10 @@ def summary_lines(steps: Sequence[Counterfactual], now: str, then: str) -> list[
         if any(means):
             lines.append(f"    {fit(visible(name), 46)}{_figure(means[0]):>8} → {_figure(means[1]):>6}")
     return lines
+
+
+def _parts(shares: Mapping[str, np.ndarray], b: int, g: int) -> dict[str, float]:
+    return {name: float(share[b, g]) for name, share in shares.items() if share[b, g]}
 
 
 def _size(share: np.ndarray | None) -> float | None:

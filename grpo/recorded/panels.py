@@ -53,8 +53,9 @@ def step_lines(record: Record, width: int, paint: Paint) -> Iterator[str]:
         )
         yield paint(line.rstrip(), "yellow" if group["zero_variance"] else "")
     for one in record["dropped"]:
-        what = f"left out   {one['case'] or '—'}: {one['completions']} completions, {one['tokens']} tokens, all "
-        yield from wrap(f"{what}{one['reward']:+.2f}", width)
+        what = f"left out   {one['case'] or '—'}: {one['completions']} completions, {one['tokens']} tokens, "
+        rewards = [f"{reward:+.2f}" for reward in dict.fromkeys(one["rewards"])]
+        yield from wrap(f"{what}{'all ' * (len(rewards) == 1)}{', '.join(rewards)}", width)
     yield from _note("= no variance, no advantage; stopped: e end token, b token budget, o other", width, paint)
 
 

@@ -82,7 +82,7 @@ def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         RunError: the file is missing, a line is no JSON object with a step, or a step has two lines.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+        lines = whole_lines(file)
     except (OSError, UnicodeDecodeError) as error:
         raise RunError(f"{file}: cannot be read: {type(error).__name__}") from None
     seen: set[int] = set()
@@ -111,7 +111,22 @@ def unindexed_files(ledger: Path, steps: Sequence[int]) -> tuple[str, ...]:
 def rewritten_lines(ledger: Path) -> tuple[int, ...]:
     """Numbers of the lines of ``index.jsonl`` that no run wrote like that, whatever they mean: the index holds the
     sha256 of everything else, and nothing holds its own."""
-    lines = (ledger / "index.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    lines = whole_lines(ledger / "index.jsonl")
     torn = bool(lines) and not lines[-1].endswith("\n")
-    whole = lines[: len(lines) - torn]
-    return tuple(number for number, line in enumerate(whole, 1) if json.dumps(json.loads(line)) + "\n" != line)
+    entries = [json.loads(line) for line in lines[: len(lines) - torn]]
+    before = [0, *(entry["step"] for entry in entries)]
+    return tuple(
+        number
+        for number, (entry, line, last) in enumerate(zip(entries, lines, before, strict=False), 1)
+        if json.dumps(entry) + "\n" != line or entry["step"] <= last
+    )
+
+
+def torn(file: Path) -> bool:
+    """Its last line does not end: a crash, or, in a run that is finished, somebody's hand."""
+    return file.is_file() and not file.read_bytes().endswith(b"\n")
+
+
+def whole_lines(file: Path) -> list[str]:
+    """With their ends, as they are: reading as text would turn a carriage return into a newline."""
+    return re.findall(r"[^\n]*\n|[^\n]+", file.read_bytes().decode("utf-8"))

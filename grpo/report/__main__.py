@@ -40,8 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.samples < 0:
             raise ReportError(f"--samples {arguments.samples}: expected 0 or more")
+        most = int(min(max(arguments.max_mb, 0.0), 1e6) * MEGABYTE)  # also of a NaN
         request = Request(
-            tuple(arguments.runs), arguments.samples, not arguments.no_text, int(arguments.max_mb * MEGABYTE)
+            tuple(arguments.runs),
+            arguments.samples,
+            not arguments.no_text,
+            most,
         )
         report = make_report(request)
         write(out, report.html)

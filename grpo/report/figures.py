@@ -61,8 +61,8 @@ REWARD = (
         "Mean reward",
         (("reward/mean", "mean"),),
         "Mean total reward of a step's completions, `reward/mean`. The field calls two spreads “reward_std”: the mean "
-        "of the groups' own (`reward/std_group`, shaded) is what advantages are divided by; the std of the whole batch "
-        "(`reward/std_batch`, dashed) also holds how much the cases differ.",
+        "of the groups' own (`reward/std_group`, shaded) is what group advantages are divided by, each by its own; the "
+        "std of the whole batch (`reward/std_batch`, dashed) also holds how much the cases differ.",
         "signed",
         (
             ("± std_group", around("reward/mean", "reward/std_group"), False),
@@ -81,8 +81,8 @@ REWARD = (
     Figure(
         "Groups without a signal",
         (("groups/zero_variance", "all rewards equal"),),
-        "Share of groups whose completions all earned the same, `groups/zero_variance`: their advantages are exactly 0."
-        " A rising share is what success looks like, and also what running out of hard cases looks like.",
+        "Share of groups whose completions (those in the baseline) earned the same, `groups/zero_variance`: they have "
+        "no advantage. A rising share is what success looks like, and also what running out of hard cases looks like.",
         "percent",
         floor=0.0,
         ceiling=1.0,
@@ -234,8 +234,8 @@ POLICY = (
     Figure(
         "Loss",
         (("loss", "loss"),),
-        "`loss` of the step's first pass. Near 0 by construction, since every ratio is 1 and a group's advantages add "
-        "up to 0; what is left is the KL term. It is no measure of progress.",
+        "`loss` of the step's first pass. With sequence weights it is near 0 by construction, since every ratio "
+        "is 1 and a group's advantages add up to 0; what is left is the KL term. It is no measure of progress.",
     ),
     Figure(
         "Gradient norm",

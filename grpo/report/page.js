@@ -1,6 +1,7 @@
 "use strict";
 // The page reads without this; it only points at things: a step in every chart, a token in a completion.
 (() => {
+  addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
   const LEFT = 48, RIGHT = 352; // the plot's edges in grpo/report/charts.py
   const panels = [...document.querySelectorAll(".panel")].map((panel) => ({
     panel,
