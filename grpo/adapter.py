@@ -6,6 +6,7 @@ Only plain LoRA on linear layers is that and nothing else; `read_config` refuses
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import re
@@ -188,6 +189,25 @@ def system_prompt(base: str, adapter: Path | None) -> str:
         return said
     shipped, _ = load_config("configs/tiny.toml" if embedded(base) else "configs/v49.toml")
     return shipped.cases.system_prompt
+
+
+def weights_digest(adapter: Path) -> str:
+    """SHA-256 of an adapter's weights, hexadecimal. Raises AdapterError where they cannot be read."""
+    path = adapter / "adapter_model.safetensors"
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def refuse_merged_twice(base: str, adapter: Path) -> None:
+    """Raises AdapterError where the base's ``merge.json`` says that this very adapter is in its weights already:
+    W + 2 · scaling · B A is nobody's model. A base without that file, or with another adapter's, passes."""
+    note = resolve(base) / "merge.json"
+    if not note.is_file() or not isinstance(said := read_json(note).get("adapter"), dict):
+        return
+    if said.get("sha256") == weights_digest(adapter):
+        raise AdapterError(f"{base}: {adapter.name} is merged into it already: use it without an adapter")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -11,12 +11,12 @@ Exit codes: 0 merged, 2 bad input, 130 interrupted.
 
 import argparse
 import gc
-import hashlib
 import itertools
 import os
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,8 +36,10 @@ from grpo.adapter import (
     read_config,
     read_json,
     read_pairs,
+    refuse_merged_twice,
     run_config,
     system_prompt,
+    weights_digest,
 )
 from grpo.config import ConfigError, embedded, resolve
 from grpo.model_card import CardError, model_card
@@ -122,6 +124,7 @@ def merge(
         raise MergeError(f"{out}: already there, and nothing is ever overwritten: name another folder")
     config = read_config(adapter)
     _check_origin(adapter, config, name)
+    refuse_merged_twice(name, adapter)
     folder = base_folder(name)
     model, tensors = blank_model(folder), base_tensors(folder)
     deltas = match_deltas(model, tensors, config, read_pairs(adapter, config))
@@ -129,10 +132,11 @@ def merge(
     card = model_card(adapter.absolute().parent, merged=True) if run_config(adapter) else None
     _check_space(out, total)
 
-    aside = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
+    held = None
     try:
-        aside.mkdir(parents=True)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        held = Path(tempfile.mkdtemp(prefix=".merge-", dir=out.parent))
+        (aside := held / "merged").mkdir()  # of the usual mode: a temporary folder's is 0700
         _write_companions(folder, aside, model, target)
         shards = _write_shards(tensors, deltas, aside, target, max_shard_bytes, progress)
         shown = next(t.written_as(target) for t in tensors if t.key in deltas)
@@ -147,7 +151,8 @@ def merge(
     except torch.OutOfMemoryError:
         raise MergeError("the check does not fit this device's memory: leave it out with --no-check") from None
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        if held is not None:
+            shutil.rmtree(held, ignore_errors=True)
     return Merged(out, name, len(deltas), shards, total, dtype, measured)
 
 
@@ -307,10 +312,9 @@ def _logits(model: Any, prompts: Sequence[Sequence[int]]) -> Tensor:
 
 def _record(base: str, adapter: Path, dtype: str, modules: int, check: Check | None, prompt: str) -> dict[str, Any]:
     """``merge.json``: what was merged into what. Folders by name alone, for the file goes where the weights go."""
-    digest = hashlib.sha256((adapter / "adapter_model.safetensors").read_bytes()).hexdigest()
     return {
         "base": base if HUB_ID.fullmatch(base) or embedded(base) else Path(base).name,
-        "adapter": {"name": adapter.name, "sha256": digest, "modules": modules},
+        "adapter": {"name": adapter.name, "sha256": weights_digest(adapter), "modules": modules},
         "dtype": dtype,
         "check": asdict(check) if check else None,
         "system_prompt": prompt,

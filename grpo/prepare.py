@@ -22,11 +22,13 @@ from pathlib import Path
 
 from grpo.cases import LOADERS, CaseError, load, row_key
 from grpo.examine import plain
-from grpo.loaders.report import REASONS, Banded, Record, Report, Tally, settled
+from grpo.loaders.report import REASONS, Banded, Loaded, Record, Report, Tally, settled
 from grpo.preflight import visible
 from grpo.types import Case
 
 LEVELS = (1, 2, 3, 4, 5)
+SPLITTING = ("held_out", "exclude", "oversample", "balance", "each_case_a_patient")
+"""Options that mean nothing to ``--prompts``, as argparse spells them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,14 @@ class Split:
     """Training cases dropped because a held-out case reads the same."""
 
 
-def split(records: Sequence[Record], *, share: float, seed: int, excluded: Iterable[Record] = ()) -> Split:
+def split(
+    records: Sequence[Record],
+    *,
+    share: float,
+    seed: int,
+    excluded: Iterable[Record] = (),
+    set_aside: Iterable[str] = (),
+) -> Split:
     """The training and the held-out part, cut by patient: a patient is held out if hash(seed, patient) < share.
 
     So a patient's part depends on the seed and on nothing else, and a file with more patients moves none of the old
@@ -53,6 +62,7 @@ def split(records: Sequence[Record], *, share: float, seed: int, excluded: Itera
         share: in [0, 1). 0 holds nobody out.
         seed: any integer.
         excluded: records whose patients and narratives must be in neither part.
+        set_aside: more patients who must be in neither part.
 
     Raises:
         CaseError: a part that should not be empty is.
@@ -63,7 +73,7 @@ def split(records: Sequence[Record], *, share: float, seed: int, excluded: Itera
     set()
     """
     gone = list(excluded)
-    patients, texts = {record.patient for record in gone} - {""}, {plain(record.case.text) for record in gone}
+    patients, texts = {*(record.patient for record in gone), *set_aside} - {""}, {plain(r.case.text) for r in gone}
     kept = [r for r in records if not gone or (r.patient not in patients and plain(r.case.text) not in texts)]
     held = tuple(record for record in kept if row_key("held out", seed, record.patient) < share * 2**128)
     held_patients = {record.patient for record in held}
@@ -181,14 +191,19 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     source = f"{arguments.loader} {arguments.file}"
     settings = {key: value for key, value in vars(arguments).items() if key not in ("loader", "file", "out")}
     if arguments.prompts:
+        if unmet := [option for option in SPLITTING if getattr(arguments, option) not in (None, False, 0.0, [])]:
+            named = ", ".join(f"--{option.replace('_', '-')}" for option in unmet)
+            raise CaseError(f"--prompts writes every row once and cuts nothing: leave out {named}")
         return _prompts(source, settings, arguments)
     loaded = load(arguments.loader, arguments.file, strict=arguments.strict)
-    excluded = [record for loader, file in arguments.exclude for record in load(loader, file, strict=False).records]
+    others = {file: _to_exclude(loader, file) for loader, file in arguments.exclude}
+    excluded = [record for other in others.values() for record in other.records]
+    aside = frozenset().union(*(other.set_aside for other in others.values()))
     records: Sequence[Record] = loaded.records
     if arguments.held_out or excluded:
         records = with_patients(records, each_its_own=arguments.each_case_a_patient)
         excluded = list(with_patients(excluded, each_its_own=arguments.each_case_a_patient))
-    parts = split(records, share=arguments.held_out, seed=arguments.seed, excluded=excluded)
+    parts = split(records, share=arguments.held_out, seed=arguments.seed, excluded=excluded, set_aside=aside)
     written: Sequence[Record] = parts.train
     if arguments.oversample:
         written = oversampled(parts.train, dict(arguments.oversample))
@@ -199,7 +214,8 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
             f"{arguments.file}: an id ends in #2 like the copies that --oversample and --balance make: rename"
         )
     notes = (
-        *_no_leak(written, parts.held_out, excluded),
+        *_exclusions(others),
+        *_no_leak(written, parts.held_out, excluded, aside),
         f"removed   {parts.excluded:,} cases by --exclude, {parts.repeated:,} that read like a held-out one",
     )
     table = {"read": loaded.records, "training part": parts.train, "written": written}
@@ -266,9 +282,38 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _no_leak(train: Sequence[Record], held_out: Sequence[Record], excluded: Sequence[Record]) -> tuple[str, ...]:
+def _to_exclude(loader: str, file: str) -> Loaded:
+    """A file of cases to keep out: a row dropped here would be a patient let in, so none may be."""
+    loaded = load(loader, file, strict=False)
+    if lost := [str(finding) for finding in loaded.report.faults if not REASONS[finding.reason].kept]:
+        raise CaseError(
+            f"--exclude {loader}:{file}: {'; '.join(lost)}: whoever these rows speak of could get into training: "
+            "mend the file"
+        )
+    return loaded
+
+
+def _exclusions(others: Mapping[str, Loaded]) -> tuple[str, ...]:
+    """What the files of ``--exclude`` held."""
+    notes = []
+    for file, other in others.items():
+        notes.append(f"exclude   {file}: {other.report.rows:,} rows, {other.report.cases:,} cases")
+        notes += [f"{'':<10}{finding}" for finding in other.report.findings]
+        if set_aside := other.report.dropped:
+            known = len(other.set_aside)
+            notes.append(
+                f"{'':<10}{set_aside:,} rows set aside: the {known:,} patients that they name are excluded too"
+            )
+    return tuple(notes)
+
+
+def _no_leak(
+    train: Sequence[Record], held_out: Sequence[Record], excluded: Sequence[Record], aside: frozenset[str]
+) -> tuple[str, ...]:
     """The check on what is about to be written, apart from the code that cut it."""
     notes = []
+    if let_in := {record.patient for record in (*train, *held_out)} & aside:
+        raise CaseError(f"{len(let_in)} patients of rows set aside are in a part: a fault of this program")
     for name, part, other in (
         ("training and held out", train, held_out),
         ("training and excluded", train, excluded),

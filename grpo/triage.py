@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.adapter import AdapterError, base_of, read_config, system_prompt
+from grpo.adapter import AdapterError, base_of, read_config, refuse_merged_twice, system_prompt
 from grpo.cases import row_key
 from grpo.config import ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
@@ -102,14 +102,16 @@ def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: 
 
     Args:
         model: a base or merged model; None takes the adapter's own base, or the embedded base.
-        adapter: None takes none, or, if there is no model either, the embedded warm start.
+        adapter: "none" takes none; None does too, or, if there is no model either, the embedded warm start.
 
     Raises AdapterError, ModelError: what cannot be loaded, and why.
     """
     if model is None and adapter is None:
         model, adapter = DEFAULT_MODEL, DEFAULT_ADAPTER
-    folder = resolve(adapter) if adapter else None
+    folder = resolve(adapter) if adapter and adapter != "none" else None
     name = model or base_of(folder) if folder else model or DEFAULT_MODEL
+    if folder:
+        refuse_merged_twice(name, folder)
     lora = NO_ADAPTER if folder is None else _lora(folder, str(adapter))
     section = Model.model_validate({"name": name, "device": device, "dtype": dtype, "gradient_checkpointing": False})
     return load_policy(section, lora, seed=0), system_prompt(name, folder)
@@ -183,7 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("case", nargs="?", help='the narrative; "-" or nothing reads it from standard input')
     parser.add_argument("--model", help=f"base or merged model (default: the adapter's base, else {DEFAULT_MODEL})")
-    parser.add_argument("--adapter", help=f"a LoRA adapter's folder (default: {DEFAULT_ADAPTER} on {DEFAULT_MODEL})")
+    parser.add_argument(
+        "--adapter", help=f"a LoRA adapter's folder, or none (default: {DEFAULT_ADAPTER} on {DEFAULT_MODEL})"
+    )
     parser.add_argument("--system-prompt", help="default: the run's, the merged model's, or the card's")
     parser.add_argument("--thinking", choices=["on", "off"], default="on")
     parser.add_argument("--max-new-tokens", type=int, help=f"default: {CARDS_BUDGET}, or what the context leaves")

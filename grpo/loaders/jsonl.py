@@ -2,12 +2,17 @@
 
 import json
 from collections.abc import Iterator
+from string import whitespace
 from typing import Any
 
 from grpo.config import resolve
 from grpo.loaders.lines import numbered_lines
 from grpo.loaders.report import MAX_TEXT, BadRow, CaseError, Record, Remark
 from grpo.types import Case
+
+
+INVISIBLE = whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"
+"""Blanks and zero-width characters: around a patient's name they come from an export and make nobody another."""
 
 
 def read_jsonl(name: str) -> Iterator[Record | Remark]:
@@ -60,7 +65,11 @@ def _record(line: str) -> Record:
         raise BadRow("bad_field", f"tags of case {ident!r} must be a list of texts")
     if type(patient) not in (str, int) or len(str(patient)) > 200:
         raise BadRow("bad_field", f"patient of case {ident!r} must be a text of at most 200 characters or a number")
-    return Record(Case(ident, text.strip(), esi, tuple(tags)), str(patient))
+    if not (patient := str(patient).strip(INVISIBLE)).isprintable():
+        raise BadRow(
+            "bad_field", f"patient of case {ident!r} holds an invisible character: one patient could pass for two"
+        )
+    return Record(Case(ident, text.strip(), esi, tuple(tags)), patient)
 
 
 def _shown(value: object) -> str:

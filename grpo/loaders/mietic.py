@@ -52,7 +52,7 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
     aliases = {"triagecase": "tiragecase", "triage_case": "tiragecase"}
     for number, (line, row) in enumerate(table(path, columns, ("stay_id", *VITALS), aliases), 1):
         if row and row["final_decision"].strip().casefold() != RETAINED:
-            yield Remark(path, line, "not_retained")
+            yield Remark(path, line, "not_retained", patient=_patient(row))
             continue
         try:
             record = _validated(row, number)
@@ -95,6 +95,13 @@ def read_instructions(name: str) -> Iterator[Banded | Remark]:
             yield Remark(path, line, "no_narrative" if missing(text) else "long_narrative")
         else:
             yield Banded(f"mietic-instruction-{number:06d}", text, *band)
+
+
+def _patient(row: dict[str, str]) -> str:
+    try:
+        return str(identifier(row["subject_id"]))
+    except BadRow:
+        return ""
 
 
 def _validated(row: dict[str, str] | None, number: int) -> Record:

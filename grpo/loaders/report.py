@@ -102,6 +102,8 @@ class Remark:
     column: str = ""
     detail: str = ""
     """More than the reason says, without a case's text: "esi of case 'a' must be …"."""
+    patient: str = ""
+    """Whose row it is, if it was set aside and says so: `grpo.prepare --exclude` keeps this patient out too."""
 
 
 Row = Record | Banded | Remark
@@ -178,6 +180,7 @@ class Tally:
     counts: dict[tuple[Path, str, str], int] = field(default_factory=dict)
     lines: dict[tuple[Path, str, str], list[int]] = field(default_factory=dict)
     first_fault: Remark | None = None
+    set_aside: set[str] = field(default_factory=set)
 
     def watch(self, rows: Iterable[Row]) -> Iterator[Record | Banded]:
         """The rows that are cases; the remarks are counted on the way."""
@@ -186,6 +189,7 @@ class Tally:
                 self.cases += 1
                 yield row
                 continue
+            self.set_aside |= {row.patient} - {""}
             key = (row.path, row.reason, row.column)
             self.counts[key] = self.counts.get(key, 0) + 1
             shown = self.lines.setdefault(key, [])
@@ -208,6 +212,8 @@ class Loaded:
 
     records: tuple[Record, ...]
     report: Report
+    set_aside: frozenset[str] = frozenset()
+    """Patients of rows that were set aside, as far as those say."""
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -236,7 +242,7 @@ def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
                 "(grpo.prepare --prompts writes them without a level), but neither train nor evaluate"
             )
         records.append(row)
-    return Loaded(tuple(records), settled(name, tally, strict=strict))
+    return Loaded(tuple(records), settled(name, tally, strict=strict), frozenset(tally.set_aside))
 
 
 def settled(name: str, tally: Tally, *, strict: bool) -> Report:
