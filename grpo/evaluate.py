@@ -23,6 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from grpo.adapter import AdapterError
 from grpo.cases import CaseError
 from grpo.config import ConfigError, Thinking
 from grpo.evaluation.answers import AnswersError, answer, append_answers, in_order, read_answers
@@ -40,6 +41,7 @@ from grpo.types import Case
 from rewards import RewardError
 
 INPUT_ERRORS = (
+    AdapterError,
     EvaluationError, AnswersError, ComparisonError, ConfigError, CaseError, ModelError, PromptError, RewardError
 )  # fmt: skip
 """What a person can mend: one clear line and exit code 2."""

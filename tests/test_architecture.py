@@ -16,13 +16,13 @@ ROOMS = [
     "grpo.engine.sampling", "grpo.engine.reference", "grpo.engine.generic", "grpo.engine.gated_delta_triton",
     "grpo.engine.gated_delta", "grpo.engine.weights", "grpo.engine.decode", "grpo.rollout", "grpo.batch",
     "grpo.score", "grpo.budget", "grpo.account", "grpo.ledger", "grpo.update", "grpo.checkpoint",
-    "grpo.evaluation.answers", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
+    "grpo.evaluation.answers", "grpo.adapter", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
     "grpo.recorded.terminal", "grpo.recorded.recording", "grpo.recorded.counterfactual", "grpo.recorded.recompute",
     "grpo.replay", "grpo.recorded.panels", "grpo.inspect", "grpo.evaluation.scorecard", "grpo.evaluate",
-    "grpo.model_card", "grpo.adapter", "grpo.weights", "grpo.merge", "grpo.triage", "grpo.train",
-    "grpo.report.numerals", "grpo.report.charts", "grpo.report.gather", "grpo.report.figures", "grpo.report.views",
-    "grpo.report.evaluation", "grpo.report.budgets", "grpo.report.tokens", "grpo.report.samples",
-    "grpo.report.recipe", "grpo.report.page", "grpo.report.__main__", "grpo.mirror",
+    "grpo.model_card", "grpo.weights", "grpo.merge", "grpo.triage", "grpo.train", "grpo.report.numerals",
+    "grpo.report.charts", "grpo.report.gather", "grpo.report.figures", "grpo.report.views", "grpo.report.evaluation",
+    "grpo.report.budgets", "grpo.report.tokens", "grpo.report.samples", "grpo.report.recipe", "grpo.report.page",
+    "grpo.report.__main__", "grpo.mirror",
 ]  # fmt: skip
 """From the ground up: a room imports only rooms above it in this list."""
 TORCH_FREE = (

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import grpo.evaluate
+import grpo.evaluation.request
 from grpo.cases import load_jsonl
 from grpo.config import load_config
 from grpo.evaluate import main
@@ -289,9 +290,8 @@ def test_a_model_is_evaluated_with_the_cards_settings_and_an_adapters_own_rank(
     assert main([*line, "--max-new-tokens", "4", "--out", str(tmp_path / "o")]) == 0
     settings = read(tmp_path / "o")["settings"]
     assert (settings["temperature"], settings["thinking"], settings["samples"]) == (0.1, ["on", "off"], 1)
-    assert settings["system_prompt"].startswith("You are an expert emergency triage nurse.")
-    config, _ = load_config("configs/v49.toml")
-    assert settings["system_prompt"] == config.cases.system_prompt and config.evaluate.max_new_tokens == 1024
+    assert settings["system_prompt"] == load_config("configs/tiny.toml")[0].cases.system_prompt, "the model's own"
+    assert load_config("configs/v49.toml")[0].evaluate.max_new_tokens == 1024
 
 
 def test_no_adapter_is_the_base_itself(make_policy: Make) -> None:
@@ -402,3 +402,16 @@ def test_an_evaluation_of_a_run_is_written_once(tmp_path: Path) -> None:
     assert [json.loads(line)["predicted"] for line in answers] == [2, 2, 2, 2]
     low, high = (100 * bound for bound in record["intervals"]["exact"])
     assert f"{low:.1f}–{high:.1f}" in before_after(evaluations(run))
+
+
+def test_a_model_is_evaluated_under_its_own_system_prompt(tmp_path: Path) -> None:
+    """Another prompt than the one a model was trained under makes a good model look bad."""
+    tiny, card = (load_config(f"configs/{name}.toml")[0].cases.system_prompt for name in ("tiny", "v49"))
+    assert tiny != card
+    for what, more, prompt in (
+        ("embedded:base", [], tiny),
+        ("embedded:base", ["--adapter", "embedded:v46"], tiny),
+        ("embedded:base", ["--set", 'cases.system_prompt="Mine."'], "Mine."),
+    ):
+        arguments = grpo.evaluate.parser().parse_args([what, *more])
+        assert grpo.evaluation.request.configured(arguments).cases.system_prompt == prompt

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grpo.adapter import system_prompt
 from grpo.cases import CaseError, load
 from grpo.config import Config, Lora, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
@@ -18,7 +19,8 @@ from grpo.types import Case
 from rewards import Reward, load_reward
 
 CARD = "configs/v49.toml"
-"""What a bare MODEL is evaluated with: the card's token budget, temperature, modes and system prompt."""
+"""What a bare MODEL is evaluated with: the card's token budget, temperature and modes, under the system prompt that the
+model or adapter brings (see `grpo.adapter.system_prompt`)."""
 MODES = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
 BARE = "none"
 """``--adapter none``: the base alone."""
@@ -91,8 +93,10 @@ def configured(arguments: argparse.Namespace) -> Config:
     else:
         _check_model(arguments.what)
         model = f"model.name={json.dumps(arguments.what)}"
-        config, _ = load_config(CARD, [model, *overrides])
         adapter = arguments.adapter or BARE
+        # the prompt that model and adapter were trained under; an override of one's own comes after it
+        prompt = system_prompt(arguments.what, None if adapter == BARE else resolve(adapter))
+        config, _ = load_config(CARD, [model, f"cases.system_prompt={json.dumps(prompt)}", *overrides])
     if adapter is None:
         return config
     lora = config.lora.model_copy(update={"warm_start": "", "r": 1}) if adapter == BARE else lora_of(adapter)

@@ -21,7 +21,7 @@ ROWS: Mapping[str, str] = {
     "under_triage": "under-triage",
     "over_triage": "over-triage",
     "dangerous_under": "under-triage by two or more *",
-    "high_acuity_under": "under-triage of ESI 1 and 2 *",
+    "high_acuity_under": "ESI 1, 2 under-triaged *",
     "no_parse": "no parse",
     "clipped_ratio": "cut by the budget",
 }
@@ -95,7 +95,7 @@ def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
     yield _row("tokens an answer", [f"{record['mean_length']:5.1f}" for record in records])
     if "samples" in records[0]:
         yield from _samples([record["samples"] for record in records])
-    yield '* each has been called a "dangerous" error   † over the answers that parse'
+    yield '* each has been called "dangerous"; of all cases   † over answers that parse'
     if "samples" in records[0]:
         yield "‡ of a case's answers that parse; of several, the most acute"
 

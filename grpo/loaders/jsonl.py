@@ -10,7 +10,6 @@ from grpo.loaders.lines import numbered_lines
 from grpo.loaders.report import MAX_TEXT, BadRow, CaseError, Record, Remark
 from grpo.types import Case
 
-
 INVISIBLE = whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"
 """Blanks and zero-width characters: around a patient's name they come from an export and make nobody another."""
 
