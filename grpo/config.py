@@ -165,7 +165,10 @@ class Optim(Section):
     inner_epochs: Positive
     """μ: optimiser steps on one batch of completions."""
     micro_batch_size: Positive
-    """Rows in one forward and backward. Changes memory and speed, never the gradient."""
+    """Rows in one forward and backward, at most. Changes memory and speed, never the gradient."""
+    micro_batch_tokens: Positive | Literal["auto"] | None = None
+    """Tokens in one forward and backward, at most; "auto" is what free memory allows, and then the cut, and with it the
+    rounding of the gradient, is no longer a function of the config."""
 
 
 class Train(Section):

@@ -48,7 +48,7 @@ from grpo.run import (
 )
 from grpo.score import score_groups
 from grpo.types import Case, Dropped, Group, Prompt, Step
-from grpo.update import learning_rate, update
+from grpo.update import OutOfMemory, learning_rate, update
 from rewards import Reward, RewardError, Score
 
 
@@ -71,6 +71,7 @@ INPUT_ERRORS = (
     RunError,
     CheckpointError,
     NotFinite,
+    OutOfMemory,
 )
 """What a person can mend: one clear line and exit code 2. Anything else is a fault of ours and keeps its traceback."""
 

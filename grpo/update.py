@@ -4,25 +4,37 @@
         for each micro-batch:  logprobs → loss (a weighted sum, already normalised for the whole step) → backward
         clip the gradient, step
 
-Rows are sorted by length and cut into micro-batches; since the loss is a plain sum, the cut changes nothing but
-memory. Old log-probabilities are the first epoch's own: the policy has not moved before its first optimiser step, so
-they cost no forward pass and the ratio is exactly 1 there.
+Rows of one prompt stay together, so that it is computed once; the long ones come first, so that memory that does not
+suffice is missed at once. Since the loss is a plain sum, the cut changes nothing but memory. Old log-probabilities are
+the first epoch's own: the policy has not moved before its first optimiser step, so they cost no forward pass and the
+ratio is exactly 1 there. Rows that cannot move the policy (no advantage, and no KL) are scored without a backward pass.
 """
 
+import gc
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from grpo.cases import row_key
 from grpo.config import Config
-from grpo.logprobs import join, predicting_states, spread, token_logprobs
+from grpo.forward.memory import Room, room
+from grpo.forward.modules import predicting_states_by_modules
+from grpo.forward.shared_prefix import predicting_states_shared, shared
+from grpo.logprobs import spread, token_logprobs
 from grpo.loss import LossTerms, grpo_loss
 from grpo.policy import Policy, adapter_swapped
 from grpo.types import Batch, TokenRecord
 
+T = TypeVar("T")
+Forward = Callable[[Policy, Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
+"""(policy, N prompts, N completions) → the hidden states [M,H] that predict the completion tokens."""
+FORWARDS: dict[str, Forward] = {"shared": predicting_states_shared, "modules": predicting_states_by_modules}
+"""Qwen3.5, each prompt once; any causal language model, row by row."""
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -31,11 +43,18 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 """Share of the steps after warm-up that is done, in [0, 1) → factor on the learning rate."""
 
 
+class OutOfMemory(MemoryError):
+    """A micro-batch does not fit the device, nor does half of it. Names the keys to lower."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """A micro-batch: which rows of the batch, [n] long."""
+    """A micro-batch."""
 
     rows: Tensor
+    """[n] long, of the batch."""
+    silent: bool = False
+    """None of them can move the policy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,27 +90,27 @@ def update(
         reference: tensors that take the adapter's place for the reference; None is the bare base. Only looked at if
             ``loss.beta`` > 0.
     """
-    cuts = micro_batches(batch, config.optim.micro_batch_size)
-    ref = reference_logprobs(policy, batch, cuts, config, reference) if config.loss.beta > 0 else None
-    seen: list[list[Tensor]] = []
-    entropies: list[Tensor] = []
+    space = room(policy, config.optim, batch)
+    ref = None
+    if config.loss.beta > 0:
+        ref = fitting(lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), batch, config, space)
+    seen: list[Tensor] = []
+    entropy = torch.zeros(0)
     losses: list[float] = []
     norm, skipped = 0.0, 0
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
-        optimizer.zero_grad(set_to_none=True)
-        torch.manual_seed(row_key("dropout", config.train.seed, step, epoch) % 2**63)  # the only noise of the update
-        seen.append([])
-        total = torch.zeros((), device=policy.device)
-        for i, cut in enumerate(cuts):
-            logprobs, entropy, mask = score(policy, batch, cut, config.rollout.temperature)
-            seen[epoch].append(logprobs.detach())
-            if epoch == 0:
-                entropies.append(entropy.detach())
-            terms = _loss(logprobs, seen[0][i], ref[i] if ref else None, batch, cut, mask, config)
-            if config.loss.beta > 0 or batch.advantages[cut.rows].any():
-                terms.loss.backward()
-            total += terms.loss.detach()
+        old = seen[0] if seen else None
+
+        def one_pass(cuts: tuple[Cut, ...], epoch: int = epoch, old: Tensor | None = old) -> tuple[Tensor, ...]:
+            optimizer.zero_grad(set_to_none=True)
+            torch.manual_seed(row_key("dropout", config.train.seed, step, epoch) % 2**63)  # the update's only noise
+            return backward(policy, batch, cuts, config, old, ref)
+
+        logprobs, entropies, total = fitting(one_pass, batch, config, space)
+        if epoch == 0:
+            entropy = entropies
+        seen.append(logprobs)
         norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), config.optim.max_grad_norm))
         losses.append(float(total))
         if math.isfinite(norm) and math.isfinite(losses[-1]):
@@ -103,19 +122,69 @@ def update(
     optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
     tokens = TokenRecord(
-        logprobs=torch.stack([packed(batch, cuts, values) for values in seen]),
-        ref_logprobs=packed(batch, cuts, ref) if ref else None,
-        entropy=packed(batch, cuts, entropies),
+        logprobs=torch.stack([packed(values, batch) for values in seen]),
+        ref_logprobs=None if ref is None else packed(ref, batch),
+        entropy=packed(entropy, batch),
     )
     return Updated(tokens, losses[0], norm, skipped)
 
 
-def packed(batch: Batch, cuts: tuple[Cut, ...], values: Sequence[Tensor]) -> Tensor:
-    """[M] on the CPU, in the batch's order of rows, from the [n,T] of each micro-batch."""
-    whole = torch.zeros(batch.completion_mask.shape)
-    for cut, piece in zip(cuts, values, strict=True):
-        whole[cut.rows, : piece.shape[1]] = piece.float().cpu()
-    return whole[batch.completion_mask]
+def backward(
+    policy: Policy, batch: Batch, cuts: Sequence[Cut], config: Config, old: Tensor | None, ref: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over the batch: gradients are added up, and log-probabilities [N,T], entropies [N,T] and the loss []
+    returned, all on the policy's device.
+
+    Args:
+        old, ref: [N,T] of the old policy and of the reference; ``old`` None says that this policy is the old one.
+    """
+    logprobs, entropies = blank(policy, batch), blank(policy, batch)
+    total = torch.zeros((), device=policy.device)
+    for cut in cuts:
+        with torch.set_grad_enabled(not cut.silent):
+            now, entropy, mask = score(policy, batch, cut, config.rollout.temperature)
+        width = now.shape[1]
+        rows = cut.rows.to(policy.device)
+        logprobs[rows, :width] = now.detach().float()
+        entropies[rows, :width] = entropy.detach().float()
+        before = now.detach() if old is None else old[rows, :width]
+        terms = _loss(now, before, None if ref is None else ref[rows, :width], batch, cut, mask, config)
+        if not cut.silent:
+            terms.loss.backward()
+        total += terms.loss.detach()
+    return logprobs, entropies, total
+
+
+def fitting(run: Callable[[tuple[Cut, ...]], T], batch: Batch, config: Config, space: Room) -> T:
+    """``run`` over the batch's micro-batches; where the device has no room for one, again with half as much in each.
+
+    Raises:
+        OutOfMemory: half does not fit either.
+    """
+    for half in (False, True):
+        try:
+            return run(micro_batches(batch, space.halved() if half else space, beta=config.loss.beta))
+        except torch.OutOfMemoryError:
+            pass  # its frames hold the tensors: let them go before anything else
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if not half:
+            print(f"memory    a micro-batch of {space} does not fit: once more with half", file=sys.stderr)
+    raise OutOfMemory(
+        f"a micro-batch of {space.halved()} does not fit the device: lower optim.micro_batch_size or "
+        f"optim.micro_batch_tokens, set model.gradient_checkpointing = true, or lower rollout.max_new_tokens"
+    )
+
+
+def blank(policy: Policy, batch: Batch) -> Tensor:
+    """Zeros [N,T] fp32 on the policy's device."""
+    return torch.zeros(batch.completion_mask.shape, device=policy.device)
+
+
+def packed(values: Tensor, batch: Batch) -> Tensor:
+    """[M] on the CPU, from [N,T]."""
+    return values.cpu()[batch.completion_mask]
 
 
 def learning_rate(config: Config, position: int) -> float:
@@ -127,45 +196,72 @@ def learning_rate(config: Config, position: int) -> float:
     return config.optim.learning_rate * SCHEDULES[config.optim.schedule]((position - warmup) / (total - warmup))
 
 
-def micro_batches(batch: Batch, size: int) -> tuple[Cut, ...]:
-    """The rows sorted by total length and cut into pieces of at most ``size``: little padding, nothing left out."""
-    lengths = [len(p) + len(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return tuple(Cut(torch.tensor(order[i : i + size])) for i in range(0, len(order), size))
+def micro_batches(batch: Batch, space: Room, *, beta: float) -> tuple[Cut, ...]:
+    """All rows, cut into pieces that fit ``space``; rows of one prompt stand together, the longest first.
+
+    Args:
+        beta: with 0, rows of no advantage are silent and come last, in pieces of their own.
+    """
+    prompts = batch.prompt_ids
+    lengths = [len(p) + len(c) for p, c in zip(prompts, batch.completion_ids, strict=True)]
+    longest: dict[tuple[int, ...], int] = {}
+    for prompt, length in zip(prompts, lengths, strict=True):
+        longest[prompt] = max(length, longest.get(prompt, 0))
+    order = sorted(range(len(lengths)), key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
+    silent = [beta == 0 and float(a) == 0 for a in batch.advantages]
+    cuts: list[Cut] = []
+    for kind in (False, True):
+        piece: list[int] = []
+        for i in (i for i in order if silent[i] is kind):
+            if piece and not space.holds(batch, [*piece, i]):
+                cuts.append(Cut(torch.tensor(piece), kind))
+                piece = []
+            piece.append(i)
+        if piece:
+            cuts.append(Cut(torch.tensor(piece), kind))
+    return tuple(cuts)
 
 
 def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropies [n,T] of a micro-batch under the policy as it stands, and its mask [n,T], T being
-    the micro-batch's own widest row. Prompt and completion are one right-padded sequence: padding on the right is
-    never seen by a causal model, so no mask is needed."""
+    the micro-batch's own widest row."""
     rows = cut.rows.tolist()
-    joined = join([batch.prompt_ids[i] for i in rows], [batch.completion_ids[i] for i in rows], pad_id=0)
-    hidden = policy.body(input_ids=joined.input_ids.to(policy.device), use_cache=False).last_hidden_state
-    mask = joined.completion_mask
+    completions = [batch.completion_ids[i] for i in rows]
+    forward = FORWARDS["shared" if shared(policy) else "modules"]
+    targets = torch.tensor([token for ids in completions for token in ids], device=policy.device)
     head = policy.head
     logprobs, entropy = token_logprobs(
-        predicting_states(hidden, joined),
+        forward(policy, [batch.prompt_ids[i] for i in rows], completions),
         head.weight,
-        joined.completion_ids[mask].to(policy.device),
+        targets,
         temperature=temperature,
         bias=getattr(head, "bias", None),
     )
-    mask = mask.to(policy.device)
+    mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)].to(policy.device)
     return spread(logprobs, mask), spread(entropy, mask), mask
 
 
-@torch.no_grad()
 def reference_logprobs(
     policy: Policy,
     batch: Batch,
-    cuts: tuple[Cut, ...],
+    cuts: Sequence[Cut],
     config: Config,
     reference: Mapping[str, Tensor] | None,
-) -> list[Tensor]:
-    """[n,T] of each micro-batch under the reference, without dropout."""
+) -> Tensor:
+    """[N,T] under the reference, without dropout."""
     policy.model.eval()
     with adapter_swapped(policy, reference):
-        return [score(policy, batch, cut, config.rollout.temperature)[0] for cut in cuts]
+        return scored(policy, batch, cuts, config.rollout.temperature)
+
+
+@torch.no_grad()
+def scored(policy: Policy, batch: Batch, cuts: Sequence[Cut], temperature: float) -> Tensor:
+    """Log-probabilities [N,T] under the policy as it stands, on its device."""
+    whole = blank(policy, batch)
+    for cut in cuts:
+        logprobs, _, _ = score(policy, batch, cut, temperature)
+        whole[cut.rows.to(policy.device), : logprobs.shape[1]] = logprobs.float()
+    return whole
 
 
 def _loss(

@@ -15,6 +15,8 @@ ROOMS = [
     "grpo.evaluation.comparison", "grpo.plan", "grpo.examine", "grpo.preflight", "grpo.prepare", "grpo.policy",
     "grpo.engine.sampling", "grpo.engine.reference", "grpo.engine.generic", "grpo.engine.gated_delta_triton",
     "grpo.engine.gated_delta", "grpo.engine.weights", "grpo.engine.decode", "grpo.rollout", "grpo.batch",
+    "grpo.forward.layers", "grpo.forward.gated_delta", "grpo.forward.shared_prefix", "grpo.forward.modules",
+    "grpo.forward.memory",
     "grpo.score", "grpo.budget", "grpo.account", "grpo.ledger", "grpo.update", "grpo.checkpoint",
     "grpo.evaluation.answers", "grpo.adapter", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
     "grpo.recorded.terminal", "grpo.recorded.recording", "grpo.recorded.counterfactual", "grpo.recorded.recompute",

@@ -15,6 +15,7 @@ from grpo import update as update_module
 from grpo.account import token_account
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
+from grpo.forward.memory import Room
 from grpo.policy import Policy, adapter_copy
 from grpo.rollout import rollout
 from grpo.types import Batch, Completion, Group
@@ -226,11 +227,14 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
 
 def test_micro_batches_hold_every_row_once_and_longest_first(make_policy: Callable[..., Policy]) -> None:
     batch = batch_of(make_policy(), config_with())
-    cuts = micro_batches(batch, 5)
+    cuts = micro_batches(batch, Room(5, None, True), beta=0.1)
     rows = [i for cut in cuts for i in cut.rows.tolist()]
     lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in rows]
     assert sorted(rows) == list(range(12)) and [len(cut.rows) for cut in cuts] == [5, 5, 2]
-    assert lengths == sorted(lengths, reverse=True)
+    groups = [lengths[i : i + 4] for i in range(0, 12, 4)]
+    assert all(len({batch.prompt_ids[i] for i in rows[b : b + 4]}) == 1 for b in (0, 4, 8)), "a prompt is computed once"
+    assert all(group == sorted(group, reverse=True) for group in groups)
+    assert [group[0] for group in groups] == sorted((group[0] for group in groups), reverse=True)
 
 
 def test_batch_lays_out_rows_group_by_group(make_policy: Callable[..., Policy]) -> None:

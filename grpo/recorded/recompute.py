@@ -19,12 +19,13 @@ from grpo.account import rows
 from grpo.cases import row_key
 from grpo.checkpoint import load_checkpoint
 from grpo.config import Config
+from grpo.forward.memory import room
 from grpo.ledger import Entry, read_step
 from grpo.policy import Policy, adapter_copy, adapter_swapped, load_policy, pick_device, pick_dtype, render_prompt
 from grpo.recorded.recording import Recording
 from grpo.run import RunError
 from grpo.types import Batch
-from grpo.update import Cut, micro_batches, packed, reference_logprobs, score
+from grpo.update import Cut, micro_batches, packed, reference_logprobs, scored
 
 TOLERANCES = {"float32": (1e-4, 1e-6), "bfloat16": (0.5, 0.02)}
 """The base's dtype → largest and mean |Δ logprob| of a step, in nats, that are taken for rounding.
@@ -101,12 +102,10 @@ def recompute_step(
         before: the adapter that the step began with; None if it is gone.
     """
     step, batch = entry.step, entry.step.batch
-    cuts = micro_batches(batch, config.optim.micro_batch_size)
+    cuts = micro_batches(batch, room(policy, config.optim, batch), beta=config.loss.beta)
     ref = None
     if step.tokens.ref_logprobs is not None:
-        ref = drift(
-            packed(batch, cuts, reference_logprobs(policy, batch, cuts, config, reference)), step.tokens.ref_logprobs
-        )
+        ref = drift(packed(reference_logprobs(policy, batch, cuts, config, reference), batch), step.tokens.ref_logprobs)
     own = None
     if before is not None:
         with adapter_swapped(policy, before):
@@ -119,9 +118,9 @@ def policy_logprobs(policy: Policy, batch: Batch, cuts: tuple[Cut, ...], config:
     """[M] as the first inner epoch of a 0-based step met them, dropout and its noise included."""
     policy.model.train()
     torch.manual_seed(row_key("dropout", config.train.seed, step, 0) % 2**63)
-    values = [score(policy, batch, cut, config.rollout.temperature)[0] for cut in cuts]
+    whole = scored(policy, batch, cuts, config.rollout.temperature)
     policy.model.eval()
-    return packed(batch, cuts, values)
+    return packed(whole, batch)
 
 
 def drift(now: Tensor, then: Tensor) -> Drift:

@@ -1,0 +1,182 @@
+"""Micro-batches: what fits, what is skipped, and what happens when the device says no."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+import grpo.update
+from grpo.forward import memory
+from grpo.forward.memory import Room, free_bytes, kept_bytes, room
+from grpo.policy import Policy
+from grpo.train import INPUT_ERRORS
+from grpo.types import Batch
+from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
+from tests.test_update import batch_of, close, config_with, gradients
+
+
+def with_lengths(batch: Batch, lengths: list[int]) -> Batch:
+    """Two prompts of 10 and 20 tokens, answered in turn by completions of these lengths."""
+    prompts = [(1,) * 10, (2,) * 20]
+    return replace(
+        batch,
+        prompt_ids=tuple(prompts[i % 2] for i in range(len(lengths))),
+        completion_ids=tuple((7,) * n for n in lengths),
+        advantages=torch.arange(len(lengths), dtype=torch.float64) % 3,
+    )
+
+
+@pytest.fixture
+def batch(make_policy: Callable[..., Policy]) -> Batch:
+    return with_lengths(batch_of(make_policy(), config_with()), [5, 6, 7, 8, 9, 10])
+
+
+def rows_of(cuts: tuple[Cut, ...]) -> list[list[int]]:
+    return [cut.rows.tolist() for cut in cuts]
+
+
+def test_tokens_are_counted_with_each_prompt_once(batch: Batch) -> None:
+    assert Room(9, 35, True).size(batch, [1, 3, 5]) == 20 + 6 + 8 + 10
+    assert Room(9, 35, False).size(batch, [1, 3, 5]) == 3 * 30
+    assert rows_of(micro_batches(batch, Room(9, 44, True), beta=1.0)) == [[5, 3, 1], [4, 2, 0]]
+    assert rows_of(micro_batches(batch, Room(9, 43, True), beta=1.0)) == [[5, 3], [1], [4, 2, 0]]
+    assert rows_of(micro_batches(batch, Room(9, 60, False), beta=1.0)) == [[5, 3], [1, 4], [2, 0]]
+    assert rows_of(micro_batches(batch, Room(2, None, True), beta=1.0)) == [[5, 3], [1, 4], [2, 0]]
+
+
+def test_a_row_that_is_too_long_stands_alone(batch: Batch) -> None:
+    assert rows_of(micro_batches(batch, Room(9, 1, True), beta=1.0)) == [[5], [3], [1], [4], [2], [0]]
+
+
+def test_rows_without_signal_come_last_unless_the_kl_moves_them(batch: Batch) -> None:
+    cuts = micro_batches(batch, Room(9, None, True), beta=0.0)
+    assert [(cut.rows.tolist(), cut.silent) for cut in cuts] == [([5, 1, 4, 2], False), ([3, 0], True)]
+    assert not any(cut.silent for cut in micro_batches(batch, Room(9, None, True), beta=0.1))
+
+
+def test_silent_rows_cost_no_backward_and_change_nothing(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, config = make_policy(), config_with("loss.beta=0.0")
+    batch = batch_of(policy, config)
+    assert [bool(a) for a in batch.advantages.view(3, 4).abs().sum(1)] == [True, True, False]
+    recorded: list[tuple[int, bool]] = []
+    plain = grpo.update.score
+
+    def watched(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+        recorded.append((len(cut.rows), torch.is_grad_enabled()))
+        return plain(policy, batch, cut, temperature)
+
+    monkeypatch.setattr(grpo.update, "score", watched)
+    skipped = gradients(policy, batch, config)
+    assert recorded == [(8, True), (4, False)]
+    monkeypatch.setattr(grpo.update, "micro_batches", lambda batch, space, beta: (Cut(torch.arange(12)),))
+    close(skipped, gradients(policy, batch, config))
+
+
+def test_tokens_bound_the_micro_batch_and_not_the_gradient(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    whole, few, auto = (config_with(*o) for o in ([], ["optim.micro_batch_tokens=100"],
+                                                  ['optim.micro_batch_tokens="auto"']))  # fmt: skip
+    batch = batch_of(policy, whole)
+    assert len(micro_batches(batch, room(policy, few.optim, batch), beta=0.1)) > 3
+    close(gradients(policy, batch, whole), gradients(policy, batch, few))
+    close(gradients(policy, batch, whole), gradients(policy, batch, auto))
+
+
+def test_auto_follows_free_memory(make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+    policy, config = make_policy(), config_with('optim.micro_batch_tokens="auto"')
+    batch = batch_of(policy, config)
+    longest = max(len(p) + len(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True))
+    assert free_bytes(policy.device) > 1 << 20
+    tokens = []
+    for free in (1 << 20, 1 << 30, 1 << 31):
+        monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
+        tokens.append(room(policy, config.optim, batch).tokens)
+    assert tokens[0] == longest, "one row is always tried"
+    assert tokens[2] - tokens[1] == pytest.approx(tokens[1], rel=0.01)
+
+
+def test_what_is_kept_grows_with_the_row_and_holds_no_weights(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    short, long = (kept_bytes(policy, (1,) * n, (2,) * n) for n in (64, 128))
+    assert 1.5 * short < long < 2.5 * short
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    assert kept_bytes(policy, (1,), (2,)) < weights
+
+
+def refuse(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    """The device has no room for a backward pass the first so many times; the sizes of all that were tried."""
+    tried: list[int] = []
+    plain = grpo.update.score
+
+    def full(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+        out = plain(policy, batch, cut, temperature)
+        if torch.is_grad_enabled():
+            tried.append(len(cut.rows))
+            if len(tried) <= times:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return out
+
+    monkeypatch.setattr(grpo.update, "score", full)
+    return tried
+
+
+def test_out_of_memory_is_tried_once_more_with_half(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    policy, config = make_policy(), config_with()
+    batch = batch_of(policy, config)
+    whole = gradients(policy, batch, config)
+    tried = refuse(monkeypatch, 1)
+    close(gradients(policy, batch, config), whole)
+    assert tried == [12, 6, 6]
+    assert "a micro-batch of 12 rows does not fit: once more with half" in capsys.readouterr().err
+
+
+def test_a_pass_that_failed_midway_leaves_no_gradient_behind(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, config = make_policy(), config_with("optim.micro_batch_size=6")
+    batch = batch_of(policy, config)
+    whole = gradients(policy, batch, config)
+    plain, calls = grpo.update.score, []
+
+    def full(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+        if torch.is_grad_enabled():
+            calls.append(len(cut.rows))
+            if len(calls) == 2:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return plain(policy, batch, cut, temperature)
+
+    monkeypatch.setattr(grpo.update, "score", full)
+    close(gradients(policy, batch, config), whole)
+    assert calls == [6, 6, 3, 3, 3, 3]
+
+
+def test_twice_out_of_memory_names_the_keys(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, config = make_policy(), config_with()
+    batch = batch_of(policy, config)
+    refuse(monkeypatch, 2)
+    before = {name: p.clone() for name, p in policy.trainable().items()}
+    with pytest.raises(OutOfMemory, match=r"6 rows .*optim.micro_batch_size or optim.micro_batch_tokens"):
+        update(policy, batch, config, torch.optim.AdamW(policy.trainable().values()), None, step=0)
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+    assert OutOfMemory in INPUT_ERRORS
+
+
+def test_the_reference_is_tried_again_as_well(make_policy: Callable[..., Policy], batch: Batch) -> None:
+    seen: list[int] = []
+
+    def run(cuts: tuple[Cut, ...]) -> int:
+        seen.append(len(cuts))
+        if len(seen) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 5
+
+    assert fitting(run, batch, config_with(), Room(4, None, True)) == 5
+    assert seen == [2, 3]
