@@ -18,9 +18,9 @@ SHAPED = ("qwen3_5", "qwen3_5_text")
 
 CHUNK_TOKENS = 1024
 """Completion tokens whose logits are alive at a time in the update; `grpo.logprobs.token_logprobs` has the same."""
-ACTIVATION_BYTES = 33
-"""Saved for backward by the plain torch path, a token, a layer and a unit of hidden + feed-forward width. Measured on
-small Qwen3.5 shapes: 32-34 in float32, 23-25 in bfloat16 (norms and the delta rule are float32 in both)."""
+ACTIVATION_BYTES = 30
+"""Saved for backward by `grpo.forward` in plain torch, a token, a layer and a unit of hidden + feed-forward width.
+Measured on small Qwen3.5 shapes: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32 in both)."""
 BYTES_PER_TOKEN = 3
 """Of English triage text, cautiously: real tokenizers need fewer tokens, a plan needs none of their files."""
 UNSEEN_NARRATIVE = 600
@@ -218,8 +218,9 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
     """Bytes by part, each an estimate, for prompts of ``prompt_tokens`` and completions of the whole budget.
 
     With w bytes a weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
-    R the rows decoded together (a step's, or an evaluation's batch, whichever needs more), m rows a micro-batch,
-    S = prompt + budget tokens, V the vocabulary, and a = `ACTIVATION_BYTES`:
+    R the rows decoded together (a step's, or an evaluation's batch, whichever needs more), m rows a micro-batch (one if
+    ``micro_batch_tokens`` is "auto", which takes more where memory is free), S = prompt + budget tokens, V the
+    vocabulary, and a = `ACTIVATION_BYTES`:
 
         base            w · parameters
         adapter         4 · (weight + gradient + two moments), + 4 for a warm-start reference;  fp32
@@ -243,7 +244,11 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
         (config.evaluate.batch_size, config.evaluate.max_new_tokens),
         key=lambda cut: cut[0] * ((prompt_tokens + cut[1]) * kv + state),
     )
-    micro, length = config.optim.micro_batch_size, prompt_tokens + rollout.max_new_tokens
+    length = prompt_tokens + rollout.max_new_tokens
+    micro, bound = config.optim.micro_batch_size, config.optim.micro_batch_tokens
+    if bound is not None:
+        micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
+    more = ", more where memory is free" if bound == "auto" else ""
     layer = ACTIVATION_BYTES * (shape.hidden_size + shape.intermediate_size)
     if config.model.gradient_checkpointing:
         saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one layer whole"
@@ -259,7 +264,7 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
         Estimate("KV cache", "rollout", rows * seen * kv, f"{rows} rows × {seen:,} tokens × {kv:,} B"),
         Estimate("DeltaNet state", "rollout", rows * state, f"{rows} rows × {state:,} B"),
         Estimate("sampler", "rollout", rows * shape.vocab_size * (width + 20), f"{rows} rows of logits, drawn in fp64"),
-        Estimate("activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}"),
+        Estimate("activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}{more}"),
         Estimate("logits", "update", chunk * shape.vocab_size * (width + 8), f"one chunk of {chunk:,} tokens"),
     )
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from grpo.config import Config, load_config
+from grpo.forward.memory import kept_bytes
 from grpo.logprobs import token_logprobs
 from grpo.plan import (
     ACTIVATION_BYTES,
@@ -127,19 +128,8 @@ def test_the_cache_is_planned_for_whichever_needs_more_training_or_evaluation() 
 def test_activation_bytes_are_near_what_backward_keeps(make_policy: Callable[..., Policy], random_base: Path) -> None:
     policy, shape = make_policy(), read_shape(str(random_base))
     assert shape is not None
-    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        policy.body(input_ids=torch.ones(2, 128, dtype=torch.long), use_cache=False)
     width = shape.hidden_size + shape.intermediate_size
-    measured = sum(storage.nbytes() for storage in kept.values()) / (2 * 128 * shape.num_hidden_layers * width)
+    measured = kept_bytes(policy, (1,) * 128, (2,) * 128) / (256 * shape.num_hidden_layers * width)
     assert pytest.approx(measured, rel=0.25) == ACTIVATION_BYTES
 
 
@@ -151,7 +141,7 @@ def test_memory_of_v49_by_hand() -> None:
         "KV cache": 36 * 1224 * 32 * 1024,
         "DeltaNet state": 36 * 24 * (32 * 128 * 128 * 4 + 8192 * 4 * 2),
         "sampler": 36 * 248_320 * 22,
-        "activations": 2 * 1224 * (32 * 4096 * 2 + 33 * (4096 + 12288)),
+        "activations": 1224 * (32 * 4096 * 2 + 30 * (4096 + 12288)),
         "logits": 1024 * 248_320 * 10,
     }
 
@@ -160,7 +150,10 @@ def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
     plan = by_part(memory_plan(base, Shape(), 200))
     stored = by_part(memory_plan(config("v49", "model.gradient_checkpointing=false"), Shape(), 200))
-    assert stored["activations"] == 2 * 1224 * 32 * 33 * 16384
+    assert stored["activations"] == 1224 * 32 * 30 * 16384
+    two, rows = (by_part(memory_plan(config("v49", o), Shape(), 200)) for o in
+                 ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
+    assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
     assert {k: v for k, v in stored.items() if k != "activations"} == {
         k: v for k, v in plan.items() if k != "activations"
     }
