@@ -70,7 +70,10 @@ def scalars(run: RunRecord) -> Iterator[tuple[int, float, dict[str, float]]]:
 
 
 def _rates(record: Evaluation) -> dict[str, float]:
-    return {f"eval/{record.cases}/thinking_{record.thinking}/{name}": float(getattr(record, name)) for name in RATES}
+    """A rate that no case counts towards has no point, nor one from before it was a share of ESI 1 and 2."""
+    shown = {name: getattr(record, name) for name in RATES if name != "high_acuity_under" or record.high_acuity_n}
+    folder = f"eval/{record.cases}/thinking_{record.thinking}"
+    return {f"{folder}/{name}": float(value) for name, value in shown.items() if value is not None}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,6 +18,7 @@ from jinja2 import Environment, StrictUndefined
 
 from grpo.config import notes
 from grpo.evaluation.agreement import wilson
+from grpo.evaluation.rates import baselines
 from grpo.policy import HUB_ID
 from grpo.run import Run, evaluations
 from rewards import RewardError
@@ -32,6 +33,8 @@ RATES = {
     "clipped": "clipped_ratio",
 }
 """Column of the evaluation table → key of a record of ``eval.json``."""
+DENOMINATORS = {"high_acuity_under": "high_acuity_n"}
+"""Rate → the key that says how many cases it is a share of; ``n`` for the others."""
 METRICS = (
     "reward/mean", "reward/std_group", "groups/zero_variance", "completions/clipped_ratio", "completions/no_parse",
     "completions/mean_length", "kl/k1", "kl/k2", "kl/k3", "kl/ratio_k3", "entropy", "grad_norm",
@@ -187,7 +190,7 @@ def evaluation_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
     tables = []
     for cases in dict.fromkeys(record["cases"] for record in records):
         members = [record for record in records if record["cases"] == cases]
-        columns = [title for title, key in RATES.items() if all(key in record for record in members)]
+        columns = [title for title, key in RATES.items() if all(_tells(record, key) for record in members)]
         rows, rules = [], []
         for mode in dict.fromkeys(record["thinking"] for record in members):
             span = sorted((r for r in members if r["thinking"] == mode), key=lambda record: record["step"])
@@ -197,12 +200,20 @@ def evaluation_tables(records: Sequence[Mapping[str, Any]]) -> list[dict[str, An
                 rows.append({"who": who, "thinking": mode, "cells": cells})
             rules += _rule_rows(mode, span[0], span[-1])
         rows += _constants(members[0], columns)
-        tables.append({"cases": cases, "n": members[0]["n"], "columns": columns, "rows": rows, "rules": rules})
+        counts = {"n": members[0]["n"], "high_acuity_n": members[0].get("high_acuity_n")}
+        tables.append({"cases": cases, **counts, "columns": columns, "rows": rows, "rules": rules})
     return tables
 
 
+def _tells(record: Mapping[str, Any], key: str) -> bool:
+    """A record without a rate's denominator is from before the rate was a share of that, and is not shown."""
+    return key in record and DENOMINATORS.get(key, "n") in record
+
+
 def _share(record: Mapping[str, Any], key: str) -> str:
-    rate, n = record[key], record["n"]
+    rate, n = record[key], record[DENOMINATORS.get(key, "n")]
+    if rate is None or not n:
+        return "–"
     low, high = (record.get("intervals") or {}).get(key) or wilson(round(rate * n), n)
     return f"{100 * rate:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
@@ -223,17 +234,11 @@ def _constants(record: Mapping[str, Any], columns: Sequence[str]) -> list[dict[s
     """What always answering one level would score on the same cases, from the rows of the confusion matrix."""
     if "confusion" not in record:
         return []
-    gold = {int(level): sum(row) for level, row in record["confusion"].items()}
-    n = sum(gold.values())
+    always = baselines([int(level) for level, row in record["confusion"].items() for _ in range(sum(row))])
     rows = []
     for k in range(1, 6):
-        counts = {
-            "exact": gold.get(k, 0),
-            "adjacent": sum(count for level, count in gold.items() if abs(level - k) <= 1),
-            "dangerous_under": sum(count for level, count in gold.items() if k >= level + 2),
-            "high_acuity_under": sum(count for level, count in gold.items() if level <= 2 and k > level),
-        }
-        cells = [f"{100 * counts[RATES[c]] / n:.1f} %" if RATES[c] in counts else "–" for c in columns]
+        shares = [None if RATES[c] == "no_parse" else always[f"always_{k}"].get(RATES[c]) for c in columns]
+        cells = ["–" if share is None else f"{100 * share:.1f} %" for share in shares]
         rows.append({"who": f"always {k}", "thinking": "–", "cells": cells})
     return rows
 

@@ -34,7 +34,8 @@ SECRET = "Zoster at the left temple"
 def evaluation(step: int, exact: float, **values: Any) -> dict[str, Any]:
     return {
         "step": step, "cases": "mietic36", "thinking": "on", "n": 36, "exact": exact, "adjacent": 1.0,
-        "dangerous_under": 0.0, "high_acuity_under": 0.25, "no_parse": 0.0, "clipped_ratio": 0.0, "mean_length": 60.0,
+        "dangerous_under": 0.0, "high_acuity_under": 0.28, "high_acuity_n": 25, "no_parse": 0.0, "clipped_ratio": 0.0,
+        "mean_length": 60.0,
         "by_rule": {"severe_pain_missed": {"n": 2, "exact": exact}, "never": {"n": 0, "exact": None}},
         "by_tag": {SECRET: {"n": 1, "exact": 1.0}},
         "confusion": {str(level): [n, 0, 0, 0, 0, 0] for level, n in enumerate((14, 11, 5, 4, 2), 1)},
@@ -182,13 +183,24 @@ def test_training_figures_are_means_of_tenths_and_extremes(tmp_path: Path) -> No
 
 def test_evaluations_are_first_and_last_with_intervals_and_constants(tmp_path: Path) -> None:
     card = model_card(make_run(tmp_path / "run").path)
-    assert "### mietic36 (36 cases)" in card
+    assert "### mietic36 (36 cases, 25 of them of ESI 1 or 2)" in card
     rows = {row[0]: row[1:] for row in table(card, "### mietic36")}
     assert list(rows) == ["answers of", "---", "before training", "step 300", *(f"always {k}" for k in range(1, 6))]
     assert rows["step 300"][:3] == ["on", "77.8 % (61.9–88.3)", "100.0 % (90.4–100.0)"]
     assert rows["always 1"][1] == "38.9 %" and rows["always 2"][2] == "83.3 %", "as SERIES of the real 36 says"
-    assert rows["always 3"][1:] == ["13.9 %", "55.6 %", "38.9 %", "69.4 %", "–", "–"]
+    assert rows["always 3"][1:] == ["13.9 %", "55.6 %", "38.9 %", "100.0 %", "–", "–"]
     assert table(card, "Exact where a rule")[2:] == [["severe_pain_missed", "on", "2", "50.0 %", "77.8 %"]]
+
+
+def test_under_triage_of_esi_1_and_2_is_shown_as_a_share_of_them() -> None:
+    (shown,) = evaluation_tables([evaluation(9, 0.5)])
+    place = shown["columns"].index("high-acuity")
+    assert shown["rows"][0]["cells"][place] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
+    (none,) = evaluation_tables([evaluation(9, 0.5, high_acuity_under=None, high_acuity_n=0)])
+    assert none["rows"][0]["cells"][place] == "–"
+    old = {key: value for key, value in evaluation(9, 0.5).items() if key != "high_acuity_n"}
+    (before,) = evaluation_tables([old])
+    assert "high-acuity" not in before["columns"], "a record that does not say of how many meant all cases"
 
 
 def test_intervals_that_a_record_brings_are_shown() -> None:

@@ -54,7 +54,7 @@ def test_rates_by_their_definitions() -> None:
     assert rates["under_triage"] == 3 / 8  # 1→2, 1→3, 2→4
     assert rates["over_triage"] == 2 / 8  # 2→1 and 5→3
     assert rates["dangerous_under"] == 2 / 8  # 1→3 and 2→4
-    assert rates["high_acuity_under"] == 3 / 8  # 1→2 as well
+    assert rates["high_acuity_under"] == 3 / 5 and rates["high_acuity_n"] == 5  # 1→2 as well; of gold 1 and 2 alone
     assert rates["no_parse"] == rates["clipped_ratio"] == 1 / 8
     assert rates["mean_length"] == 2
     assert rates["confusion"] == {
@@ -65,7 +65,30 @@ def test_rates_by_their_definitions() -> None:
         "5": [0, 0, 1, 0, 0, 0],
     }
     for name in (*RATES, "clipped_ratio"):
-        assert rates["intervals"][name] == pytest.approx(wilson(round(8 * rates[name]), 8)), name
+        n = 5 if name == "high_acuity_under" else 8
+        assert rates["intervals"][name] == pytest.approx(wilson(round(n * rates[name]), n)), name
+
+
+def test_without_a_case_of_esi_1_or_2_nothing_is_said_of_them() -> None:
+    found = summarise(VERDICTS[5:], V49)
+    assert found["high_acuity_n"] == 0
+    assert found["high_acuity_under"] is found["intervals"]["high_acuity_under"] is None
+    always = baselines([3, 4])["always_5"]
+    assert always["high_acuity_under"] is always["intervals"]["high_acuity_under"] is None and always["exact"] == 0
+    together = over_samples(VERDICTS[5:])["majority"]
+    assert together["high_acuity_under"] is None and together["non_adjacent"] == 1 / 3
+
+
+@given(PAIRS)
+def test_under_triage_of_esi_1_and_2_is_counted_over_them_alone(pairs: list[tuple[int, int | None]]) -> None:
+    found, acute = summarise(of_levels(pairs), V49), [pair for pair in pairs if pair[0] in (1, 2)]
+    under = sum(said is not None and said > gold for gold, said in acute)
+    assert found["high_acuity_n"] == len(acute)
+    assert found["high_acuity_under"] == (pytest.approx(under / len(acute)) if acute else None)
+    others = [(gold, 1) for gold in (3, 4, 5)] * 7
+    more = summarise(of_levels(pairs + others), V49)
+    assert more["high_acuity_under"] == found["high_acuity_under"], "cases of ESI 3 to 5 are no part of it"
+    assert more["intervals"]["high_acuity_under"] == found["intervals"]["high_acuity_under"]
 
 
 def test_recall_is_over_gold_and_precision_over_answers() -> None:
@@ -123,7 +146,7 @@ def test_repeating_every_answer_and_shuffling_them_changes_no_rate_and_no_interv
     for name in (*RATES, "clipped_ratio", "qwk", "mean_length"):
         assert right[name] == (None if left[name] is None else pytest.approx(left[name])), name
     for name, interval in left["intervals"].items():
-        assert right["intervals"][name] == pytest.approx(interval), name
+        assert right["intervals"][name] == (None if interval is None else pytest.approx(interval)), name
     assert right["n"] == left["n"]
     together = over_samples(often)
     assert together["majority"]["exact"] == left["exact"] and together["unanimous"]["share"] == 1.0
@@ -163,7 +186,11 @@ def test_constants_score_what_the_level_mix_gives_away() -> None:
     assert list(found) == [f"always_{level}" for level in range(1, 6)]
     assert round(100 * found["always_1"]["exact"], 1) == 38.9 and round(100 * found["always_2"]["adjacent"], 1) == 83.3
     assert found["always_1"]["under_triage"] == 0 and found["always_5"]["over_triage"] == 0
-    assert found["always_3"]["high_acuity_under"] == 25 / 36 and found["always_3"]["dangerous_under"] == 14 / 36
+    assert (
+        found["always_3"]["high_acuity_under"] == 1
+        and found["always_2"]["high_acuity_under"] == 14 / 25
+        and found["always_3"]["dangerous_under"] == 14 / 36
+    )
     assert found["always_1"]["intervals"]["exact"] == wilson(14, 36)
     for level in range(1, 6):
         said = summarise(of_levels([(gold, level) for gold in golds]), V49)

@@ -33,7 +33,7 @@ from grpo.mirror import scalars
 from grpo.report import page as page_module
 from grpo.report.__main__ import main
 from grpo.report.charts import COLOURS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
-from grpo.report.evaluation import verdict
+from grpo.report.evaluation import spans, verdict
 from grpo.report.figures import REWARD, SECTIONS
 from grpo.report.gather import read_run
 from grpo.report.numerals import plain, tick_labels, ticks
@@ -135,7 +135,7 @@ def evaluation(
     exact = right / n
     return {
         "step": step, "cases": cases, "thinking": mode, "n": n, "exact": exact, "adjacent": 1.0, "dangerous_under": 0.0,
-        "high_acuity_under": 1 - exact, "no_parse": 0.0, "clipped_ratio": 0.0, "mean_length": 30.0,
+        "high_acuity_under": 1 - exact, "high_acuity_n": n, "no_parse": 0.0, "clipped_ratio": 0.0, "mean_length": 30.0,
         "by_rule": {"severe_pain_missed": {"n": 4, "exact": 0.25}, "lifesaving_missed": {"n": 0, "exact": None}},
         "by_tag": {tag: {"n": n, "exact": exact}},
         "confusion": {str(g): [0, right, n - right, 0, 0, 0] if g == 2 else [0] * 6 for g in range(1, 6)},
@@ -611,6 +611,25 @@ def test_scalars_leave_out_what_was_not_counted(whole: Path, tmp_path: Path) -> 
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 0.5, "time/rollout_s": 2.0}\n')
     run = read_run(folder)
     assert next(scalars(run)) == (1, run.started + 2.0, {"lr": 0.5, "time/rollout_s": 2.0})
+
+
+def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_path: Path) -> None:
+    folder = copy(whole, tmp_path)
+    some = evaluation(0, "on", 9) | {"high_acuity_under": 0.25, "high_acuity_n": 8}
+    old = {key: value for key, value in some.items() if key != "high_acuity_n"}
+    none = some | {"high_acuity_under": None, "high_acuity_n": 0, "intervals": {"high_acuity_under": None}}
+    told = {}
+    for name, record in {"some": some, "old": old, "none": none}.items():
+        add_evaluations(folder, record)
+        (span,) = spans(read_run(folder))
+        told[name] = span.rates[3]
+        points = [values for step, _, values in scalars(read_run(folder)) if "eval/test/thinking_on/exact" in values]
+        assert ("eval/test/thinking_on/high_acuity_under" in points[0]) == (name == "some")
+        page = report(folder)
+        assert ("8 of them with gold 1 or 2" in page) == (name == "some")
+        assert ('data-label="High-acuity under">–<' in page) == (name != "some")
+    assert told["some"] and told["some"].before.interval == "7.1–59.1", "2 of 8, not 5 of 20"
+    assert told["old"] is told["none"] is None
 
 
 def test_without_tensorboard_the_mirror_says_what_to_install(

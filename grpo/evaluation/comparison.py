@@ -12,8 +12,8 @@ from grpo.evaluation.agreement import cohen_kappa, majority, mcnemar, wilson
 from grpo.evaluation.fingerprint import text_sha256
 from grpo.types import Case
 
-FORMAT = 1
-"""Of ``eval.json``; raised when a key changes its meaning."""
+FORMAT = 2
+"""Of ``eval.json``; raised when a key changes its meaning. Since 2, ``high_acuity_under`` is a share of ESI 1 and 2."""
 Level = Annotated[int, Field(ge=1, le=5)]
 
 
@@ -39,7 +39,8 @@ class AnsweredCase(_Read):
 class Evaluated(_Read):
     """As much of an ``eval.json`` as a comparison needs."""
 
-    format: Literal[1]
+    format: Literal[1, 2]
+    """What is read here means the same in both."""
     settings: dict[str, Any]
     cases: dict[str, tuple[AnsweredCase, ...]]
     """Set → its cases."""

@@ -21,7 +21,7 @@ ROWS: Mapping[str, str] = {
     "under_triage": "under-triage",
     "over_triage": "over-triage",
     "dangerous_under": "under-triage by two or more *",
-    "high_acuity_under": "ESI 1, 2 under-triaged *",
+    "high_acuity_under": "of ESI 1, 2 under-triaged *",
     "no_parse": "no parse",
     "clipped_ratio": "cut by the budget",
 }
@@ -95,7 +95,8 @@ def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
     yield _row("tokens an answer", [f"{record['mean_length']:5.1f}" for record in records])
     if "samples" in records[0]:
         yield from _samples([record["samples"] for record in records])
-    yield '* each has been called "dangerous"; of all cases   † over answers that parse'
+    yield '* each has been called "dangerous"   † over answers that parse'
+    yield f"shares of all {records[0]['n']} cases; of ESI 1, 2: of those {records[0]['high_acuity_n']} alone"
     if "samples" in records[0]:
         yield "‡ of a case's answers that parse; of several, the most acute"
 

@@ -19,11 +19,14 @@ RATES = (
     ("exact", "Exact", "predicted = gold"),
     ("adjacent", "Adjacent", "within one level of gold"),
     ("dangerous_under", "Dangerous", "two or more levels less acute than gold"),
-    ("high_acuity_under", "High-acuity under", "gold 1 or 2 and predicted less acute"),
+    ("high_acuity_under", "High-acuity under", "of the cases with gold 1 or 2 alone: predicted less acute than gold"),
     ("no_parse", "No parse", "no level could be read"),
     ("clipped_ratio", "Clipped", "cut by the evaluation's budget"),
 )
-"""(field, heading, definition); each a share of all cases, an answer that does not parse counts as wrong."""
+"""(field, heading, definition); each a share of all cases but where it says otherwise, and an answer that does not
+parse counts as wrong."""
+DENOMINATORS = {"high_acuity_under": "high_acuity_n"}
+"""Field → the field that says how many cases it is a share of; ``n`` for the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +88,11 @@ class Span:
     """With or without thinking."""
     steps: tuple[int, ...]
     n: int
+    high_acuity_n: int | None
+    """Of the n, those of ESI 1 and 2."""
     exact: Pair
-    rates: tuple[Pair, ...]
+    rates: tuple[Pair | None, ...]
+    """Beside `RATES`; None where no case counts, or where the record is from before the rate meant this."""
     confusion: tuple[Confusion, ...]
     by_rule: tuple[Pair, ...]
     by_tag: tuple[Pair, ...]
@@ -202,17 +208,17 @@ def _span(run: RunRecord, records: Sequence[Evaluation]) -> Span:
     first, last = records[0], records[-1]
     later = last if len(records) > 1 else None
     mode = MODES[first.thinking]
+    exact = _rate_pair(mode, "exact", first, later)
+    assert exact is not None  # of all cases, and there is one
     return Span(
         run=run.name,
         cases=first.cases,
         mode=mode,
         steps=tuple(record.step for record in records),
         n=first.n,
-        exact=_pair(mode, first.n, _rate_of(first, "exact"), _rate_of(later, "exact") if later else None),
-        rates=tuple(
-            _pair(heading, first.n, _rate_of(first, field), _rate_of(later, field) if later else None)
-            for field, heading, _ in RATES
-        ),
+        high_acuity_n=first.high_acuity_n,
+        exact=exact,
+        rates=tuple(_rate_pair(heading, field, first, later) for field, heading, _ in RATES),
         confusion=tuple(
             _confusion(f"{'before' if record is first else 'after'}, step {record.step}", record)
             for record in ([first, last] if later else [first])
@@ -232,9 +238,14 @@ def _more(first: Evaluation, later: Evaluation | None) -> Iterator[str]:
         yield f"kappa {' → '.join(f'{record.qwk:.3f}' for record in records)}"
 
 
-def _rate_of(record: Evaluation, field: str) -> Rate:
-    share = getattr(record, field)
-    return _rate(share, record.n, record.intervals.get(field))
+def _rate_pair(label: str, field: str, first: Evaluation, later: Evaluation | None) -> Pair | None:
+    before, after = _rate_of(first, field), _rate_of(later, field) if later else None
+    return None if before is None else _pair(label, first.n, before, after)
+
+
+def _rate_of(record: Evaluation, field: str) -> Rate | None:
+    share, n = getattr(record, field), getattr(record, DENOMINATORS.get(field, "n"))
+    return _rate(share, n, record.intervals.get(field)) if share is not None and n else None
 
 
 def _rate(share: float, n: int, interval: tuple[float, float] | None = None) -> Rate:

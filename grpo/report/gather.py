@@ -51,7 +51,7 @@ class Evaluation(_Read):
     exact: Rate
     adjacent: Rate
     dangerous_under: Rate
-    high_acuity_under: Rate
+    high_acuity_under: Rate | None
     no_parse: Rate
     clipped_ratio: Rate
     mean_length: Annotated[float, Field(ge=0)]
@@ -59,7 +59,9 @@ class Evaluation(_Read):
     by_tag: dict[str, Subset]
     confusion: dict[Level, Annotated[tuple[int, ...], Field(min_length=6, max_length=6)]]
     """Gold → counts of predicted 1 … 5 and of no parse."""
-    intervals: dict[str, tuple[Rate, Rate]] = {}
+    high_acuity_n: Annotated[int, Field(ge=0)] | None = None
+    """Cases of ESI 1 and 2, which ``high_acuity_under`` is a share of; None in a record from before it was."""
+    intervals: dict[str, tuple[Rate, Rate] | None] = {}
     """Rate → its 95 % interval, where the evaluation says it."""
     qwk: float | None = None
     """Quadratic weighted kappa over the answers that parse."""
