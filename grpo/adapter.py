@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from grpo.config import embedded, load_config, resolve
+from grpo.config import Lora, embedded, load_config, resolve
 
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 PLAIN = frozenset({
@@ -106,11 +106,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r}: only LoRA adapters are merged")
+        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r:.40}: only LoRA adapters can be used")
     if odd := sorted(key for key, value in config.items() if value and key not in PLAIN):
-        raise AdapterError(f"{path}: {', '.join(odd)}: only plain LoRA is merged exactly; use it with PEFT as it is")
+        raise AdapterError(
+            f"{path}: {', '.join(odd)}: only plain LoRA can be run or merged exactly; use it with PEFT as it is"
+        )
     if config.get("bias", "none") != "none":
-        raise AdapterError(f'{path}: bias is {config["bias"]!r}: trained biases are not merged, only bias = "none" is')
+        raise AdapterError(
+            f'{path}: bias is {config["bias"]!r}: trained biases are neither run nor merged, only bias = "none" is'
+        )
     init = config.get("init_lora_weights")
     if init not in INITS:
         raise AdapterError(
@@ -200,14 +204,44 @@ def weights_digest(adapter: Path) -> str:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
 
 
+def merged_digests(base: str) -> tuple[str, ...]:
+    """The weights' SHA-256 of every adapter that a base's ``merge.json`` says is in its weights, in order; () without
+    that file."""
+    note = resolve(base) / "merge.json"
+    if not note.is_file():
+        return ()
+    said = read_json(note)
+    before, last = said.get("merged_before"), said.get("adapter")
+    digests = [*(before if isinstance(before, list) else ()), last.get("sha256") if isinstance(last, dict) else None]
+    return tuple(digest for digest in digests if isinstance(digest, str))
+
+
 def refuse_merged_twice(base: str, adapter: Path) -> None:
     """Raises AdapterError where the base's ``merge.json`` says that this very adapter is in its weights already:
-    W + 2 · scaling · B A is nobody's model. A base without that file, or with another adapter's, passes."""
-    note = resolve(base) / "merge.json"
-    if not note.is_file() or not isinstance(said := read_json(note).get("adapter"), dict):
-        return
-    if said.get("sha256") == weights_digest(adapter):
-        raise AdapterError(f"{base}: {adapter.name} is merged into it already: use it without an adapter")
+    W + 2 · scaling · B A is nobody's model. A base without that file, or with other adapters', passes."""
+    if (merged := merged_digests(base)) and weights_digest(adapter) in merged:
+        raise AdapterError(f"{base}: {adapter.name} is merged into it already: use it without this adapter")
+
+
+def lora_section(folder: Path, name: str) -> Lora:
+    """The [lora] section of a config that describes an adapter as it is.
+
+    Args:
+        name: what the section names it by.
+
+    Raises:
+        AdapterError: no such folder, or not an adapter of plain LoRA.
+    """
+    if (folder / "adapter" / "adapter_config.json").is_file() and not (folder / "adapter_config.json").is_file():
+        raise AdapterError(f"{folder}: is a run folder: its adapter is {folder / 'adapter'}")
+    path, found = folder / "adapter_config.json", read_config(folder)
+    targets = found.get("target_modules")
+    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
+        raise AdapterError(f"{path}: target_modules must be a list of layer names")
+    r, alpha = int(found["r"]), float(found["lora_alpha"])
+    if r != found["r"]:
+        raise AdapterError(f"{path}: r must be a whole number, got {found['r']!r}")
+    return Lora(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_sampl
 from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
 from grpo.evaluation.scorecard import scorecard
 from grpo.policy import ModelError, adapter_swapped, load_policy
-from grpo.recorded.terminal import visible
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.rollout import PromptError
 from grpo.run import provenance, write_json
 from grpo.types import Case
@@ -55,13 +55,14 @@ def answered(asked: Asked, out: Path) -> Verdicts:
     config = asked.config
     parts = [(name, mode) for name in asked.sets for mode in config.evaluate.thinking]
     files = {(name, mode): out / "answers" / f"{name}_{mode}.jsonl" for name, mode in parts}
-    known = {part: read_answers(files[part], asked.sets[part[0]], asked.samples) for part in parts}
+    known = {(name, mode): _known(asked, files[name, mode], name, mode) for name, mode in parts}
     wanted = {part: len(asked.sets[part[0]]) * asked.samples for part in parts}
     missing = [part for part in parts if len(known[part]) < wanted[part]]
     with contextlib.ExitStack() as stack:
         policy = load_policy(config.model, config.lora, seed=config.train.seed) if missing else None
         if policy is not None and not config.lora.warm_start:
             stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter says nothing: none need be run
+        open_folder(out, asked.settings)
         done = sum(map(len, known.values()))
         bar = stack.enter_context(tqdm(total=sum(wanted.values()), initial=done, unit="answer", disable=not missing))
         for name, mode in missing:
@@ -81,6 +82,12 @@ def answered(asked: Asked, out: Path) -> Verdicts:
                 known[name, mode] |= {(v.case.id, v.sample): v for v in batch}
                 bar.update(len(batch))
     return {part: in_order(list(known[part].values()), asked.sets[part[0]]) for part in parts}
+
+
+def _known(asked: Asked, file: Path, name: str, mode: Thinking) -> dict[tuple[str, int], Verdict]:
+    return read_answers(
+        file, asked.sets[name], asked.samples, thinking=asked.opened[mode], formats=asked.reward.formats
+    )
 
 
 def evaluation(asked: Asked, verdicts: Verdicts, against: Path | None) -> dict[str, Any]:
@@ -154,8 +161,8 @@ def comparison(
     }
 
 
-def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder, readable by its owner alone, or makes sure that its answers were given with these settings.
+def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes sure that there is no such folder yet, or that its answers were given with these settings; writes nothing.
 
     Raises:
         EvaluationError: it holds something else, or answers of another evaluation.
@@ -177,9 +184,13 @@ def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise EvaluationError(f"{out}: already there, and no evaluation: name another folder with --out")
+
+
+def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Makes the folder, readable by its owner alone."""
     (out / "answers").mkdir(parents=True, exist_ok=True)
     out.chmod(0o700)
-    write_json(path, settings)
+    write_json(out / "settings.json", settings)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -215,22 +226,26 @@ def _positive(text: str) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     arguments = parser().parse_args(argv)
     os.umask(0o077)  # answers may repeat what patients' notes say
     try:
         asked = ask(arguments)
         out = arguments.out or default_folder(asked)
-        open_folder(out, asked.settings)
+        check_folder(out, asked.settings)
         record = evaluation(asked, answered(asked, out), arguments.against)
         write_json(out / "eval.json", record)
     except INPUT_ERRORS as error:
         print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
         return 2
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        print(f"error: {visible(str(error.filename or arguments.out or ''))}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("\ninterrupted; the same command goes on from here", file=sys.stderr)
         return 130
     if arguments.json:
-        print(json.dumps(record, indent=2, ensure_ascii=False))
+        print(json.dumps(record, indent=2))
     else:
         print(f"{scorecard(record)}\n\nrecord     {out / 'eval.json'}\nanswers    {out / 'answers'}")
     return 0

@@ -32,7 +32,7 @@ from grpo.recorded.panels import (
     token_lines,
 )
 from grpo.recorded.recording import read_config
-from grpo.recorded.terminal import painted, screen_width, visible, wants_colour, wrap
+from grpo.recorded.terminal import painted, say_anyhow, screen_width, visible, wants_colour, wrap
 from grpo.run import Run, RunError
 
 KEPT_OUT = {
@@ -249,6 +249,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     made = parser()
     arguments = made.parse_args(argv)
     if arguments.member is not None and arguments.case is None:

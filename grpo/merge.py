@@ -32,6 +32,7 @@ from grpo.adapter import (
     AdapterError,
     Delta,
     base_of,
+    merged_digests,
     merged_weight,
     read_config,
     read_json,
@@ -44,6 +45,7 @@ from grpo.adapter import (
 from grpo.config import ConfigError, embedded, resolve
 from grpo.model_card import CardError, model_card
 from grpo.policy import HUB_ID, ModelError, end_ids, load_base, pick_device, render_prompt
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.run import RunError, write_json
 from grpo.types import Case
 from grpo.weights import Stored, WeightsError, base_folder, base_tensors, blank_model, match_deltas, read_tensors
@@ -315,6 +317,7 @@ def _record(base: str, adapter: Path, dtype: str, modules: int, check: Check | N
     return {
         "base": base if HUB_ID.fullmatch(base) or embedded(base) else Path(base).name,
         "adapter": {"name": adapter.name, "sha256": weights_digest(adapter), "modules": modules},
+        "merged_before": list(merged_digests(base)),
         "dtype": dtype,
         "check": asdict(check) if check else None,
         "system_prompt": prompt,
@@ -354,6 +357,7 @@ def report(merged: Merged) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.merge", description="Merge a LoRA adapter into its base.")
     parser.add_argument("adapter", help="folder in PEFT's layout, for example runs/tiny/adapter, or embedded:v46")
     parser.add_argument("--out", type=Path, required=True, help="a folder that does not exist yet")
@@ -383,7 +387,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=advance,
             )
     except INPUT_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was left behind", file=sys.stderr)

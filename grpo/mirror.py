@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from grpo.recorded.terminal import say_anyhow
 from grpo.report.gather import Evaluation, ReportError, RunRecord, read_run
 
 RATES = ("exact", "adjacent", "dangerous_under", "high_acuity_under", "no_parse", "clipped_ratio", "mean_length")
@@ -26,7 +27,8 @@ def mirror(run: RunRecord, folder: Path) -> int:
     Args:
         folder: made where it is not there; its one file of this run is replaced.
 
-    A figure that was not counted (null) has no point. Steps are dated by the run's start and the seconds they took.
+    A figure that was not counted (null) has no point. Steps are dated by the run's start and the seconds they took;
+    where the run does not say when it started, from 1970 on.
 
     Raises:
         MirrorError: TensorBoard is not installed, or the folder cannot be written.
@@ -37,14 +39,15 @@ def mirror(run: RunRecord, folder: Path) -> int:
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
         raise MirrorError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
-    file = folder / f"events.out.tfevents.{int(run.started):010d}.{run.name}"
+    started = run.started or 0.0
+    file = folder / f"events.out.tfevents.{int(started):010d}.{run.name}"
     aside = folder / f".{file.name}.partial"
     written = 0
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as opened:
             writer = RecordWriter(opened)
-            writer.write(Event(wall_time=run.started, file_version="brain.Event:2").SerializeToString())
+            writer.write(Event(wall_time=started, file_version="brain.Event:2").SerializeToString())
             for step, when, values in scalars(run):
                 points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
                 writer.write(Event(wall_time=when, step=step, summary=Summary(value=points)).SerializeToString())
@@ -58,7 +61,7 @@ def mirror(run: RunRecord, folder: Path) -> int:
 
 def scalars(run: RunRecord) -> Iterator[tuple[int, float, dict[str, float]]]:
     """(step, when in seconds since the epoch, name → value): the metrics step by step, then the evaluations."""
-    when = run.started
+    when = run.started or 0.0
     dated: dict[int, float] = {0: when}
     for row in run.metrics:
         step = int(row["step"] or 0)
@@ -78,6 +81,7 @@ def _rates(record: Evaluation) -> dict[str, float]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.mirror", description="Mirror a run's metrics to TensorBoard.")
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, for example runs/tiny")
     parser.add_argument("--out", type=Path, help="folder of the event file (default: RUN/tensorboard)")

@@ -76,7 +76,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
             "name": config["name"],
             "base": _shown(named).replace("embedded:", "grpo/tiny/"),
             "hub_base": bool(HUB_ID.fullmatch(named)),
-            "embedded": named.startswith("embedded:"),
+            "embedded": named.removeprefix("embedded:") if named.startswith("embedded:") else "",
             "lora": config["lora"],
             "reward_name": _shown(config["reward"]["set"]),
             "about": name,

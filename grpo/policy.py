@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from grpo.adapter import AdapterError, refuse_merged_twice
 from grpo.config import Lora, Model, embedded, resolve
 from grpo.types import Case, Prompt
 
@@ -27,6 +28,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
+ODD_BUT_EXACT = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
+"""Keys of an adapter's config that are not trained or run here, but that a merge takes exactly as PEFT does."""
 _SLOT = "\ue000CASE\ue001"
 """Stands for the narrative while the chat template is rendered: private-use characters no template holds."""
 
@@ -76,7 +79,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
     _check_targets(base, lora)
     if lora.warm_start:
         folder = resolve(lora.warm_start)
-        _check_adapter(folder, lora, model.name)
+        check_adapter(folder, lora, model.name)
         with _named(folder, "adapter"):
             wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         _check_tensors(folder, wrapped)
@@ -109,7 +112,10 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
 
     faults = []
     try:
+        _refuse_adapter(model.name)
         cached_file(_where(model.name), "config.json", local_files_only=True)
+    except ModelError as error:
+        faults.append(str(error))
     except (OSError, ValueError):
         faults.append(_not_here(model.name))
     if lora.warm_start and not (resolve(lora.warm_start) / "adapter_config.json").is_file():
@@ -137,24 +143,65 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
 
     A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     # PEFT still calls what transformers 6 will rename; nothing a user could act on
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(_where(name), local_files_only=True)
+    _refuse_adapter(name)
+    tokenizer = load_tokenizer(name)
+    with _loading(name):
         base = AutoModelForCausalLM.from_pretrained(_where(name), dtype=dtype, local_files_only=True)
+    base.requires_grad_(False)
+    return base.to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base, from files on this machine."""
+    from transformers import AutoTokenizer
+
+    with _loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(_where(name), local_files_only=True)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
+    return tokenizer
+
+
+def context_of(name: str) -> int:
+    """Positions a base was made for, by its config alone."""
+    from transformers import AutoConfig
+
+    with _loading(name):
+        config = AutoConfig.from_pretrained(_where(name), local_files_only=True)
+    return int(config.get_text_config().max_position_embeddings)
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise ModelError(f"{_not_here(name)} ({_first_line(error)})") from None
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {_first_line(error)}") from None
-    if tokenizer.chat_template is None:
-        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
-    base.requires_grad_(False)
-    return base.to(device), tokenizer
+
+
+def _refuse_adapter(name: str) -> None:
+    """transformers would load an adapter's base, put the adapter on it, and say nothing of either."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(_where(name), "adapter_config.json", local_files_only=True)
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        return
+    raise ModelError(
+        f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
+        f"and the adapter as lora.warm_start or --adapter"
+    )
 
 
 def pick_device(name: str) -> torch.device:
@@ -277,30 +324,45 @@ def _check_targets(base: Any, lora: Lora) -> None:
         )
 
 
-def _check_adapter(folder: Path, lora: Lora, base: str) -> None:
+def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_start") -> None:
+    """Refuses an adapter that is not what ``[lora]`` says, is more than plain LoRA of one rank, was made for another
+    base, or is in the base's weights already. Reads its config alone, and its weights where the base is a merged one.
+
+    Args:
+        key: what named it, for the message.
+
+    Raises:
+        ModelError: says which, and what to do.
+    """
     path = folder / "adapter_config.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ModelError(f"lora.warm_start: {path}: cannot be read: {error.strerror}") from None
-    except ValueError as error:
-        raise ModelError(f"lora.warm_start: {path}: not valid JSON: {_first_line(error)}") from None
+        raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{key}: {path}: not valid JSON: {_first_line(error)}") from None
     if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise ModelError(f"lora.warm_start: {path}: not a LoRA adapter")
+        raise ModelError(f"{key}: {path}: not a LoRA adapter")
     wanted = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     targets = found.get("target_modules")
     there = {**found, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
-    for key, value in wanted.items():
-        if there.get(key) != value:
-            raise ModelError(f"lora.warm_start: {path}: {key} is {there.get(key)!r}, [lora] says {value!r}")
+    for name, value in wanted.items():
+        if there.get(name) != value:
+            raise ModelError(f"{key}: {path}: {name} is {there.get(name)!r}, [lora] says {value!r}")
     own = found.get("base_model_name_or_path")
     if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
-        raise ModelError(f"lora.warm_start: {path}: made for the base {own}, model.name says {base}")
-    odd = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform", "use_dora", "modules_to_save")
-    if set_here := [key for key in odd if found.get(key)]:
-        raise ModelError(f"lora.warm_start: {path}: {', '.join(set_here)}: only plain LoRA of one rank is trained here")
+        raise ModelError(f"{key}: {path}: made for the base {own}, model.name says {base}")
+    if odd := [name for name in (*ODD_BUT_EXACT, "use_dora", "modules_to_save") if found.get(name)]:
+        way_out = "; `python -m grpo.merge` makes full weights of it, which are" if {*odd} <= {*ODD_BUT_EXACT} else ""
+        raise ModelError(
+            f"{key}: {path}: {', '.join(odd)}: only plain LoRA of one rank is trained or run here{way_out}"
+        )
     if found.get("bias", "none") != "none":
-        raise ModelError(f"lora.warm_start: {path}: trains biases; only plain LoRA weights are trained here")
+        raise ModelError(f"{key}: {path}: trains biases; only plain LoRA weights are trained or run here")
+    try:
+        refuse_merged_twice(base, folder)
+    except AdapterError as error:
+        raise ModelError(f"{key}: {error}") from None
 
 
 def _check_tensors(folder: Path, wrapped: Any) -> None:

@@ -21,6 +21,7 @@ from grpo.cases import CaseError
 from grpo.config import Config, ConfigError, load_config
 from grpo.examine import HONEST, DataAudit, Examination, Material, examine, gather, length_term
 from grpo.plan import Plan
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, Rule, Score
 from rewards.probes import PolicyReport, RuleAudit, check_accuracy
@@ -348,15 +349,6 @@ def signed(value: float) -> str:
     return f"{value:+.4g}" if value else "0"
 
 
-def visible(text: str) -> str:
-    r"""The text with everything that a terminal would obey, or not show, as an escape.
-
-    >>> visible("ESI\x1b[2J 2\n")
-    'ESI\\x1b[2J 2\\n'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
@@ -385,6 +377,7 @@ class UsageError(ValueError):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     arguments = parser().parse_args(argv)
     try:
         _check_usage(arguments)

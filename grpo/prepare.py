@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo.cases import LOADERS, CaseError, load, row_key
 from grpo.examine import plain
 from grpo.loaders.report import REASONS, Banded, Loaded, Record, Report, Tally, settled
-from grpo.preflight import visible
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.types import Case
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -268,7 +268,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns 0, or 2 for input that cannot be used."""
+    """The command line; returns 0, 2 for input that cannot be used, or 130 where it was interrupted."""
+    say_anyhow()
     arguments = parser().parse_args(argv)
     try:
         _refuse_existing(arguments.out)
@@ -277,6 +278,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CaseError as error:
         print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; nothing was left behind", file=sys.stderr)
+        return 130
     print(render(prepared))
     print(f"wrote     {', '.join(str(arguments.out / name) for name in (*prepared.files, 'prepare.json'))}")
     return 0

@@ -35,7 +35,7 @@ from grpo.policy import ModelError
 from grpo.recorded.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.recorded.difference import Difference, array_differences, same, scalar_difference, shown
 from grpo.recorded.recording import Recording, read_recording, rewritten_lines, torn, unindexed_files
-from grpo.recorded.terminal import visible
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.run import PACKAGES, RunError, finite
 from grpo.score import length_penalty, score_groups
 from grpo.types import Step
@@ -455,6 +455,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     arguments = parser().parse_args(argv)
     try:
         record, lines, code = (other_reward if arguments.reward else replayed_run)(arguments)

@@ -33,6 +33,7 @@ from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import write_step
 from grpo.model_card import write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
+from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.run import (
     Run,
@@ -339,6 +340,7 @@ def plan(setup: Setup) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.train", description="Train a LoRA adapter with GRPO.")
     parser.add_argument("config", help="a TOML file, for example configs/tiny.toml")
     parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")

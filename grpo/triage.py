@@ -11,13 +11,13 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from grpo.adapter import AdapterError, base_of, read_config, refuse_merged_twice, system_prompt
+from grpo.adapter import AdapterError, base_of, lora_section, system_prompt
 from grpo.cases import row_key
 from grpo.config import ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
-from grpo.policy import ModelError, Policy, load_policy, render_prompt
+from grpo.policy import ModelError, Policy, check_adapter, load_policy, render_prompt
+from grpo.recorded.terminal import say_anyhow, visible
 from grpo.rollout import PromptError, rollout
 from grpo.types import Case, Completion
 from rewards import Answer, parse_answer
@@ -110,9 +110,9 @@ def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: 
         model, adapter = DEFAULT_MODEL, DEFAULT_ADAPTER
     folder = resolve(adapter) if adapter and adapter != "none" else None
     name = model or base_of(folder) if folder else model or DEFAULT_MODEL
+    lora = NO_ADAPTER if folder is None else lora_section(folder, str(adapter))
     if folder:
-        refuse_merged_twice(name, folder)
-    lora = NO_ADAPTER if folder is None else _lora(folder, str(adapter))
+        check_adapter(folder, lora, name, key="--adapter")
     section = Model.model_validate({"name": name, "device": device, "dtype": dtype, "gradient_checkpointing": False})
     return load_policy(section, lora, seed=0), system_prompt(name, folder)
 
@@ -141,21 +141,6 @@ def as_json(result: Triage) -> str:
         "notice": NOTICE,
     }
     return json.dumps(record)
-
-
-def _lora(folder: Path, name: str) -> Lora:
-    """The config section that describes an adapter as it is."""
-    found = read_config(folder)
-    targets = found.get("target_modules")
-    if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"{folder / 'adapter_config.json'}: target_modules must be a list of layer names")
-    return Lora(
-        r=int(found["r"]),
-        alpha=float(found["lora_alpha"]),
-        dropout=0.0,
-        target_modules=tuple(targets),
-        warm_start=name,
-    )
 
 
 def _read_case(text: str | None) -> str:
@@ -201,6 +186,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     arguments = _parser().parse_args(argv)
     try:
         if not 0 <= arguments.temperature < float("inf"):
@@ -221,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_new_tokens=arguments.max_new_tokens,
         )
     except INPUT_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -8,18 +8,19 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "grpo.types", "grpo.config", "grpo.advantage", "grpo.loss", "grpo.logprobs", "grpo.stats",
+    "grpo.recorded.terminal", "grpo.types", "grpo.config", "grpo.advantage", "grpo.loss", "grpo.logprobs", "grpo.stats",
     "grpo.evaluation.agreement", "grpo.evaluation.rates", "grpo.evaluation.failures", "grpo.loaders.report",
     "grpo.loaders.fields", "grpo.loaders.lines", "grpo.loaders.narrative", "grpo.loaders.jsonl",
     "grpo.loaders.mietic", "grpo.loaders.mimic", "grpo.cases", "grpo.evaluation.fingerprint",
-    "grpo.evaluation.comparison", "grpo.plan", "grpo.examine", "grpo.preflight", "grpo.prepare", "grpo.policy",
+    "grpo.evaluation.comparison", "grpo.plan", "grpo.examine", "grpo.preflight", "grpo.prepare", "grpo.adapter",
+    "grpo.policy",
     "grpo.engine.sampling", "grpo.engine.reference", "grpo.engine.generic", "grpo.engine.gated_delta_triton",
     "grpo.engine.gated_delta", "grpo.engine.weights", "grpo.engine.decode", "grpo.rollout", "grpo.batch",
     "grpo.forward.layers", "grpo.forward.gated_delta", "grpo.forward.shared_prefix", "grpo.forward.modules",
     "grpo.forward.memory",
     "grpo.score", "grpo.budget", "grpo.account", "grpo.ledger", "grpo.update", "grpo.checkpoint",
-    "grpo.evaluation.answers", "grpo.adapter", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
-    "grpo.recorded.terminal", "grpo.recorded.recording", "grpo.recorded.counterfactual", "grpo.recorded.recompute",
+    "grpo.evaluation.answers", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
+    "grpo.recorded.recording", "grpo.recorded.counterfactual", "grpo.recorded.recompute",
     "grpo.replay", "grpo.recorded.panels", "grpo.inspect", "grpo.evaluation.scorecard", "grpo.evaluate",
     "grpo.model_card", "grpo.weights", "grpo.merge", "grpo.triage", "grpo.train", "grpo.report.numerals",
     "grpo.report.charts", "grpo.report.gather", "grpo.report.figures", "grpo.report.views", "grpo.report.evaluation",

@@ -55,6 +55,12 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
         ({**GOOD, "id": "a\nb"}, "id must be"),
         ({**GOOD, "id": 7}, "id must be"),
         ({**GOOD, "tags": "child"}, "tags"),
+        ({**GOOD, "tags": ["child", 7]}, "tags of case 'a' must be a list of names"),
+        ({**GOOD, "tags": [""]}, "tags of case 'a' must be a list of names"),
+        ({**GOOD, "tags": ["crushing chest pain"]}, "no blanks"),
+        ({**GOOD, "tags": ["chest pain\n"]}, "no blanks"),
+        ({**GOOD, "tags": ["chest_pain_" * 4]}, "at most 40 letters"),
+        ({**GOOD, "tags": [f"t{i}" for i in range(21)]}, "21 of them, at most 20"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(tmp_path: Path, row: object, says: str) -> None:

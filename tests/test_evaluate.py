@@ -1,6 +1,7 @@
 """The evaluation from cases to ``eval.json``: the same answers whatever the batch or an interruption."""
 
 import json
+import shutil
 import stat
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import grpo.evaluate
 import grpo.evaluation.request
 from grpo.cases import load_jsonl
-from grpo.config import load_config
+from grpo.config import EMBEDDED, load_config
 from grpo.evaluate import main
 from grpo.evaluation.agreement import mcnemar, wilson
 from grpo.evaluation.answers import AnswersError, answer, append_answers, evaluate, read_answers
@@ -19,7 +20,8 @@ from grpo.evaluation.comparison import AnsweredCase, between_modes, compare
 from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.evaluation.rates import Verdict, summarise
 from grpo.evaluation.scorecard import WIDTH, scorecard
-from grpo.policy import Policy, adapter_swapped
+from grpo.merge import merge
+from grpo.policy import Policy, adapter_swapped, load_tokenizer, render_prompt
 from grpo.run import Run, add_evaluation, before_after, evaluations
 from grpo.types import Case
 from rewards import load_reward, parse_answer
@@ -92,33 +94,35 @@ def given(case: Case, said: str, sample: int = 0) -> Verdict:
 
 def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
     path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5)]
-    assert read_answers(path, cases, 2) == {}
+    assert read_answers(path, cases, 2, thinking=False) == {}
     told = [given(cases[0], "ANSWER: ESI 4"), given(cases[1], "Äh\n", 1)]
     append_answers(path, told[:1])
     append_answers(path, told[1:])
-    found = read_answers(path, cases, 2)
+    found = read_answers(path, cases, 2, thinking=False)
     assert list(found) == [("a", 0), ("b", 1)]
     assert summarise(list(found.values()), load_reward("v49")) == summarise(told, load_reward("v49"))
     assert [v.text for v in found.values()] == [v.text for v in told]
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(whole.splitlines()[0][:-5])
-    assert list(read_answers(path, cases, 2)) == list(found) and path.read_bytes() == whole
+    assert list(read_answers(path, cases, 2, thinking=False)) == list(found) and path.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("nonsense", ":2: the line: json_invalid"),
-        ('{"id": "b", "sample": 0}', ":2: predicted: missing"),
+        ('{"id": "b", "sample": 0}', ":2: finished: missing"),
+        ("\0\0", ":2: the line: json_invalid"),
+        ("[]", ":2: the line: model"),
         ('{"id": "z", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
          '"completion": "secret"}', ":2: case 'z', sample 0: not asked for"),
         ('{"id": "a", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
          '"completion": "secret"}', ":2: case 'a', sample 0: not asked for, or twice"),
         ('{"id": "b", "sample": 2, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
          '"completion": "secret"}', "sample 2"),
-        ('{"id": "b", "sample": 0, "predicted": 9, "reason": "parsed", "finished": true, "tokens": 3, '
-         '"completion": "secret"}', ":2: predicted: less_than_equal"),
+        ('{"id": "b", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 0, '
+         '"completion": "secret"}', ":2: tokens: greater_than_equal"),
     ],
 )  # fmt: skip
 def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line: str, says: str) -> None:
@@ -127,8 +131,26 @@ def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(AnswersError, match="delete the file") as error:
-        read_answers(path, cases, 2)
+        read_answers(path, cases, 2, thinking=False)
     assert says in str(error.value) and "secret" not in str(error.value)
+
+
+def test_what_a_file_of_answers_says_is_parsed_again(tmp_path: Path) -> None:
+    """A level that another parser read, or that somebody wrote in, is not believed, and does not stay."""
+    path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5), Case("c", "Burn.", 3)]
+    told = [given(cases[0], "ANSWER: ESI 2"), given(cases[1], "none"), given(cases[2], "ANSWER: ESI 3")]
+    append_answers(path, told)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    edits: tuple[dict[str, Any], ...] = ({"predicted": 4}, {"predicted": 5, "reason": "parsed"}, {"predicted": "?"})
+    path.write_text("".join(json.dumps(row | edit) + "\n" for row, edit in zip(rows, edits, strict=True)))
+    found = read_answers(path, cases, 1, thinking=False)
+    assert [v.predicted for v in found.values()] == [2, None, 3]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == rows
+    assert [file.name for file in tmp_path.iterdir()] == ["x.jsonl"]
+    thought = read_answers(path, cases, 1, thinking=True)  # as if the prompts had ended inside a thought
+    assert [v.predicted for v in thought.values()] == [None, None, None]
+    labelled = read_answers(path, cases, 1, thinking=False, formats=("labelled",))
+    assert [v.predicted for v in labelled.values()] == [None, None, None]
 
 
 # ---- comparing --------------------------------------------------------------------------------------------------
@@ -210,6 +232,7 @@ def test_the_table_names_the_broken_rules_and_fits_80_columns(warm_start: Path) 
     assert all(len(line) <= WIDTH for line in shown.splitlines())
     for rule, counts in record["records"][0]["errors"]["by_rule"].items():
         assert (f"{rule}: broken in {counts['broken']} of" in shown) == (counts["broken"] > 0)
+    assert f"of all 4 cases; of ESI 1, 2 of those {sum(case.esi <= 2 for case in CASES)} alone" in shown
     assert "pass@2" in shown and "exact                          25.0" in shown
 
 
@@ -349,9 +372,10 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     assert "is a run folder" in refusal(capsys, tmp_path / "run")
     assert "adapter_config.json: cannot be read" in refusal(capsys, TINY, "--adapter", tmp_path / "none")
     for content, says in (
-        ("{", "not JSON"),
-        ("[]", "a list of layer names"),
-        ('{"target_modules": ["q"]}', "lora_alpha"),
+        ("{", "not valid JSON"),
+        ("[]", "expected a JSON object"),
+        ('{"target_modules": ["q"]}', "peft_type is None"),
+        ('{"peft_type": "LORA", "r": 4, "lora_alpha": 8}', "a list of layer names"),
     ):
         (tmp_path / "run" / "adapter_config.json").write_text(content)
         assert says in refusal(capsys, TINY, "--adapter", tmp_path / "run")
@@ -368,6 +392,122 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     assert "cannot be read" in refusal(capsys, TINY, *out)
     with pytest.raises(SystemExit, match="2"):
         main([TINY, "--samples", "0"])
+
+
+def test_a_budget_that_does_not_fit_is_refused_before_anything_is_written(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The card's 1024 tokens in the embedded model's context of 1024: the largest budget that fits is named."""
+    monkeypatch.setattr(grpo.evaluate, "load_policy", None)
+    line = ["embedded:base", "--cases", warm_start / "four.jsonl"]
+    said = refusal(capsys, *line, "--out", tmp_path / "o")
+    assert "evaluate.max_new_tokens = 1024 does not fit: case " in said and "the model's context is 1024" in said
+    assert said.count("\n") == 1 and not (tmp_path / "o").exists()
+    room = int(said.rsplit(" ", 1)[1])
+    assert f"at most {room} fit: --max-new-tokens {room}\n" in said
+
+    def checked(budget: int) -> grpo.evaluation.request.Asked:
+        words = [*map(str, line), "--max-new-tokens", str(budget)]
+        return grpo.evaluation.request.ask(grpo.evaluate.parser().parse_args(words))
+
+    asked = checked(room)
+    assert asked.opened == {"on": True, "off": False}
+    with pytest.raises(grpo.evaluation.request.EvaluationError, match=f"= {room + 1} does not fit"):
+        checked(room + 1)
+    tokenizer = load_tokenizer("embedded:base")
+    lengths = [
+        len(render_prompt(tokenizer, c, system_prompt=asked.config.cases.system_prompt, thinking=mode).ids)
+        for c in CASES
+        for mode in (True, False)
+    ]
+    assert max(lengths) + room == 1024
+    long = case_file(tmp_path / "long.jsonl", [*CASES, Case("long", "Cough. " * 2000, 4)])
+    said = refusal(capsys, line[0], "--cases", long, "--max-new-tokens", 8)
+    assert "case 'long' of long takes" in said and "no answer to it fits" in said
+
+
+def changed_adapter(folder: Path, **values: object) -> Path:
+    shutil.copytree(EMBEDDED / "v46", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return folder
+
+
+def test_adapters_that_cannot_be_run_are_refused_before_anything_is_written(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = [TINY, "--cases", warm_start / "four.jsonl", "--out", tmp_path / "o", "--adapter"]
+    said = refusal(capsys, *line, changed_adapter(tmp_path / "rslora", use_rslora=True))
+    assert said.startswith("error: --adapter: ") and "use_rslora: only plain LoRA" in said and "grpo.merge" in said
+    said = refusal(capsys, *line, changed_adapter(tmp_path / "dora", use_dora=True))
+    assert "use_dora: only plain LoRA" in said and "grpo.merge" not in said
+    assert "r must be a whole number, got 4.5" in refusal(capsys, *line, changed_adapter(tmp_path / "half", r=4.5))
+    (tmp_path / "run").mkdir()
+    shutil.copytree(EMBEDDED / "v46", tmp_path / "run" / "adapter")
+    assert f"its adapter is {tmp_path / 'run' / 'adapter'}" in refusal(capsys, *line, tmp_path / "run")
+    torn = changed_adapter(tmp_path / "torn")
+    (torn / "adapter_model.safetensors").write_bytes(b"x" * 9)
+    assert "cannot be loaded on this base" in refusal(capsys, *line, torn)
+    assert not (tmp_path / "o").exists()
+
+
+def test_an_rslora_adapter_is_evaluated_through_its_merge(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """alpha / sqrt(r) instead of alpha / r: with r = 16 and alpha a quarter, the same model as plain LoRA."""
+    plain = json.loads((EMBEDDED / "v46" / "adapter_config.json").read_text())
+    assert plain["r"] == 16
+    odd = changed_adapter(tmp_path / "rslora", use_rslora=True, lora_alpha=plain["lora_alpha"] / 4)
+    merge(odd, tmp_path / "merged", base="embedded:base", check=False)
+    cases = ["--cases", str(warm_start / "four.jsonl"), "--thinking", "off", "--max-new-tokens", "88"]
+    assert main([str(tmp_path / "merged"), *cases, "--out", str(tmp_path / "o")]) == 0
+    records = [read(folder)["cases"]["four"] for folder in (warm_start / "out", tmp_path / "o")]
+    before, after = ([case["levels"]["off"][0] for case in record] for record in records)
+    assert before == after
+
+
+def test_no_adapter_is_put_on_twice(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--adapter takes the place of the config's warm start; an adapter is no model, nor put on weights that hold it."""
+    cases = ["--cases", str(warm_start / "four.jsonl")]
+    merge(EMBEDDED / "v46", tmp_path / "merged", base="embedded:base", check=False)
+    monkeypatch.setattr(grpo.evaluate, "load_policy", None)  # all of it is known before a model is loaded
+    out = ["--out", str(warm_start / "out")]
+    before = read(warm_start / "out")
+    assert main([*asked(warm_start), *out, "--adapter", "embedded:v46"]) == 0, "the same settings, so nothing to answer"
+    assert read(warm_start / "out") == before
+    capsys.readouterr()
+    said = refusal(capsys, EMBEDDED / "v46", *cases)
+    assert "holds an adapter" in said and "name its base" in said
+    for line in (
+        [tmp_path / "merged", "--max-new-tokens", 88, "--adapter", "embedded:v46"],
+        [TINY, "--set", f"model.name={tmp_path / 'merged'}"],
+    ):
+        assert "v46 is merged into it already" in refusal(capsys, *line, *cases)
+
+
+def test_tags_are_names_and_no_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """They stand in eval.json, which holds no text: a row whose tags are sentences is no case."""
+    path = case_file(tmp_path / "two.jsonl", [CASES[0], Case("b", "Rash.", 5, ("itches since Tuesday",))])
+    line = [TINY, "--cases", str(path), "--max-new-tokens", "2", "--thinking", "off", "--out", str(tmp_path / "o")]
+    said = refusal(capsys, *line)
+    assert "two.jsonl:2: tags of case 'b'" in said and "Tuesday" not in said
+    assert main([*line, "--set", "cases.strict=false"]) == 0
+    content = (tmp_path / "o" / "eval.json").read_text(encoding="utf-8")
+    assert "Tuesday" not in content and "line 2" in content and "Tuesday" not in capsys.readouterr().out
+
+
+def test_folders_that_cannot_be_written_and_names_that_are_empty(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    cases = ["--cases", warm_start / "four.jsonl", "--max-new-tokens", 2, "--thinking", "off"]
+    assert "Not a directory" in refusal(capsys, TINY, *cases, "--out", tmp_path / "file" / "o")
+    assert "already there" in refusal(capsys, TINY, *cases, "--out", tmp_path / "file")
+    assert "cannot be read" in refusal(capsys, TINY, "--cases", "")
+    assert "adapter_config.json: cannot be read" in refusal(capsys, TINY, "--adapter", "")
+    assert "adapter_config.json: cannot be read" in refusal(capsys, "embedded:base", "--adapter", "")
 
 
 def test_a_hash_is_of_names_and_contents_alone(tmp_path: Path) -> None:

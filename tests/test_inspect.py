@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 
 from grpo.inspect import main, step_record, token_records
 from grpo.ledger import Entry, read_step
-from grpo.recorded.panels import step_lines
+from grpo.recorded.panels import step_lines, token_lines
 from grpo.recorded.recording import read_config
 from grpo.recorded.terminal import STYLED, columns, fit, screen_width, visible, wants_colour, wrap
 from tests.recorded_runs import recorded, rewritten
@@ -68,6 +68,7 @@ def case_of(run: Path, step: int, group: int) -> str:
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
     """(columns, a stream that is a terminal of that width)."""
     monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, request.param, 0, 0))
@@ -271,7 +272,7 @@ def test_a_terminal_gets_colours_and_its_own_width(
     if len(more) == 4:
         assert any("green: made likelier" in line for line in lines)
         (head,) = {line for line in lines if line.startswith("   # token")}
-        assert ("weight" in head) == (width >= 80) and columns(head) == width
+        assert ("weight" in head) == (width >= 80) and ("entropy" in head) == ("sampler" in head) == (width > 100)
     monkeypatch.setenv("NO_COLOR", "1")
     coloured = screen.getvalue()
     screen.seek(0)
@@ -281,6 +282,28 @@ def test_a_terminal_gets_colours_and_its_own_width(
     assert "\x1b[" not in screen.getvalue()
     if len(more) < 4:  # a member's running text says nothing without its colours
         assert screen.getvalue() == STYLED.sub("", coloured)
+
+
+@pytest.mark.parametrize("width", [60, 68, 79, 80, 90, 100, 200])
+def test_a_token_table_has_the_columns_that_fit_and_no_empty_room(width: int) -> None:
+    values = dict.fromkeys(("logprob", "old_logprob", "sampler_logprob", "ref_logprob", "entropy", "ratio", "kl"), -0.5)
+    rows = [
+        {"epoch": 1, "position": i, "id": i, "token": text, "clip": None, "weight": 1e-3, "loss": 1e-3} | values
+        for i, text in enumerate(("a", "intubated", " on"))
+    ]
+    _, head, *body, total = token_lines(rows, width, lambda text, style: text)
+    names = head.split()[2:]
+    assert {"logprob", "ref", "ratio", "KL", "clip", "loss"} <= set(names)
+    assert len(names) == {60: 6, 68: 7, 79: 8, 80: 8, 90: 9, 100: 10, 200: 10}[width]
+    assert {columns(line) for line in (head, *body, total)} == {columns(head)} and columns(head) <= width
+    assert columns(head) <= 6 + 9 + 79, "no wider than its longest token asks for"
+    assert all(text in line for text, line in zip(("a", "intubat", "·on"), body, strict=True))
+
+
+def test_columns_in_the_environment_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, wanted in (("132", 132), ("20", 60), ("0", 80), ("wide", 80), ("", 80)):
+        monkeypatch.setenv("COLUMNS", asked)
+        assert screen_width(io.StringIO()) == wanted
 
 
 def test_a_terminal_is_never_narrower_than_60_and_a_file_has_80(terminal: tuple[int, Any]) -> None:

@@ -322,6 +322,15 @@ def test_the_command_writes_once_and_never_over(tmp_path: Path, capsys: pytest.C
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 
 
+def test_what_an_adapter_says_of_itself_cannot_command_the_terminal(
+    adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    set_key(**{"\x1b[2Jnew": 1})(adapter, tmp_path)
+    assert main([str(adapter), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and "\\x1b[2Jnew: only plain LoRA" in said and said.count("\n") == 1
+
+
 @pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_broken_off_merge_leaves_nothing_behind(
     fault: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

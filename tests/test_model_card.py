@@ -4,15 +4,18 @@ import html
 import json
 import math
 import re
+import shutil
 import unicodedata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.config import load_config, notes
+from grpo.config import EMBEDDED, load_config, notes
+from grpo.merge import merge
 from grpo.model_card import (
     LONGEST,
     CardError,
@@ -25,7 +28,7 @@ from grpo.model_card import (
     write_model_card,
 )
 from grpo.run import Run, add_metrics, start_run, write_json
-from rewards import load_reward
+from rewards import load_reward, parse_answer
 
 SECRET = "Zoster at the left temple"
 """What a case says; it must never be in a card."""
@@ -230,7 +233,47 @@ def test_a_run_without_steps_and_evaluations(tmp_path: Path) -> None:
     config, source = load_config("configs/tiny.toml")
     card = model_card(start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
     assert "This run holds no evaluation." in card and "This run holds no training step." in card
-    assert "base_model" not in card and "'grpo/tiny/base'  # in the trainer's repository\nadapter" in card
+    assert "base_model" not in card and "base    = str(EMBEDDED / 'base')\nadapter = " in card
+
+
+def usage(card: str) -> str:
+    """The code under Use."""
+    return card.split("```python\n")[1].split("```")[0]
+
+
+def test_the_adapters_card_is_code_that_runs_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = load_config("configs/tiny.toml")
+    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    card = write_model_card(run.path, run.adapter / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(run.adapter)
+    torch.manual_seed(0)
+    exec(compile(usage(card), "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert config.cases.system_prompt in said and parse_answer(said, thinking=True).level is not None
+
+
+def test_a_merged_models_card_is_code_that_runs_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = load_config("configs/tiny.toml")
+    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    merge(run.adapter, tmp_path / "merged", check=False)
+    code = usage((tmp_path / "merged" / "README.md").read_text(encoding="utf-8"))
+    assert "peft" not in code and "grpo" not in code
+    monkeypatch.chdir(tmp_path / "merged")
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert parse_answer(capsys.readouterr().out, thinking=True).level is not None
+
+
+def test_a_base_of_ones_own_is_named_without_its_place(tmp_path: Path) -> None:
+    card = model_card(make_run(tmp_path / "run", 'model.name="/home/someone/models/base"').path)
+    assert "base    = 'base'  # its folder\n" in usage(card) and "/home/someone" not in card
+    assert "base    = 'Qwen/Qwen3.5-9B'\n" in usage(model_card(make_run(tmp_path / "hub").path))
 
 
 def test_it_is_written_whole(tmp_path: Path) -> None:

@@ -12,13 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from grpo.config import Lora, Model
+from grpo.merge import merge
 from grpo.policy import (
     ModelError,
     Policy,
     adapter_copy,
     adapter_swapped,
+    check_adapter,
     encode_plain,
     load_policy,
+    missing_parts,
     render_prompt,
     save_adapter,
 )
@@ -211,18 +214,50 @@ def test_an_adapter_of_another_base(adapter: Path, random_base: Path, tmp_path: 
 
 
 def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_base: Path) -> None:
-    from grpo.policy import _check_adapter
-
     path = adapter / "adapter_config.json"
     plain = json.loads(path.read_text())
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
     path.write_text(json.dumps(plain | {"base_model_name_or_path": "Qwen/Qwen3.5-9B-Base"}))
     with pytest.raises(ModelError, match=r"made for the base Qwen/Qwen3.5-9B-Base, model.name says Qwen/Qwen3.5-9B"):
-        _check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
+        check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
     for key, value in (("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("rank_pattern", {"q_proj": 3})):
         path.write_text(json.dumps(plain | {key: value}))
-        with pytest.raises(ModelError, match=f"{key}: only plain LoRA"):
+        with pytest.raises(ModelError, match=f"{key}: only plain LoRA of one rank .*grpo.merge` makes full weights"):
             load(random_base, adapter)
+
+
+def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path) -> None:
+    """transformers would load the adapter's base with the adapter on it, and PEFT a second one over both."""
+    whole = tmp_path / "whole"
+    shutil.copytree(random_base, whole)
+    shutil.copy(adapter / "adapter_config.json", whole)
+    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
+    for folder in (adapter, whole):
+        with pytest.raises(ModelError, match="holds an adapter"):
+            load(folder)
+        model = Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False)
+        (fault,) = missing_parts(model, lora)
+        assert "holds an adapter" in fault and "--adapter" in fault
+
+
+def test_an_adapter_is_not_put_on_weights_that_hold_it(
+    adapter: Path, make_policy: Callable[..., Policy], random_base: Path, tmp_path: Path
+) -> None:
+    """A merge of it, or a later merge onto that one, refuses it; another adapter is welcome."""
+    other = tmp_path / "other"
+    policy = make_policy()
+    with torch.no_grad():
+        for p in policy.trainable().values():
+            p.mul_(2)
+    save_adapter(policy, other)
+    merge(adapter, tmp_path / "once", base=str(random_base), check=False)
+    merge(other, tmp_path / "then", base=str(tmp_path / "once"), check=False)
+    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="x")
+    for base, held in (("once", [adapter]), ("then", [adapter, other])):
+        for one in held:
+            with pytest.raises(ModelError, match=r"lora.warm_start: .*: \w+ is merged into it already"):
+                load(tmp_path / base, one)
+    check_adapter(other, lora, str(tmp_path / "once"))
 
 
 def test_a_target_that_is_no_layer_is_named(random_base: Path) -> None:

@@ -327,3 +327,16 @@ def test_every_patient_keeps_all_cases_together() -> None:
         for r in part:
             seen[r.patient].add(name)
     assert set(map(len, seen.values())) == {1} and len(seen) == 160
+
+
+def test_an_interrupted_preparation_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stopped(*_: object) -> str:
+        raise KeyboardInterrupt
+
+    source = file_of(tmp_path, cohort())
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr("grpo.prepare._line", stopped)  # while the files are written
+    assert main(["jsonl", source, "--out", str(tmp_path / "out")]) == 130
+    assert sorted(tmp_path.iterdir()) == before and "nothing was left behind" in capsys.readouterr().err

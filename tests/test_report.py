@@ -407,14 +407,11 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
         file.write('{"step": 3, "loss": 0.')
     shutil.rmtree(going / "ledger")
     page = Page(report(going))
-    assert page.shows("At step 2 of 5") and page.shows("The run is still going: 2 of 5 steps are done.")
+    assert page.shows("At step 2 of 5") and page.shows("The run is not finished, or was not when it was copied: 2 of 5")
     assert page.shows("last line of metrics.jsonl is torn") and page.shows("only the warm start was evaluated")
     assert page.shows("No completions to show") and page.shows("no ledger here")
     assert not page.shows("Clipped ratio at every budget")
-    old = (going / "metrics.jsonl").stat().st_mtime - 3600
-    os.utime(going / "metrics.jsonl", (old, old))
-    page = Page(report(going))
-    assert page.shows("Stopped at step 2 of 5") and page.shows("not finished")
+    assert page.shows("Started") and not page.shows("Last step")
 
     page = Page(report(record_run(tmp_path / "one", steps=1)))
     assert page.count("figure") > 15 and page.count("circle") > 10 and page.shows("Mean reward")
@@ -601,8 +598,9 @@ def test_metrics_and_evaluations_are_mirrored(whole: Path, tmp_path: Path, capsy
     assert [(e.step, e.value) for e in read.Scalars("eval/test/thinking_on/exact")] == [
         (0, pytest.approx(0.45)), (3, pytest.approx(0.95)),
     ]  # fmt: skip
-    assert [e.wall_time for e in read.Scalars("loss")] == [
-        pytest.approx((whole / "config.json").stat().st_mtime + 4 * s) for s in (1, 2, 3)
+    started = read_run(whole).started
+    assert started and [e.wall_time for e in read.Scalars("loss")] == [
+        pytest.approx(started + 4 * s, abs=0.01) for s in (1, 2, 3)
     ]
 
 
@@ -610,7 +608,7 @@ def test_scalars_leave_out_what_was_not_counted(whole: Path, tmp_path: Path) -> 
     folder = copy(whole, tmp_path)
     (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 0.5, "time/rollout_s": 2.0}\n')
     run = read_run(folder)
-    assert next(scalars(run)) == (1, run.started + 2.0, {"lr": 0.5, "time/rollout_s": 2.0})
+    assert run.started and next(scalars(run)) == (1, run.started + 2.0, {"lr": 0.5, "time/rollout_s": 2.0})
 
 
 def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_path: Path) -> None:
@@ -630,6 +628,19 @@ def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_pa
         assert ('data-label="High-acuity under">–<' in page) == (name != "some")
     assert told["some"] and told["some"].before.interval == "7.1–59.1", "2 of 8, not 5 of 20"
     assert told["old"] is told["none"] is None
+
+
+def test_a_copied_run_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
+    """The dates of a copy's files are those of the copying: nothing is read off them."""
+    pages = []
+    for i, folder in enumerate((copy(whole, tmp_path / "a"), copy(whole, tmp_path / "b"))):
+        for file in folder.rglob("*"):
+            os.utime(file, (10**9 * i, 10**9 * i))
+        pages.append(report(folder))
+    assert pages[0] == pages[1]
+    header = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in header.items() if k != "started"}))
+    assert read_run(folder).started is None and Page(report(folder)).shows("Started unknown")
 
 
 def test_without_tensorboard_the_mirror_says_what_to_install(

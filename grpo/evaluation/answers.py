@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,9 +19,8 @@ from grpo.evaluation.rates import Verdict, row
 from grpo.policy import Policy, render_prompt
 from grpo.rollout import check_length, rollout
 from grpo.types import Case, Prompt
-from rewards import Answer, parse_answer
+from rewards import parse_answer
 from rewards.parse import FORMATS
-from rewards.types import Reason
 
 Known = Mapping[tuple[str, int], Verdict]
 """(case id, sample) → its answer."""
@@ -151,8 +150,8 @@ class _Row(BaseModel):
 
     id: str
     sample: Annotated[int, Field(ge=0)]
-    predicted: Annotated[int, Field(ge=1, le=5)] | None
-    reason: Reason
+    predicted: Any = None
+    reason: Any = None
     finished: bool
     tokens: Annotated[int, Field(ge=1)]
     completion: str
@@ -166,8 +165,17 @@ def append_answers(path: Path, verdicts: Sequence[Verdict]) -> None:
         os.fsync(file.fileno())
 
 
-def read_answers(path: Path, cases: Sequence[Case], samples: int) -> dict[tuple[str, int], Verdict]:
+def read_answers(
+    path: Path, cases: Sequence[Case], samples: int, *, thinking: bool, formats: Sequence[str] = tuple(FORMATS)
+) -> dict[tuple[str, int], Verdict]:
     """What a file of answers already holds; empty where there is none. A last line that a crash tore is cut off.
+
+    What an answer says is parsed again: the level that the line names may be another program's reading, or an edit. A
+    file in which such a level differs is written anew with what its answers say.
+
+    Args:
+        thinking: whether the prompts ended inside an opened ``<think>``.
+        formats: how an answer may be written, see `rewards.parse.FORMATS`.
 
     Raises:
         AnswersError: any other line that is no answer to one of the cases.
@@ -181,6 +189,7 @@ def read_answers(path: Path, cases: Sequence[Case], samples: int) -> dict[tuple[
             file.truncate(len(whole))
     by_id = {case.id: case for case in cases}
     found: dict[tuple[str, int], Verdict] = {}
+    stale = False
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             held = _Row.model_validate_json(line)
@@ -192,10 +201,16 @@ def read_answers(path: Path, cases: Sequence[Case], samples: int) -> dict[tuple[
             raise AnswersError(
                 f"{path}:{number}: case {held.id!r}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
             )
-        level = Answer(held.predicted, held.reason, None)
+        said = parse_answer(held.completion, thinking=thinking, formats=formats)
+        stale |= (held.predicted, held.reason) != (said.level, said.reason)
         found[held.id, held.sample] = Verdict(
-            by_id[held.id], level, held.finished, held.tokens, held.completion, held.sample
+            by_id[held.id], said, held.finished, held.tokens, held.completion, held.sample
         )
+    if stale:
+        aside = path.with_name(f".{path.name}.partial")
+        aside.unlink(missing_ok=True)
+        append_answers(aside, list(found.values()))
+        os.replace(aside, path)
     return found
 
 

@@ -9,12 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.adapter import system_prompt
+from grpo.adapter import lora_section, system_prompt
 from grpo.cases import CaseError, load
-from grpo.config import Config, Lora, load_config, resolve
+from grpo.config import Config, Thinking, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
 from grpo.evaluation.fingerprint import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
-from grpo.policy import missing_parts, pick_device, pick_dtype
+from grpo.policy import (
+    check_adapter,
+    context_of,
+    encode_plain,
+    load_tokenizer,
+    missing_parts,
+    pick_device,
+    pick_dtype,
+    render_prompt,
+)
 from grpo.types import Case
 from rewards import Reward, load_reward
 
@@ -47,6 +56,8 @@ class Asked:
     """What ``--against`` names."""
     left_out: tuple[str, ...]
     """Rows and values of the case files that were dropped or set aside, a line each kind."""
+    opened: Mapping[Thinking, bool]
+    """Mode → whether its prompt ends inside an opened ``<think>``, which decides how an answer is parsed."""
 
 
 def ask(arguments: argparse.Namespace) -> Asked:
@@ -59,6 +70,10 @@ def ask(arguments: argparse.Namespace) -> Asked:
         check_same_cases(sets, before, arguments.against)
     device = pick_device(config.model.device)
     adapter = config.lora.warm_start
+    if adapter:
+        key = "lora.warm_start" if arguments.adapter is None else "--adapter"
+        check_adapter(resolve(adapter), config.lora, config.model.name, key=key)
+    opened = check_room(config, sets)
     settings = {
         "model_sha256": folder_sha256(model_folder(config.model.name), MODEL_FILES),
         "adapter_sha256": folder_sha256(resolve(adapter), ADAPTER_FILES) if adapter else None,
@@ -74,7 +89,34 @@ def ask(arguments: argparse.Namespace) -> Asked:
         "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
     }
     name = config.name if arguments.what.endswith(".toml") else set_name(arguments.what)
-    return Asked(name, config, reward, sets, arguments.samples, settings, before, left_out)
+    return Asked(name, config, reward, sets, arguments.samples, settings, before, left_out, opened)
+
+
+def check_room(config: Config, sets: Mapping[str, Sequence[Case]]) -> dict[Thinking, bool]:
+    """Makes sure that every prompt and the token budget fit the model's context; mode → `Asked.opened`. Loads the
+    tokenizer, not the model.
+
+    Raises:
+        EvaluationError: they do not; names the largest budget that fits every case.
+    """
+    tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
+    system, budget = config.cases.system_prompt, config.evaluate.max_new_tokens
+    frames = {
+        mode: render_prompt(tokenizer, Case("frame", "", 1), system_prompt=system, thinking=mode == "on")
+        for mode in config.evaluate.thinking
+    }
+    frame = max(len(prompt.ids) for prompt in frames.values())
+    told = [(len(encode_plain(tokenizer, case.text)), case.id, name) for name, cases in sets.items() for case in cases]
+    length, ident, name = max(told)
+    room = context - frame - length
+    if budget > room:
+        which = f"case {ident!r} of {name} takes {frame + length} tokens as a prompt, the model's context is {context}"
+        if room < 1:
+            raise EvaluationError(f"{which}: no answer to it fits; leave it out, or shorten it")
+        raise EvaluationError(
+            f"evaluate.max_new_tokens = {budget} does not fit: {which}; at most {room} fit: --max-new-tokens {room}"
+        )
+    return {mode: prompt.thinking for mode, prompt in frames.items()}
 
 
 def configured(arguments: argparse.Namespace) -> Config:
@@ -93,13 +135,17 @@ def configured(arguments: argparse.Namespace) -> Config:
     else:
         _check_model(arguments.what)
         model = f"model.name={json.dumps(arguments.what)}"
-        adapter = arguments.adapter or BARE
+        adapter = BARE if arguments.adapter is None else arguments.adapter
         # the prompt that model and adapter were trained under; an override of one's own comes after it
         prompt = system_prompt(arguments.what, None if adapter == BARE else resolve(adapter))
         config, _ = load_config(CARD, [model, f"cases.system_prompt={json.dumps(prompt)}", *overrides])
     if adapter is None:
         return config
-    lora = config.lora.model_copy(update={"warm_start": "", "r": 1}) if adapter == BARE else lora_of(adapter)
+    lora = (
+        config.lora.model_copy(update={"warm_start": "", "r": 1})
+        if adapter == BARE
+        else lora_section(resolve(adapter), adapter)
+    )
     return config.model_copy(update={"lora": lora})
 
 
@@ -109,34 +155,6 @@ def _check_model(name: str) -> None:
         raise EvaluationError(
             f"{name}: is a run folder: name its config, and its adapter with --adapter {Path(name) / 'adapter'}"
         )
-
-
-def lora_of(name: str) -> Lora:
-    """The [lora] section of an adapter folder, read from its own config.
-
-    Raises:
-        EvaluationError: no such folder, or not an adapter of plain LoRA.
-    """
-    path = resolve(name) / "adapter_config.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise EvaluationError(f"--adapter {name}: {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"--adapter {name}: {path}: not JSON: {type(error).__name__}") from None
-    targets = found.get("target_modules") if isinstance(found, dict) else None
-    if not isinstance(targets, list):
-        raise EvaluationError(f"--adapter {name}: {path}: expected target_modules, a list of layer names")
-    try:
-        return Lora(
-            r=found.get("r"),
-            alpha=found.get("lora_alpha"),
-            dropout=0.0,
-            target_modules=tuple(sorted(targets)),
-            warm_start=name,
-        )
-    except (TypeError, ValueError):
-        raise EvaluationError(f"--adapter {name}: {path}: expected r and lora_alpha, and names of layers") from None
 
 
 def load_sets(
@@ -150,7 +168,7 @@ def load_sets(
     Raises:
         EvaluationError: all that is missing or unreadable, a line each.
     """
-    files = {set_name(file): file} if file else config.evaluate.ends | config.evaluate.during
+    files = {set_name(file): file} if file is not None else config.evaluate.ends | config.evaluate.during
     if not files:
         raise EvaluationError("no cases: [evaluate] names no set; name a file with --cases")
     found, left_out, faults = {}, [], list(faults)
@@ -158,7 +176,7 @@ def load_sets(
         try:
             loaded = load(config.cases.format, path, strict=config.cases.strict)
         except CaseError as error:
-            faults.append(f"{name}: {error}" + ("" if file else " (name another file with --cases)"))
+            faults.append(f"{name}: {error}" + ("" if file is not None else " (name another file with --cases)"))
         else:
             found[name] = loaded.cases
             left_out += [f"{name}: {finding}" for finding in loaded.report.findings]

@@ -96,7 +96,8 @@ def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
     if "samples" in records[0]:
         yield from _samples([record["samples"] for record in records])
     yield '* each has been called "dangerous"   † over answers that parse'
-    yield f"shares of all {records[0]['n']} cases; of ESI 1, 2: of those {records[0]['high_acuity_n']} alone"
+    n, acute = records[0]["n"], records[0]["high_acuity_n"]
+    yield f"of all {n} cases; of ESI 1, 2 of those {acute} alone; recall and precision of theirs"
     if "samples" in records[0]:
         yield "‡ of a case's answers that parse; of several, the most acute"
 

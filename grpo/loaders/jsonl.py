@@ -1,6 +1,7 @@
 """JSONL: one case an object a line. The format that this program writes and that its own cases are in."""
 
 import json
+import re
 from collections.abc import Iterator
 from string import whitespace
 from typing import Any
@@ -10,14 +11,17 @@ from grpo.loaders.lines import numbered_lines
 from grpo.loaders.report import MAX_TEXT, BadRow, CaseError, Record, Remark
 from grpo.types import Case
 
+TAG = re.compile(r"[\w.:+-]{1,40}")
+MAX_TAGS = 20
+"""A tag names a subset in ``eval.json``, which holds no text of a case: so it is a short name, and no sentence."""
 INVISIBLE = whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"
 """Blanks and zero-width characters: around a patient's name they come from an export and make nobody another."""
 
 
 def read_jsonl(name: str) -> Iterator[Record | Remark]:
     """Rows of a JSONL file: one object a line with ``id`` (text), ``text`` (the narrative), ``esi`` (1–5) and, if
-    wanted, ``tags`` (list of texts) and ``patient`` (text or whole number). Other fields are ignored: only ``text``
-    ever reaches a prompt. Empty lines are no rows.
+    wanted, ``tags`` (list of short names, see `TAG`) and ``patient`` (text or whole number). Other fields are ignored:
+    only ``text`` ever reaches a prompt. Empty lines are no rows.
 
     Raises:
         CaseError: with file and line, for a file damaged as a file (see `numbered_lines`) and for a repeated id.
@@ -60,8 +64,13 @@ def _record(line: str) -> Record:
         raise BadRow("bad_field", f"text of case {ident!r} holds a NUL or half a surrogate pair: re-export the file")
     if type(esi) is not int or not 1 <= esi <= 5:
         raise BadRow("bad_field", f"esi of case {ident!r} must be a whole number from 1 to 5, got {_shown(esi)}")
-    if not isinstance(tags, list) or not all(isinstance(tag, str) for tag in tags):
-        raise BadRow("bad_field", f"tags of case {ident!r} must be a list of texts")
+    if not isinstance(tags, list) or not all(isinstance(tag, str) and TAG.fullmatch(tag) for tag in tags):
+        raise BadRow(
+            "bad_field",
+            f"tags of case {ident!r} must be a list of names of at most 40 letters, digits and _ . : + -, no blanks",
+        )
+    if len(tags) > MAX_TAGS:
+        raise BadRow("bad_field", f"tags of case {ident!r}: {len(tags)} of them, at most {MAX_TAGS} are read")
     if type(patient) not in (str, int) or len(str(patient)) > 200:
         raise BadRow("bad_field", f"patient of case {ident!r} must be a text of at most 200 characters or a number")
     if not (patient := str(patient).strip(INVISIBLE)).isprintable():

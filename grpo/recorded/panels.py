@@ -13,12 +13,12 @@ Paint = Callable[[str, str], str]
 
 NARROW_COLUMN = 38
 """A completion beside others gets at least so many columns."""
-WIDE = 80
-"""From here on a token table has all its columns."""
 TOKEN_COLUMNS = {
     "logprob": (9, "logprob", "z.3f"),
     "old": (8, "old_logprob", "z.3f"),
+    "sampler": (8, "sampler_logprob", "z.3f"),
     "ref": (8, "ref_logprob", "z.3f"),
+    "entropy": (8, "entropy", "z.3f"),
     "ratio": (7, "ratio", ".3f"),
     "KL": (7, "kl", "z.4f"),
     "clip": (5, "clip", ""),
@@ -26,6 +26,10 @@ TOKEN_COLUMNS = {
     "loss": (10, "loss", ".2e"),
 }
 """Head → width, key of the record, format."""
+RARELY_MISSED = ("sampler", "entropy", "weight", "old")
+"""Columns that a screen goes without, the first ones first, until the others fit."""
+TOKEN_NAME = 8
+"""Columns that a token's own text gets at the least."""
 HEADLINE = ("reward/mean", "completions/clipped_ratio", "completions/mean_length", "entropy", "loss", "grad_norm")
 """Metrics above a step's table."""
 MARKS = {"end": "e", "budget": "b", "other": "o"}
@@ -106,9 +110,15 @@ def member_lines(member: Record, width: int, paint: Paint) -> Iterator[str]:
 
 
 def token_lines(tokens: Sequence[Record], width: int, paint: Paint) -> Iterator[str]:
-    """A table of a completion's tokens for each inner epoch; a narrow screen goes without the old policy and weight."""
-    shown = {name: column for name, column in TOKEN_COLUMNS.items() if width >= WIDE or name not in ("old", "weight")}
-    name = width - 6 - sum(column[0] for column in shown.values())
+    """A table of a completion's tokens for each inner epoch, with as many of `TOKEN_COLUMNS` as the width holds, and no
+    wider than its longest token asks for."""
+    shown = dict(TOKEN_COLUMNS)
+    for missed in RARELY_MISSED:
+        if 6 + TOKEN_NAME + sum(column[0] for column in shown.values()) > width:
+            del shown[missed]
+    room = width - 6 - sum(column[0] for column in shown.values())
+    name = max(TOKEN_NAME, min(room, max(columns(_token(token)) for token in tokens)))
+    width = name + width - room
     epochs = max(token["epoch"] for token in tokens)
     for epoch in range(1, epochs + 1):
         chosen = [token for token in tokens if token["epoch"] == epoch]
@@ -118,9 +128,8 @@ def token_lines(tokens: Sequence[Record], width: int, paint: Paint) -> Iterator[
         heads = "".join(f"{head:>{column[0]}}" for head, column in shown.items())
         yield paint(f"{'#':>4} {fit('token', name)} {heads}", "bold")
         for token in chosen:
-            text = f"#{token['id']}" if token["token"] is None else _spelled(token["token"])
             cells = "".join(f"{_cell(token[key], form):>{size}}" for size, key, form in shown.values())
-            line = f"{token['position']:>4} {fit('—' if token['id'] is None else text, name)} {cells}"
+            line = f"{token['position']:>4} {fit(_token(token), name)} {cells}"
             yield paint(line.rstrip(), "yellow" if token["clip"] else _sign_style(-token["loss"]))
         total = f"sum of loss {math.fsum(token['loss'] for token in chosen):.3e}"
         yield f"{total:>{width}}"
@@ -171,6 +180,12 @@ def _item(name: str, text: str, width: int) -> Iterator[str]:
 def _quoted(match: Record) -> str:
     begin, end = match["span"]
     return f"characters {begin}-{end}" if match["text"] is None else f'"{match["text"]}"'
+
+
+def _token(record: Record) -> str:
+    if record["id"] is None:
+        return "—"
+    return f"#{record['id']}" if record["token"] is None else _spelled(record["token"])
 
 
 def _spelled(token: str) -> str:

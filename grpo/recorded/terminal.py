@@ -3,8 +3,10 @@
 Texts of models and cases can hold escape sequences, bidirectional overrides and letters two columns wide.
 """
 
+import codecs
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Iterator
 from typing import TextIO
@@ -15,6 +17,31 @@ STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 """Style → its SGR code."""
 STYLED = re.compile(r"\x1b\[\d*m")
 """What `painted` adds."""
+
+
+SPELT = {
+    "–": "-", "—": "-", "‑": "-", "−": "-", "…": "...", "→": "->", "↦": "->", "×": "x", "·": ".", "±": "+-", "≥": ">=",
+    "≤": "<=", "≠": "!=", "≈": "~", "Σ": "sum ", "β": "beta", "μ": "mu", "σ": "sigma", "γ": "gamma", "ε": "epsilon",
+    "π": "pi", "ρ": "rho", "√": "sqrt", "∞": "inf", "²": "^2", "½": "1/2", "°": " deg ", "†": "+", "‡": "++", "─": "-",
+    "’": "'", "“": '"', "”": '"',
+}  # fmt: skip
+"""What this program's own texts use → how a terminal without it shows it."""
+
+
+def say_anyhow() -> None:
+    """Makes standard output and error show what their encoding lacks as in `SPELT`, else as an escape: no command ends
+    in a `UnicodeEncodeError` halfway through what it has to say."""
+    codecs.register_error("grpo.spelt", _spelt)
+    for stream in (sys.stdout, sys.stderr):
+        if reconfigure := getattr(stream, "reconfigure", None):
+            reconfigure(errors="grpo.spelt")
+
+
+def _spelt(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = error.object[error.start : error.end]
+    return "".join(SPELT.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in text), error.end
 
 
 def visible(text: str) -> str:
@@ -71,7 +98,10 @@ def wrap(text: str, width: int) -> Iterator[str]:
 
 
 def screen_width(stream: TextIO) -> int:
-    """Columns of the terminal behind a stream, at least `NARROWEST`; 80 for anything that is no terminal."""
+    """Columns of the terminal behind a stream, at least `NARROWEST`; 80 for anything that is no terminal. ``COLUMNS``
+    in the environment has the last word, as for a pipe into a pager."""
+    if (asked := os.environ.get("COLUMNS", "")).isdecimal() and int(asked):
+        return max(NARROWEST, int(asked))
     try:
         return max(NARROWEST, os.get_terminal_size(stream.fileno()).columns or 80) if stream.isatty() else 80
     except (OSError, ValueError):  # a stream without a file, or a terminal that knows no size

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from grpo.recorded.terminal import say_anyhow
 from grpo.report.gather import ReportError
 from grpo.report.page import MEGABYTE, Request, make_report
 from grpo.report.samples import GROUPS_A_STEP
@@ -13,6 +14,7 @@ from grpo.report.samples import GROUPS_A_STEP
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(
         prog="python -m grpo.report", description="Write one self-contained HTML page about one run or several."
     )

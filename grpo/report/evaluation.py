@@ -176,7 +176,7 @@ def _progress(run: RunRecord, otherwise: str) -> str:
     done, steps = int(run.metrics[-1]["step"] or 0) if run.metrics else 0, run.config.train.steps
     if done == steps or not done:
         return otherwise
-    return f"{'At' if run.running else 'Stopped at'} step {done} of {steps}"
+    return f"At step {done} of {steps}"
 
 
 def _told(pair: Pair) -> str:

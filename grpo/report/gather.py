@@ -2,7 +2,6 @@
 
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +15,6 @@ Metrics = dict[str, float | None]
 """One line of ``metrics.jsonl``; None for a figure that was not finite or that nothing was counted for."""
 Key = tuple[int, str, str]
 """(step, set, thinking) of an evaluation."""
-
-STALE_AFTER_S = 600
-"""A run whose metrics did not grow for so long is taken to have stopped."""
 
 
 class ReportError(ValueError):
@@ -119,21 +115,15 @@ class RunRecord:
     """By step, sets in the config's order."""
     right: dict[Key, dict[tuple[str, int], bool]]
     """Evaluation → (case id, sample) → exact; only where its answers are there."""
-    started: float
-    """Seconds since the epoch: the date of ``config.json``."""
-    stopped: float
-    """… of ``metrics.jsonl``, or of ``config.json`` where no step is done."""
-    running: bool
-    """Steps are missing, and the last one is recent."""
+    started: float | None
+    """Seconds since the epoch, as ``config.json`` says it; None where it does not. The files' own dates are those of
+    the last copy, so nothing is read off them: neither when a run ended, nor whether it is still going."""
     remarks: tuple[str, ...]
     """What is not there, in sentences."""
 
 
-def read_run(path: Path, *, now: float | None = None) -> RunRecord:
-    """What a run folder holds.
-
-    Args:
-        now: seconds since the epoch; the present time by default.
+def read_run(path: Path) -> RunRecord:
+    """What a run folder holds: a function of the contents of its files.
 
     No metrics, no evaluation, a torn last line: each is a remark, not an error.
 
@@ -147,11 +137,8 @@ def read_run(path: Path, *, now: float | None = None) -> RunRecord:
     right = {
         e.key: _read_answers(path / "eval" / f"step_{e.step:06d}_{e.cases}_{e.thinking}.jsonl") for e in evaluations
     }
-    started = header.started.timestamp() if header.started else (path / "config.json").stat().st_mtime
-    stopped = (path / "metrics.jsonl").stat().st_mtime if metrics else started
     done = int(metrics[-1]["step"] or 0) if metrics else 0
-    running = done < config.train.steps and (time.time() if now is None else now) - stopped < STALE_AFTER_S
-    remarks += _missing(config, done=done, running=running, evaluations=evaluations)
+    remarks += _missing(config, done=done, evaluations=evaluations)
     return RunRecord(
         path=path,
         name=config.name,
@@ -167,9 +154,7 @@ def read_run(path: Path, *, now: float | None = None) -> RunRecord:
         metrics=metrics,
         evaluations=evaluations,
         right={key: answers for key, answers in right.items() if answers},
-        started=started,
-        stopped=stopped,
-        running=running,
+        started=header.started.timestamp() if header.started else None,
         remarks=tuple(remarks),
     )
 
@@ -266,13 +251,12 @@ def _read_reward(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _missing(config: Config, *, done: int, running: bool, evaluations: Sequence[Evaluation]) -> list[str]:
+def _missing(config: Config, *, done: int, evaluations: Sequence[Evaluation]) -> list[str]:
     remarks = []
     if done == 0:
         remarks.append("No step is done yet: there are no training curves.")
     elif done < config.train.steps:
-        how = "still going" if running else "not finished"
-        remarks.append(f"The run is {how}: {done} of {config.train.steps} steps are done.")
+        remarks.append(f"The run is not finished, or was not when it was copied: {done} of {config.train.steps} steps.")
     if not evaluations:
         remarks.append("There is no evaluation yet.")
     elif {e.step for e in evaluations} == {0}:

@@ -197,8 +197,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
         yield "Time in steps", f"{seconds(sum(spent))}, {seconds(sum(spent) / len(spent))} a step"
     if tokens := sum(row.get("completions/tokens") or 0.0 for row in rows):
         yield "Tokens sampled", whole(tokens)
-    yield "Started", _date(run.started)
-    yield ("Last step" if done else "Written"), _date(run.stopped)
+    yield "Started", "unknown" if run.started is None else _date(run.started)
     yield "Machine", ", ".join(filter(None, (run.device, run.platform)))
     yield "Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())
     if run.commit:

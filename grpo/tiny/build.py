@@ -27,6 +27,7 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 from grpo.logprobs import join
+from grpo.recorded.terminal import say_anyhow
 from grpo.tiny.model import make_model, make_tokenizer
 from grpo.tiny.patients import Summary, summary
 from grpo.tiny.teach import Teacher, answer, completion, right, thought, unsure_v46
@@ -293,6 +294,7 @@ def write_manifest(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.tiny.build", description="Build the embedded model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for base/, v46/ and manifest.json")
     parser.add_argument("--threads", type=int, default=2, help="the weights depend on it in the last bits")

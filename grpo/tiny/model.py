@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from grpo.recorded.terminal import say_anyhow
+
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PLAIN_ADDED = ("<think>", "</think>")
 """Single ids like the special tokens, but kept when decoding: the parser looks for them."""
@@ -102,6 +104,7 @@ def make_full_width(layers: int, seed: int) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m grpo.tiny.model --layers 4 --out DIR``: a full-width random model to try the real recipe on, with the
     embedded model's tokenizer. Returns the exit code."""
+    say_anyhow()
     from transformers import AutoTokenizer
 
     from grpo.config import EMBEDDED

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from grpo.recorded.terminal import say_anyhow
 from grpo.tiny.lexicon import (
     ALLERGIES,
     DECOYS,
@@ -473,6 +474,7 @@ def fixed_file(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.tiny.vignettes", description="Write the fixed case files.")
     parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder for the four JSONL files")
     folder = parser.parse_args(argv).write
