@@ -60,7 +60,8 @@ def _as_tuple(value: object) -> object:
 
 class Model(Section):
     name: Annotated[str, Field(min_length=1)]
-    """A folder, ``embedded:base``, or a hub id whose files are already on this machine."""
+    """A folder, ``embedded:base``, a hub id whose files are already on this machine, or ``random:qwen3.5-9b``: random
+    weights of a shape in `grpo.plan.RANDOM`."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["auto", "bfloat16", "float32"]
     """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
@@ -98,6 +99,9 @@ class Rollout(Section):
     refill_rounds: Count
     """How many times a step may draw further cases in place of groups whose rewards are all equal, which teach
     nothing; 0 keeps them. What is still without variance after the last round stays in the batch."""
+    ignore_end: bool = False
+    """End tokens end nothing: every completion is as long as the budget, and counts as cut by it. For benchmarks, as
+    other engines' ``ignore_eos``; evaluations always stop at an end token."""
 
 
 class Overlong(Section):

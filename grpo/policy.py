@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grpo.adapter import AdapterError, refuse_merged_twice
 from grpo.config import Lora, Model, embedded, resolve
+from grpo.plan import RANDOM
 from grpo.types import Case, Prompt
 
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -101,6 +102,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
     wrapped.eval()
     config = base.config.get_text_config()
     policy = Policy(wrapped, tokenizer, end_ids(tokenizer, base), device, config.max_position_embeddings)
+    _check_head(policy)
     if lora.warm_start:
         _check_effect(policy, folder)
     return policy
@@ -113,7 +115,8 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
     faults = []
     try:
         _refuse_adapter(model.name)
-        cached_file(_where(model.name), "config.json", local_files_only=True)
+        if model.name not in RANDOM:
+            cached_file(_where(model.name), "config.json", local_files_only=True)
     except ModelError as error:
         faults.append(str(error))
     except (OSError, ValueError):
@@ -130,6 +133,8 @@ def _where(name: str) -> str:
 
 
 def _not_here(name: str) -> str:
+    if name.startswith("random:"):
+        return f"model.name = {name!r}: no such random model; there are {', '.join(RANDOM)}"
     if not HUB_ID.fullmatch(name):
         return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
     return (
@@ -141,7 +146,8 @@ def _not_here(name: str) -> str:
 def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
 
-    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model.
+    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in `RANDOM`
+    reads no weights at all.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -150,6 +156,11 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
+    if name in RANDOM:
+        from grpo.random_base import random_base
+
+        base, tokenizer = random_base(name, device=device, dtype=dtype)
+        return base.requires_grad_(False), tokenizer
     _refuse_adapter(name)
     tokenizer = load_tokenizer(name)
     with _loading(name):
@@ -162,6 +173,10 @@ def load_tokenizer(name: str) -> Any:
     """The tokenizer of a base, from files on this machine."""
     from transformers import AutoTokenizer
 
+    if name in RANDOM:
+        from grpo.random_base import random_tokenizer
+
+        return random_tokenizer()
     with _loading(name):
         tokenizer = AutoTokenizer.from_pretrained(_where(name), local_files_only=True)
     if tokenizer.chat_template is None:
@@ -173,6 +188,10 @@ def context_of(name: str) -> int:
     """Positions a base was made for, by its config alone."""
     from transformers import AutoConfig
 
+    if name in RANDOM:
+        from grpo.random_base import text_config
+
+        return int(text_config(RANDOM[name]).max_position_embeddings)
     with _loading(name):
         config = AutoConfig.from_pretrained(_where(name), local_files_only=True)
     return int(config.get_text_config().max_position_embeddings)
@@ -386,6 +405,20 @@ def _named(folder: Path, what: str) -> Iterator[None]:
         raise ModelError(
             f"lora.warm_start: {what} {folder}: cannot be loaded on this base: {_first_line(error)}"
         ) from None
+
+
+@torch.no_grad()
+def _check_head(policy: Policy) -> None:
+    """Sampling and loss know a model as body and head. One that caps or scales the head's products is another."""
+    ids = torch.tensor([_encode(policy.tokenizer, "ESI")], device=policy.device)
+    logits = policy.model(input_ids=ids, use_cache=False).logits
+    ours = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-2):
+        kind = type(policy.model.get_base_model()).__name__
+        raise ModelError(
+            f"{kind}: its logits are not the products of its head: a softcapping or a scale stands between, which "
+            f"training here does not know. Turn it off in the model's config.json, or take another base"
+        )
 
 
 @torch.no_grad()

@@ -47,7 +47,7 @@ SHOWN = 20
 """Differences that are printed; ``--json`` gives all."""
 FEW_ULPS = 64
 """Up to here a difference looks like the rounding of another library or processor."""
-MACHINE = ("time/", "tokens_per_s/", "memory/")
+MACHINE = ("time/", "tokens_per_s/", "roofline/", "memory/")
 """Metrics of ``metrics.jsonl`` that say how fast the machine was: there is nothing to compute them from."""
 PHASES = ("rollout", "update", "account")
 """Of a step, as `grpo.train` times them."""

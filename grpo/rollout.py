@@ -5,6 +5,7 @@ What a row draws is a function of its key alone (`grpo.cases.row_key` of seed, s
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -40,6 +41,7 @@ def rollout(
     max_new_tokens: int,
     temperature: float,
     engine: str | None = None,
+    ignore_end: bool = False,
 ) -> tuple[Group, ...]:
     """Sampled completions of each prompt, as many as it has keys.
 
@@ -50,12 +52,15 @@ def rollout(
         temperature: of the sampled distribution softmax(logits / temperature); 0 takes the most likely token. There is
             no top-p and no top-k: what is sampled is what is scored.
         engine: a name in `ENGINES`; None chooses the fastest that knows the model.
+        ignore_end: no token ends a completion: all are T long and none is finished.
 
     Raises:
         PromptError: a prompt and its budget do not fit the model's context.
     """
     for prompt in prompts:
         check_length(policy, prompt, max_new_tokens)
+    if ignore_end:
+        policy = replace(policy, end_ids=())
     was_training = policy.model.training
     policy.model.eval()
     try:

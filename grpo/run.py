@@ -85,11 +85,14 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
             )
 
 
-def start_run(path: Path, config: Config, source: Source, reward: Reward, *, device: str) -> Run:
+def start_run(
+    path: Path, config: Config, source: Source, reward: Reward, *, device: str, rates: Mapping[str, float] | None = None
+) -> Run:
     """A new run folder, readable by its owner alone, with its resolved config and reward.
 
     Args:
         device: what the policy runs on, for people.
+        rates: its measured bandwidth (bytes a second) and matmul rate (FLOPs a second).
     """
     path.mkdir(parents=True, exist_ok=True)
     path.chmod(0o700)
@@ -97,7 +100,7 @@ def start_run(path: Path, config: Config, source: Source, reward: Reward, *, dev
         "config": config.model_dump(mode="json"),
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        **provenance(device),
+        **provenance(device, rates),
         "reward": {"name": reward.name, "sha256": reward.sha256},
     }
     write_json(path / "config.json", record)
@@ -105,12 +108,13 @@ def start_run(path: Path, config: Config, source: Source, reward: Reward, *, dev
     return Run(path)
 
 
-def provenance(device: str) -> dict[str, Any]:
+def provenance(device: str, rates: Mapping[str, float] | None = None) -> dict[str, Any]:
     """The program and the machine that figures come from: commit, versions, platform, and the device as named."""
+    processor = {"platform": platform.platform(), "processor": platform.processor()}
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "machine": {"platform": platform.platform(), "processor": platform.processor(), "device": device},
+        "machine": {**processor, "device": device, **(rates or {})},
     }
 
 

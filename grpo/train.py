@@ -12,7 +12,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from grpo.model_card import write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
 from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import PromptError, check_length, rollout
+from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
 from grpo.run import (
     Run,
     RunError,
@@ -89,6 +90,9 @@ class Setup:
     policy: Policy
     reference: dict[str, Tensor] | None
     optimizer: torch.optim.Optimizer
+    costs: Costs
+    """Of a token, and below of this device: how fast a step could be."""
+    rates: Rates
 
 
 def train(setup: Setup, run: Run, *, first_step: int) -> None:
@@ -114,7 +118,7 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
         if config.ledger.every and done.number % config.ledger.every == 0:
             write_step(run.ledger, done, account, shares, record, text=config.ledger.text)
         phases = {"rollout": sampled - started, "update": moved - sampled, "account": time.perf_counter() - moved}
-        record |= cost(done, policy.device, phases)
+        record |= cost(done, setup, phases)
         add_metrics(run, record)
         bar.set_postfix_str(postfix(record, config))
         skipped_in_a_row = skipped_in_a_row + updated.skipped if updated.skipped else 0
@@ -152,6 +156,8 @@ def build(config: Config) -> Setup:
         eps=section.epsilon,
         weight_decay=section.weight_decay,
     )
+    base = policy.model.get_base_model()
+    costs = costs_of(base)
     return Setup(
         config=config,
         reward=material.reward,
@@ -161,6 +167,8 @@ def build(config: Config) -> Setup:
         policy=policy,
         reference=adapter_copy(policy) if config.loss.reference == "warm_start" else None,
         optimizer=optimizer,
+        costs=costs,
+        rates=measure_rates(policy.device, base.dtype, weights_read(costs)),
     )
 
 
@@ -202,6 +210,7 @@ def sample_step(
             noise_keys(prompts, config, step, met),
             max_new_tokens=config.rollout.max_new_tokens,
             temperature=config.rollout.temperature,
+            ignore_end=config.rollout.ignore_end,
         )
         fresh_scores = score_groups(setup.reward, fresh, config)
         if not round_:
@@ -264,9 +273,11 @@ def noise_keys(prompts: Sequence[Prompt], config: Config, step: int, met: Counte
     return keys
 
 
-def cost(step: Step, device: torch.device, phases: dict[str, float]) -> dict[str, float]:
-    """Seconds by phase, sampled tokens a second, and peak memory so far (of the device on CUDA, else of the
-    process)."""
+def cost(step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
+    """Seconds by phase, sampled tokens a second, shares of the roofline, and peak memory so far (of the device on CUDA,
+    else of the process)."""
+    device = setup.policy.device
+    floor = floor_of(step, setup.config, setup.costs, setup.rates)
     kept = sum(len(completion.ids) for group in step.groups for completion in group.completions)
     tokens = kept + sum(sum(one.lengths) for one in step.dropped)
     if device.type == "cuda":
@@ -277,6 +288,9 @@ def cost(step: Step, device: torch.device, phases: dict[str, float]) -> dict[str
         **{f"time/{phase}_s": seconds for phase, seconds in phases.items()},
         "tokens_per_s/rollout": tokens / phases["rollout"],
         "tokens_per_s/step": tokens / sum(phases.values()),
+        "roofline/rollout": floor.rollout / phases["rollout"],
+        "roofline/update": floor.update / phases["update"],
+        "roofline/step": floor.step / sum(phases.values()),
         "memory/peak_bytes": peak,
     }
 
@@ -305,6 +319,11 @@ def evaluate_sets(setup: Setup, run: Run, *, step: int, names: Sequence[str]) ->
                 )
                 record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
                 add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """What `start_run` is told about the device."""
+    return {"device": device_name(setup.policy.device), "rates": asdict(setup.rates)}
 
 
 def device_name(device: torch.device) -> str:
@@ -365,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         run = (
             continue_run(out, step=first_step)
             if arguments.resume
-            else start_run(out, config, source, setup.reward, device=device_name(setup.policy.device))
+            else start_run(out, config, source, setup.reward, **machine(setup))
         )
         train(setup, run, first_step=first_step)
     except INPUT_ERRORS as error:

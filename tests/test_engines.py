@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
-from transformers import GemmaConfig, LlamaConfig, Qwen3Config
+from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen3Config
 
+from grpo.budget import stop_cause
 from grpo.config import Lora, Model
 from grpo.engine import decode, weights
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
-from grpo.policy import Policy, adapter_swapped, load_policy
+from grpo.policy import ModelError, Policy, adapter_swapped, load_policy
 from grpo.rollout import ENGINES, choose, rollout
 from grpo.tiny.model import make_tokenizer
 from grpo.types import Case, Group, Prompt
@@ -135,6 +136,25 @@ def test_a_smaller_budget_cuts_the_same_completions_and_an_end_token_is_last(
     assert {len(completion) for completion in ids(sample(policy, prompts, engine, budget=1))} == {1}
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_where_end_tokens_are_ignored_every_row_takes_the_budget(
+    make_policy: Callable[..., Policy], engine: str
+) -> None:
+    """The draws are the same, and go on; no row counts as finished, whatever it ends on."""
+    policy = replace(make_policy(), end_ids=ENDS)
+    prompts, keys = prompts_of(policy, (30, 3)), [[1, 2], [5, 6]] if engine == "reference" else [range(9), range(9, 18)]
+    forced, free = (
+        rollout(policy, prompts, keys, max_new_tokens=14, temperature=1.0, engine=engine, ignore_end=ignore)
+        for ignore in (True, False)
+    )
+    pairs = zip((c for g in forced for c in g.completions), (c for g in free for c in g.completions), strict=True)
+    for long, short in pairs:
+        assert len(long.ids) == len(long.sampler_logprobs) == 14 and not long.finished
+        assert long.ids[: len(short.ids)] == short.ids
+        assert stop_cause(long, 14) == "budget"
+    assert any(set(c.ids) & set(ENDS) for g in forced for c in g.completions)
+
+
 @pytest.mark.parametrize("engine", FAST)
 def test_a_switched_off_adapter_is_not_sampled(make_policy: Callable[..., Policy], engine: str) -> None:
     policy, fresh = make_policy(), make_policy(moved=False)
@@ -159,29 +179,47 @@ SIZES: dict[str, Any] = {
 OTHERS = {
     "qwen3": (Qwen3Config, {}),
     "llama": (LlamaConfig, {}),
+    "llama, tied": (LlamaConfig, {"tie_word_embeddings": True}),
     "gemma": (GemmaConfig, {"hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True}),
+    "gemma 2": (Gemma2Config, {"sliding_window": 16, "attn_logit_softcapping": 5.0, "final_logit_softcapping": None}),
+    "gemma 3": (Gemma3TextConfig, {"sliding_window": 16, "layer_types": ["sliding_attention", "full_attention"]}),
 }
+"""Tied embeddings, attention that sees 16 tokens back, attention scores that are capped."""
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_any_causal_language_model(name: str, tmp_path: Path) -> None:
+def other_policy(kind: Any, folder: Path, **more: Any) -> Policy:
     from transformers import AutoModelForCausalLM
 
-    kind, more = OTHERS[name]
     tokenizer = make_tokenizer(CORPUS, 400)
     torch.manual_seed(0)
     config = kind(**SIZES, **more, vocab_size=len(tokenizer), pad_token_id=0, bos_token_id=0, eos_token_id=1)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     policy = load_policy(
-        Model(name=str(tmp_path), device="cpu", dtype="float32", gradient_checkpointing=False),
+        Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False),
         Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
         seed=1,
     )
     move(policy)
+    return policy
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_any_causal_language_model(name: str, tmp_path: Path) -> None:
+    kind, more = OTHERS[name]
+    policy = other_policy(kind, tmp_path, **more)
+    before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     assert choose(policy) == "generic"
     prompts = prompts_of(policy, FEW)
-    assert_same_draws(sample(policy, prompts), sample(policy, prompts, "reference"))
+    expected = sample(policy, prompts, "reference", 2)
+    assert_same_draws(sample(policy, prompts, members=2), expected)
+    assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
+
+
+def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Path) -> None:
+    """Its log-probabilities are not those of the head's products, which is all that the loss and the engines know."""
+    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*logits are not the products of its head.*softcapping"):
+        other_policy(Gemma2Config, tmp_path, final_logit_softcapping=1.0)
 
 
 def move(policy: Policy) -> None:

@@ -303,7 +303,12 @@ def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: P
 
 
 def test_only_three_metrics_are_taken_on_trust() -> None:
-    assert COPIES == ("loss/trained", "grad_norm", "skipped") and MACHINE == ("time/", "tokens_per_s/", "memory/")
+    assert COPIES == ("loss/trained", "grad_norm", "skipped") and MACHINE == (
+        "time/",
+        "tokens_per_s/",
+        "roofline/",
+        "memory/",
+    )
     assert UNSEEN["full"] == () and len(UNSEEN["redacted"]) == 2 and len(UNSEEN["off"]) == 4
 
 

@@ -55,7 +55,10 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def without_cost(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per_s/", "memory/"))} for r in records]
+    return [
+        {k: v for k, v in r.items() if not k.startswith(("time/", "tokens_per_s/", "roofline/", "memory/"))}
+        for r in records
+    ]
 
 
 def test_a_run_leaves_what_the_readme_says(
@@ -76,7 +79,7 @@ def test_a_run_leaves_what_the_readme_says(
         "loss", "grad_norm", "lr", "reward/mean", "reward/std_batch", "reward/std_group", "groups/zero_variance",
         "completions/clipped_ratio", "completions/mean_length", "completions/mean_terminated_length", "kl/k3",
         "clip_ratio/low", "clip_ratio/high", "entropy", "sampler/abs_logprob_diff", "time/rollout_s", "time/update_s",
-        "tokens_per_s/rollout", "memory/peak_bytes",
+        "tokens_per_s/rollout", "roofline/rollout", "roofline/update", "roofline/step", "memory/peak_bytes",
     }  # fmt: skip
     assert all(wanted <= set(m) for m in metrics)
     assert any(name.startswith("reward/") and name.endswith("/mean") and name.count("/") == 2 for name in metrics[0])

@@ -271,6 +271,13 @@ COST = (
         floor=0.0,
     ),
     Figure(
+        "Share of the roofline",
+        (("roofline/(.+)", "{0}"),),
+        "`roofline/PHASE`: the seconds that the measured bandwidth and matmul rate allow at best, by the seconds "
+        "taken. Near 1 nothing is left to gain; a small model on a CPU is far below.",
+        floor=0.0,
+    ),
+    Figure(
         "Peak memory",
         (("memory/peak_bytes", "peak so far"),),
         "`memory/peak_bytes` in GiB: the device's on CUDA, else the whole process's. It can only rise.",
