@@ -348,9 +348,10 @@ def scored(policy: Policy, groups: Sequence[Group]) -> list[float]:
     values = []
     for group in groups:
         for completion in group.completions:
-            sequence = torch.tensor([[*group.prompt.ids, *completion.ids]])
+            sequence = torch.tensor([[*group.prompt.ids, *completion.ids]], device=policy.device)
             logp = policy.model(input_ids=sequence).logits[0, len(group.prompt.ids) - 1 : -1].float().log_softmax(-1)
-            values += logp.gather(1, torch.tensor(completion.ids)[:, None])[:, 0].tolist()
+            said = sequence[0, len(group.prompt.ids) :, None]
+            values += logp.gather(1, said)[:, 0].tolist()
     return values
 
 
