@@ -145,6 +145,8 @@ class _ChunkedLogprobs(torch.autograd.Function):
             if jacobian is not None:
                 slope = p.neg_().scatter_add_(1, target, torch.ones_like(target, dtype=wide))
                 jacobian[chunk] = slope.div_(temperature).to(head_weight.dtype) @ head_weight
+                del slope
+            del logits, log_p, p  # else they live on beside the next chunk's
         if jacobian is not None:
             ctx.save_for_backward(jacobian)
         ctx.mark_non_differentiable(entropy)
