@@ -24,12 +24,14 @@ import torch
 
 import grpo.train as loop
 import grpo.update as updating
+from grpo.checkpoint import Progress
 from grpo.config import Config, Source, load_config
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy import Policy
 from grpo.rollout import ENGINES
 from grpo.roofline import Floor, floor_of, now
 from grpo.run import provenance, start_run, write_json
+from grpo.stop import Stop
 from grpo.types import Prompt, Step
 
 AIMS = {"step": 0.6, "decode": 0.7}
@@ -156,7 +158,7 @@ def take(setup: loop.Setup, source: Source) -> list[Taken]:
     clock = Clock(setup)
     with tempfile.TemporaryDirectory() as folder, clock.watching():
         run = start_run(Path(folder) / "run", setup.config, source, setup.reward, **loop.machine(setup))
-        loop.train(setup, run, first_step=0)
+        loop.train(setup, run, Stop(), Progress())
     return clock.steps
 
 

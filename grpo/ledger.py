@@ -11,7 +11,6 @@ JSONL holds the line of the step alone.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,10 +21,11 @@ import numpy as np
 import safetensors
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from grpo.account import TokenAccount, rewards_of
+from grpo.durable import append_line, make_folder, write_whole, writing
 from grpo.types import Batch, Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
 from rewards import Answer, Fired, Score
 
@@ -94,29 +94,28 @@ def write_step(
     *,
     text: str,
 ) -> None:
-    """Adds a step: both files aside and renamed, then its line of the index.
+    """Adds a step: both files, then its line of the index. What it returns from is on the disk.
 
     Args:
         text: "full", "redacted" or "off": see the module's head.
+
+    Raises:
+        DiskError: a file could not be written; no line of the index speaks of it.
     """
-    folder.mkdir(exist_ok=True)
-    stem = f"step_{step.number:06d}"
+    make_folder(folder)
     tensors = {name: value.contiguous() for name, value in _tensors(step, account, shares, text).items()}
     # one key: safetensors writes several in an order that changes from run to run
     metadata = {"ledger": json.dumps({"version": LEDGER_VERSION, "step": step.number, "components": list(shares)})}
-    aside = folder / f".{stem}.partial"
-    save_file(tensors, aside, metadata)
-    os.replace(aside, folder / f"{stem}.safetensors")
     lines = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in _lines(step, metrics, text))
-    aside.write_text(lines, encoding="utf-8")
-    os.replace(aside, folder / f"{stem}.jsonl")
+    contents = dict(zip(step_files(folder, step.number), (save(tensors, metadata), lines.encode("utf-8")), strict=True))
+    for file, content in contents.items():
+        write_whole(file, content)
     entry = {
         "step": step.number,
-        "files": {path.name: _sha256(path.read_bytes()) for path in step_files(folder, step.number)},
+        "files": {file.name: _sha256(content) for file, content in contents.items()},
         "tensors": {name: _tensor_sha256(tensor) for name, tensor in tensors.items()},
     }
-    with (folder / "index.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry) + "\n")
+    append_line(folder / "index.jsonl", json.dumps(entry))
 
 
 def ledger_steps(folder: Path) -> tuple[int, ...]:
@@ -152,20 +151,20 @@ def read_step(folder: Path, number: int) -> Entry:
         raise (LedgerChanged if changed else LedgerError)(f"{what}{since}") from None
 
 
-def cut_ledger(folder: Path, *, step: int) -> None:
-    """Takes out every step after ``step``: what a resumed run will do again."""
+def cut_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
+    """Takes out every step after ``step``: what a resumed run will do again. Returns the numbers of those that stay."""
     if not folder.is_dir():
-        return
+        return ()
     index = folder / "index.jsonl"
-    lines = index.read_text(encoding="utf-8").splitlines() if index.is_file() else []
-    kept = [line for line in lines if (number := _number(line)) is not None and number <= step]
-    aside = folder / ".index.partial"
-    aside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    os.replace(aside, index)
+    lines = index.read_bytes().decode("utf-8", "replace").splitlines() if index.is_file() else []
+    kept = {number: line for line in lines if (number := _number(line)) is not None and number <= step}
+    write_whole(index, "".join(line + "\n" for line in kept.values()))
     for path in folder.iterdir():
-        found = re.fullmatch(r"\.?step_(\d{6,})\.(safetensors|jsonl|partial)", path.name)
-        if found and int(found[1]) > step:
-            path.unlink()
+        found = re.fullmatch(r"\.?step_(\d{6,})\..*", path.name)
+        if found and (int(found[1]) > step or path.suffix == ".partial"):
+            with writing(path):
+                path.unlink()
+    return tuple(kept)
 
 
 def step_files(folder: Path, number: int) -> tuple[Path, Path]:
@@ -396,7 +395,7 @@ def _number(line: str) -> int | None:
     """The step of an index line; None for a line torn by a crash."""
     try:
         return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -313,6 +313,10 @@ def save_adapter(policy: Policy, folder: Path) -> None:
     # "auto" would ask the hub whether the vocabulary grew; `lm_head` and embeddings are never trained here
     policy.model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card: the run writes its own
+    config = folder / "adapter_config.json"
+    told = json.loads(config.read_text(encoding="utf-8"))
+    told["target_modules"] = sorted(told["target_modules"])  # PEFT holds a set: in another order in every process
+    config.write_text(json.dumps(told, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:

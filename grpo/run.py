@@ -8,22 +8,29 @@ runs/NAME/
     eval.json        a list of evaluations
     eval/            one JSONL a evaluation: every case's answer
     checkpoints/     step_NNNNNN/
-    adapter/         the result, in PEFT's layout
+    adapter/         the result, in PEFT's layout: there once the run is done
+    .lock            who writes here
 """
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import platform
+import re
 import subprocess
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from grpo.checkpoint import Progress, prune
 from grpo.config import Config, Source
+from grpo.durable import append_line, discard, make_folder, write_whole, writing
 from grpo.evaluation.rates import Verdict, row
 from grpo.ledger import cut_ledger
 from rewards import Reward, dump_reward
@@ -63,49 +70,98 @@ class Run:
 
 
 def check_folder(path: Path, config: Config, *, resume: bool) -> None:
-    """Refuses to start over an existing run, and to resume a missing one or one of another config.
+    """Refuses to start over an existing run, and to resume a missing one, one of another config, or one whose files
+    lie elsewhere. Touches nothing.
 
     Raises:
         RunError: says which, and what to do.
     """
-    if resume and not (path / "config.json").is_file():
-        raise RunError(f"{path}: no run to resume here; leave out --resume to start one")
-    if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunError(
-            f"{path}: already there, and a run is never overwritten: name another folder with --out, continue with "
-            f"--resume, or delete it"
-        )
-    if resume:
-        before = _read_json(path / "config.json")
-        held = before.get("config") if isinstance(before, dict) else None
-        if changed := sorted(_differences(held, config.model_dump(mode="json"))):
+    if path.is_dir() and _is_unstarted(path):
+        return
+    if not resume:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise RunError(
-                f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
-                f"config and --set it has, or start a new run with --out"
+                f"{path}: already there, and a run is never overwritten: name another folder with --out, continue "
+                f"with --resume, or delete it"
             )
+        return
+    if not (path / "config.json").is_file():
+        raise RunError(f"{path}: no run to resume here; leave out --resume to start one")
+    for found in path.rglob("*"):
+        if found.is_symlink():
+            raise RunError(f"{found}: a symlink: a run writes in its own folder alone; put in its place what it names")
+    held = _record(path).get("config")
+    if changed := sorted(_differences(held, config.model_dump(mode="json"))):
+        raise RunError(
+            f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
+            f"config and --set it has, or start a new run with --out"
+        )
+
+
+def is_started(path: Path) -> bool:
+    """Whether a run was begun here: its config.json, which is written last, is there."""
+    return (path / "config.json").is_file()
 
 
 def start_run(
-    path: Path, config: Config, source: Source, reward: Reward, *, device: str, rates: Mapping[str, float] | None = None
+    path: Path,
+    config: Config,
+    source: Source,
+    reward: Reward,
+    *,
+    device: str,
+    rates: Mapping[str, float] | None = None,
+    inputs: Mapping[str, str] | None = None,
 ) -> Run:
-    """A new run folder, readable by its owner alone, with its resolved config and reward.
+    """A new run folder, readable by its owner alone, with its resolved config and reward. ``config.json`` is written
+    last: killed before, the folder is one where no run was begun.
 
     Args:
         device: what the policy runs on, for people.
         rates: its measured bandwidth (bytes a second) and matmul rate (FLOPs a second).
+        inputs: key of the config → sha256 of what it names; `continue_run` holds them against those of a resume.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    path.chmod(0o700)
+    make_folder(path)
+    with writing(path):
+        path.chmod(0o700)
     record = {
         "config": config.model_dump(mode="json"),
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **provenance(device, rates),
         "reward": {"name": reward.name, "sha256": reward.sha256},
+        "inputs": dict(inputs or {}),
     }
-    write_json(path / "config.json", record)
     write_json(path / "reward.json", dump_reward(config.reward.set))
+    write_json(path / "config.json", record)
     return Run(path)
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """The run folder as this process's alone, by a lock that the system takes back when the process ends, however it
+    does. The file ``.lock`` stays, and blocks nobody.
+
+    Raises:
+        RunError: another process holds it; names that process.
+    """
+    make_folder(path)
+    with writing(path / ".lock"):
+        handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
+            raise RunError(f"{path}: in use by {holder or 'another process'}: wait for it, or stop it") from None
+        except OSError as error:
+            print(f"note: {path}: no lock on this file system ({error.strerror}): start no second run", file=sys.stderr)
+        else:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
+        yield
+    finally:
+        os.close(handle)
 
 
 def provenance(device: str, rates: Mapping[str, float] | None = None) -> dict[str, Any]:
@@ -118,23 +174,46 @@ def provenance(device: str, rates: Mapping[str, float] | None = None) -> dict[st
     }
 
 
-def continue_run(path: Path, *, step: int) -> Run:
-    """An existing run folder, its records cut back to the ``step`` steps that the checkpoint holds."""
-    run = Run(path)
-    cut_ledger(run.ledger, step=step)
-    if run.metrics.is_file():
-        lines = [line for line in run.metrics.read_text(encoding="utf-8").splitlines() if line.strip()]
-        kept = [line for line in lines if _step(line) <= step]
-        _replace(run.metrics, "".join(line + "\n" for line in kept))
+def continue_run(path: Path, progress: Progress, config: Config, inputs: Mapping[str, str] | None = None) -> Run:
+    """An existing run folder, cut back to what its checkpoint holds: steps, evaluations and half-written files of
+    afterwards are taken out.
+
+    Args:
+        inputs: as `start_run` was given them.
+
+    Raises:
+        RunError: an input is not what it was.
+    """
+    before = _record(path).get("inputs") or {}
+    if changed := sorted(key for key, sha256 in (inputs or {}).items() if before.get(key, sha256) != sha256):
+        raise RunError(
+            f"{path}: what {', '.join(changed)} names has changed since the run was started: put it back, or start a "
+            f"new run with --out"
+        )
+    run, step = Run(path), progress.step
+    with writing(path):
+        path.chmod(0o700)
+    prune(run.checkpoints, step=step, section=config.checkpoint)
+    recorded = cut_ledger(run.ledger, step=step)
+    every = config.ledger.every
+    _remark(run.ledger, set(range(every, step + 1, every) if every else ()) - set(recorded))
+    if run.metrics.exists():
+        lines = run.metrics.read_bytes().decode("utf-8", "replace").splitlines()
+        kept = {_step(line): line for line in lines if _step(line) <= step}
+        write_whole(run.metrics, "".join(line + "\n" for line in kept.values()))
+        _remark(run.metrics, set(range(1, step + 1)) - set(kept))
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in evaluations(run) if record["step"] <= step])
+    for answers in (path / "eval").glob("*"):
+        found = re.fullmatch(r"step_(\d{6,})_.*\.jsonl|\..*\.partial", answers.name)
+        if found and int(found[1] or step + 1) > step:
+            discard(answers)
     return run
 
 
 def add_metrics(run: Run, record: dict[str, Any]) -> None:
     """Appends one line to ``metrics.jsonl``; a figure that is not finite is written as null."""
-    with run.metrics.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+    append_line(run.metrics, json.dumps(finite(record), allow_nan=False))
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,10 +232,10 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
         text: whether the answers' words are written, beside case id, levels and length.
     """
     folder = run.path / "eval"
-    folder.mkdir(exist_ok=True)
+    make_folder(folder)
     name = f"step_{record['step']:06d}_{record['cases']}_{record['thinking']}"
     answers = ({k: v for k, v in row(verdict).items() if text or k != "completion"} for verdict in verdicts)
-    _replace(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
+    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
     write_json(run.evaluations, [*(r for r in evaluations(run) if _same(r) != _same(record)), record])
 
 
@@ -167,7 +246,7 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    _replace(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def before_after(records: Iterable[dict[str, Any]]) -> str:
@@ -213,7 +292,7 @@ def _interval(record: dict[str, Any]) -> str:
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RunError(f"{path}: cannot be read: {error}") from None
 
 
@@ -224,18 +303,26 @@ def _same(record: dict[str, Any]) -> tuple[Any, ...]:
 def _step(line: str) -> float:
     """Step of a metrics line; a line torn by a crash counts as after every checkpoint."""
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 
-def _replace(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.partial")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+def _record(path: Path) -> dict[str, Any]:
+    record = _read_json(path / "config.json")
+    return record if isinstance(record, dict) else {}
+
+
+def _is_unstarted(path: Path) -> bool:
+    """Only what a run leaves that was killed before it had begun, and at least one file of it."""
+    names = {found.name for found in path.iterdir()}
+    return bool(names) and names <= {".lock", "reward.json", ".reward.json.partial", ".config.json.partial"}
+
+
+def _remark(where: Path, missing: set[int]) -> None:
+    if missing:
+        shown = ", ".join(map(str, sorted(missing)[:10])) + (", …" if len(missing) > 10 else "")
+        print(f"note: {where}: holds no step {shown}, which the checkpoint comes after", file=sys.stderr)
 
 
 def _differences(before: Any, now: Any, prefix: str = "") -> set[str]:

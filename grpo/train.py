@@ -2,19 +2,24 @@
 
     cases → prompts → groups of completions → rewards → advantages → clipped, KL-anchored update of the adapter
 
-Everything is built and checked before the first rollout. Exit codes: 0 done, 2 bad input, 130 interrupted.
+Everything is built and checked before the first rollout. Exit codes: 0 done, 2 bad input, 3 a file could not be
+written, 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; after 3 and these --resume goes on.
 """
 
 import argparse
+import contextlib
 import os
 import resource
+import shlex
+import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -25,9 +30,11 @@ from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.advantage import zero_variance
 from grpo.batch import baseline, make_batch
 from grpo.cases import CaseError, cases_for_step, row_key, stream
-from grpo.checkpoint import CheckpointError, latest_checkpoint, load_checkpoint, save_checkpoint
-from grpo.config import Config, ConfigError, load_config
+from grpo.checkpoint import CheckpointError, Progress, damage, latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.config import Config, ConfigError, Source, load_config, resolve
+from grpo.durable import DiskError, placed
 from grpo.evaluation.answers import evaluate
+from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.evaluation.rates import summarise
 from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import write_step
@@ -46,16 +53,21 @@ from grpo.run import (
     continue_run,
     evaluations,
     finite,
+    is_started,
+    locked,
     start_run,
 )
 from grpo.score import score_groups
+from grpo.stop import Stop, Stopped, listening
 from grpo.types import Case, Dropped, Group, Prompt, Step
 from grpo.update import OutOfMemory, learning_rate, update
 from rewards import Reward, RewardError, Score
 
+T = TypeVar("T")
+
 
 class NotFinite(ArithmeticError):
-    """Too many updates in a row had a loss or gradient that is not finite."""
+    """Too many steps in a row had a loss or gradient that is not finite."""
 
 
 class MissingInput(ValueError):
@@ -95,20 +107,25 @@ class Setup:
     rates: Rates
 
 
-def train(setup: Setup, run: Run, *, first_step: int) -> None:
-    """Steps ``first_step`` … ``train.steps``, with their records, checkpoints and evaluations."""
+def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
+    """The steps after ``progress`` up to ``train.steps``, with their records, checkpoints and evaluations.
+
+    Raises:
+        Stopped: by a signal. What is done is on the disk.
+    """
     config, policy = setup.config, setup.policy
-    skipped_in_a_row = 0
-    if first_step == 0:
-        evaluate_sets(setup, run, step=0, names=[*config.evaluate.ends, *config.evaluate.during])
-    bar = tqdm(range(first_step, config.train.steps), initial=first_step, total=config.train.steps, unit="step")
+    standing = partial(unless_stopped, setup, run, stop)
+    standing(progress, evaluate_due, setup, run, progress.step)
+    first = progress.step
+    bar = tqdm(range(first, config.train.steps), initial=first, total=config.train.steps, unit="step")
     for step in bar:
         started = time.perf_counter()
-        groups, scores, dropped = sample_step(setup, step)
+        groups, scores, dropped = standing(progress, sample_step, setup, step)
         sampled = time.perf_counter()
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(groups, rewards, config)
-        updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
+        with stop.within_grace():
+            updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
         done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
         account = token_account(done.tokens, batch, config.loss)
@@ -121,18 +138,35 @@ def train(setup: Setup, run: Run, *, first_step: int) -> None:
         record |= cost(done, setup, phases)
         add_metrics(run, record)
         bar.set_postfix_str(postfix(record, config))
-        skipped_in_a_row = skipped_in_a_row + updated.skipped if updated.skipped else 0
-        if skipped_in_a_row > config.train.max_skipped_steps:
-            ids = ", ".join(repr(group.prompt.case.id) for group in groups)
-            raise NotFinite(f"step {step + 1}: {skipped_in_a_row} updates in a row were not finite; cases {ids}")
-        last = done.number == config.train.steps
-        if done.number % config.evaluate.every == 0 and not last:
-            evaluate_sets(setup, run, step=done.number, names=list(config.evaluate.during))
-        if done.number % config.checkpoint.every == 0 or last:
-            save_checkpoint(run.checkpoints, policy, setup.optimizer, step=done.number, keep=config.checkpoint.keep)
-    evaluate_sets(setup, run, step=config.train.steps, names=[*config.evaluate.ends, *config.evaluate.during])
-    save_adapter(policy, run.adapter)
-    write_model_card(run.path, run.adapter / "README.md")
+        progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
+        check_finite(progress, groups, config)
+        if done.number % config.checkpoint.every == 0 or done.number == config.train.steps:
+            save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
+        standing(progress, evaluate_due, setup, run, done.number)
+    with placed(run.adapter) as aside:
+        save_adapter(policy, aside)
+        write_model_card(run.path, aside / "README.md")
+
+
+def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: Callable[..., T], *given: Any) -> T:
+    """What ``act`` returns, which leaves the policy as it is. A signal ends it at once, and ``progress`` is saved."""
+    try:
+        with stop.at_once():
+            return act(*given)
+    except Stopped:
+        if progress.step and damage(run.checkpoints / f"step_{progress.step:06d}"):
+            save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
+        raise
+
+
+def check_finite(progress: Progress, groups: Sequence[Group], config: Config) -> None:
+    """Raises `NotFinite` after more steps in a row than ``train.max_skipped_steps`` allows."""
+    if progress.skipped_in_a_row > config.train.max_skipped_steps:
+        ids = ", ".join(repr(group.prompt.case.id) for group in groups)
+        raise NotFinite(
+            f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
+            f"finite, train.max_skipped_steps = {config.train.max_skipped_steps}; cases of the last one: {ids}"
+        )
 
 
 def build(config: Config) -> Setup:
@@ -302,23 +336,32 @@ def postfix(record: dict[str, Any], config: Config) -> str:
     return shown if kl is None else f"{shown}, KL {kl:.4f}"
 
 
-def evaluate_sets(setup: Setup, run: Run, *, step: int, names: Sequence[str]) -> None:
-    """Evaluates the named sets in every mode of the config and writes the records down."""
-    modes = setup.config.evaluate.thinking
-    with tqdm(total=len(modes) * sum(len(setup.sets[name]) for name in names), unit="case", leave=False) as bar:
-        for name in names:
-            for mode in modes:
-                bar.set_description(f"evaluate {name}, thinking {mode}")
-                verdicts = evaluate(
-                    setup.policy,
-                    setup.sets[name],
-                    setup.config,
-                    name=name,
-                    thinking=mode == "on",
-                    progress=bar.update,
-                )
-                record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
-                add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
+def evaluate_due(setup: Setup, run: Run, step: int) -> None:
+    """Evaluates what the config asks for after ``step`` steps, in every mode, and writes the records down. What is
+    written already is not evaluated again."""
+    section = setup.config.evaluate
+    at_an_end = step in (0, setup.config.train.steps)
+    names = [
+        *(section.ends if at_an_end else ()),
+        *(section.during if at_an_end or step % section.every == 0 else ()),
+    ]
+    if not names:
+        return
+    there = {(record["step"], record["cases"], record["thinking"]) for record in evaluations(run)}
+    due = [(name, mode) for name in names for mode in section.thinking if (step, name, mode) not in there]
+    with tqdm(total=sum(len(setup.sets[name]) for name, _ in due), unit="case", leave=False, disable=not due) as bar:
+        for name, mode in due:
+            bar.set_description(f"evaluate {name}, thinking {mode}")
+            verdicts = evaluate(
+                setup.policy,
+                setup.sets[name],
+                setup.config,
+                name=name,
+                thinking=mode == "on",
+                progress=bar.update,
+            )
+            record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
+            add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
 
 
 def machine(setup: Setup) -> dict[str, Any]:
@@ -357,46 +400,111 @@ def plan(setup: Setup) -> str:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    say_anyhow()
-    parser = argparse.ArgumentParser(prog="python -m grpo.train", description="Train a LoRA adapter with GRPO.")
-    parser.add_argument("config", help="a TOML file, for example configs/tiny.toml")
-    parser.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
-    parser.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m grpo.train",
+        description="Train a LoRA adapter with GRPO.",
+        epilog="Exit codes: 0 done, 2 bad input, 3 a file could not be written, 130, 143, 129 stopped by SIGINT, "
+        "SIGTERM, SIGHUP; after 3 and these the same command with --resume goes on.",
+    )
+    made.add_argument("config", help="a TOML file, for example configs/tiny.toml")
+    made.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    made.add_argument("--resume", action="store_true", help="continue the run in the folder from its last checkpoint")
+    made.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.KEY=VALUE",
         help="override one key; may be repeated",
     )
-    arguments = parser.parse_args(argv)
-    os.umask(0o077)  # narratives may be patients' data: what a run writes is its owner's alone
-    try:
-        config, source = load_config(arguments.config, arguments.set)
-        out = arguments.out or Path("runs") / config.name
+    return made
+
+
+def inputs(setup: Setup) -> dict[str, str]:
+    """What the config names and does not hold, by sha256: a resume with other contents is no continuation."""
+    config = setup.config
+    named = {f"evaluate.{kind}.{name}": name for kind in ("ends", "during") for name in getattr(config.evaluate, kind)}
+    start = {"lora.warm_start": folder_sha256(resolve(config.lora.warm_start), ADAPTER_FILES)}
+    return {
+        "reward.set": setup.reward.sha256,
+        "cases.train": cases_sha256(setup.cases),
+        **{key: cases_sha256(setup.sets[name]) for key, name in named.items()},
+        **(start if config.lora.warm_start else {}),
+    }
+
+
+def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
+    """The folder of a run that is started, or, where one was started before, continued from its last whole
+    checkpoint, which is put in place."""
+    if not is_started(out):
+        run = start_run(out, setup.config, source, setup.reward, inputs=inputs(setup), **machine(setup))
+        return run, Progress()
+    checkpoint, damaged = latest_checkpoint(out / "checkpoints")
+    for line in damaged:
+        print(f"damaged   {line}", file=sys.stderr)
+    progress = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else Progress()
+    print(f"resume    from {checkpoint or 'the start: no checkpoint was saved yet'}", flush=True)
+    return continue_run(out, progress, setup.config, inputs(setup)), progress
+
+
+def run_config(arguments: argparse.Namespace, out: Path, config: Config, source: Source, stop: Stop) -> Run:
+    """The whole run, in a folder that is this process's alone."""
+    with contextlib.ExitStack() as held:
         check_folder(out, config, resume=arguments.resume)
-        setup = build(config)
+        if was_there := out.is_dir():
+            held.enter_context(locked(out))
+        with stop.at_once():
+            setup = build(config)
         print(f"config    {source.path}\n{plan(setup)}", flush=True)
-        checkpoint = latest_checkpoint(out / "checkpoints") if arguments.resume else None
-        first_step = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else 0
-        run = (
-            continue_run(out, step=first_step)
-            if arguments.resume
-            else start_run(out, config, source, setup.reward, **machine(setup))
-        )
-        train(setup, run, first_step=first_step)
+        if not was_there:  # a folder is made only now, when nothing can be wrong with the input any more
+            held.enter_context(locked(out))
+        check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
+        run, progress = open_run(out, setup, source)
+        train(setup, run, stop, progress)
+        return run
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    say_anyhow()
+    arguments = parser().parse_args(argv)
+    os.umask(0o077)  # narratives may be patients' data: what a run writes is its owner's alone
+    out = None
+    try:
+        with listening() as stop:
+            config, source = load_config(arguments.config, arguments.set)
+            out = arguments.out or Path("runs") / config.name
+            run = run_config(arguments, out, config, source, stop)
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; continue from the last checkpoint with --resume", file=sys.stderr)
-        return 130
+    except DiskError as error:
+        print(f"error: {error}\n       {how_to_go_on(arguments, out)}", file=sys.stderr)
+        return 3
+    except (Stopped, KeyboardInterrupt) as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        with contextlib.suppress(OSError):  # after SIGHUP there may be nobody to tell
+            print(f"\nstopped by {stopped.name}; {how_to_go_on(arguments, out)}", file=sys.stderr)
+        return stopped.exit_code
     print(f"\n{before_after(evaluations(run))}\n")
     print(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
     print(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
+
+
+def how_to_go_on(arguments: argparse.Namespace, out: Path | None) -> str:
+    """For a person whose run was stopped: what is kept, and the command that continues."""
+    if out is None or not is_started(out):
+        return "nothing was started yet"
+    try:
+        checkpoint, _ = latest_checkpoint(out / "checkpoints")
+    except CheckpointError:
+        checkpoint = None
+    kept = f"kept up to {checkpoint.name}" if checkpoint else "no step is kept yet"
+    overrides = [part for override in arguments.set for part in ("--set", override)]
+    again = shlex.join([arguments.config, *(["--out", str(out)] if arguments.out else []), *overrides, "--resume"])
+    return f"{kept}; go on with: python -m grpo.train {again}"
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 ROOMS = [
-    "grpo.recorded.terminal", "grpo.types", "grpo.config", "grpo.advantage", "grpo.loss", "grpo.logprobs", "grpo.stats",
+    "grpo.recorded.terminal", "grpo.types", "grpo.config", "grpo.durable", "grpo.stop", "grpo.advantage", "grpo.loss",
+    "grpo.logprobs", "grpo.stats",
     "grpo.evaluation.agreement", "grpo.evaluation.rates", "grpo.evaluation.failures", "grpo.loaders.report",
     "grpo.loaders.fields", "grpo.loaders.lines", "grpo.loaders.narrative", "grpo.loaders.jsonl",
     "grpo.loaders.mietic", "grpo.loaders.mimic", "grpo.cases", "grpo.evaluation.fingerprint",
@@ -30,11 +31,11 @@ ROOMS = [
 ]  # fmt: skip
 """From the ground up: a room imports only rooms above it in this list."""
 TORCH_FREE = (
-    "grpo/config.py", "grpo/advantage.py", "grpo/stats.py", "grpo/budget.py", "grpo/tiny/teach.py", "grpo/cases.py",
-    "grpo/plan.py", "grpo/examine.py", "grpo/preflight.py", "grpo/prepare.py", "grpo/loaders/report.py",
-    "grpo/loaders/fields.py", "grpo/loaders/lines.py", "grpo/loaders/narrative.py", "grpo/loaders/jsonl.py",
-    "grpo/loaders/mietic.py", "grpo/loaders/mimic.py", "grpo/recorded/difference.py", "grpo/recorded/terminal.py",
-    "grpo/recorded/panels.py", "grpo/evaluation/agreement.py", "grpo/evaluation/rates.py",
+    "grpo/config.py", "grpo/durable.py", "grpo/stop.py", "grpo/advantage.py", "grpo/stats.py", "grpo/budget.py",
+    "grpo/tiny/teach.py", "grpo/cases.py", "grpo/plan.py", "grpo/examine.py", "grpo/preflight.py", "grpo/prepare.py",
+    "grpo/loaders/report.py", "grpo/loaders/fields.py", "grpo/loaders/lines.py", "grpo/loaders/narrative.py",
+    "grpo/loaders/jsonl.py", "grpo/loaders/mietic.py", "grpo/loaders/mimic.py", "grpo/recorded/difference.py",
+    "grpo/recorded/terminal.py", "grpo/recorded/panels.py", "grpo/evaluation/agreement.py", "grpo/evaluation/rates.py",
     "grpo/evaluation/failures.py", "grpo/evaluation/fingerprint.py", "grpo/evaluation/comparison.py",
     "grpo/evaluation/scorecard.py", "grpo/mirror.py", "grpo/report/gather.py", "grpo/report/charts.py",
     "grpo/report/figures.py", "grpo/report/views.py",

@@ -1,0 +1,165 @@
+"""The run folder: one process at a time, nothing outside it, private, and cut back to what a checkpoint holds."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.checkpoint import Progress
+from grpo.config import Config, Source, load_config
+from grpo.inspect import main as inspect
+from grpo.replay import main as replay
+from grpo.report.__main__ import main as report
+from grpo.run import Run, RunError, add_evaluation, add_metrics, check_folder, continue_run, is_started, locked
+from grpo.run import start_run as start
+from rewards import load_reward
+from tests.recorded_runs import recorded
+
+TINY = "configs/tiny.toml"
+INPUTS = {"cases.train": "a" * 64, "reward.set": "b" * 64}
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Config, Source]:
+    return load_config(TINY, [])
+
+
+@pytest.fixture
+def run(made: tuple[Config, Source], tmp_path: Path) -> Run:
+    config, source = made
+    return start(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu", inputs=INPUTS)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: Run) -> None:
+    with locked(run.path):
+        held = subprocess.run(
+            [sys.executable, "-c", "import sys, pathlib, grpo.run as r\n"
+             "try:\n  r.locked(pathlib.Path(sys.argv[1])).__enter__()\nexcept r.RunError as e: print(e)", run.path],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"in use by process {os.getpid()} on " in held.stdout
+        with pytest.raises(RunError, match="in use by"), locked(run.path):
+            pass
+    with locked(run.path):
+        pass  # the file of before blocks nobody
+    (run.path / ".lock").write_text("process 1 on another machine\n")
+    with locked(run.path):
+        assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_run_that_is_going_on_can_be_read(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(recorded(tmp_path_factory.getbasetemp(), "plain"), run)
+    shutil.rmtree(run / "adapter")
+    with locked(run):
+        assert replay([str(run)]) == 0
+        assert inspect([str(run), "--step", "2"]) == 0
+        assert report([str(run), "--out", str(tmp_path / "report.html")]) == 0
+
+
+def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run: Run, tmp_path: Path) -> None:
+    config, source = made
+    for leaves in ((), ("reward.json",), ("reward.json", ".config.json.partial")):
+        folder = tmp_path / "".join(leaves) / "x"
+        with locked(folder):
+            for name in leaves:
+                (folder / name).write_text("{")
+            assert not is_started(folder)
+            check_folder(folder, config, resume=False)
+            check_folder(folder, config, resume=True)
+            start(folder, config, source, load_reward(config.reward.set), device="cpu")
+            assert is_started(folder) and json.loads((folder / "reward.json").read_text())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for resume, says in ((False, "never overwritten"), (True, "no run to resume here")):
+        with pytest.raises(RunError, match=says):
+            check_folder(tmp_path / "mine", config, resume=resume)
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_config_json_is_written_last(
+    made: tuple[Config, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, source = made
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append(Path(b).name), replace(a, b)))
+    start(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    assert written == ["reward.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval", "checkpoints", "ledger", "checkpoints/step_000001", ".lock"])
+def test_a_symlink_out_of_the_folder_is_refused(
+    made: tuple[Config, Source], run: Run, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).symlink_to(outside)
+    with pytest.raises(RunError, match=f"{name}: a symlink"):
+        check_folder(run.path, made[0], resume=True)
+    assert not any(outside.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".x", "a/b", "/etc/x", "a\\\\b", "a\\nb", "", "x" * 81])
+def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        load_config(TINY, [f'name="{name}"'])
+    with pytest.raises(ValueError, match=r"evaluate\.ends"):
+        load_config(TINY, [f'evaluate.ends={{"{name}" = "embedded:cases/test.jsonl"}}'])
+
+
+def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, Source], tmp_path: Path) -> None:
+    config, source = made
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    run = start(folder, config, source, load_reward(config.reward.set), device="cpu")
+    add_metrics(run, {"step": 1})
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
+    folder.chmod(0o755)
+    continue_run(folder, Progress(0), config)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
+    made: tuple[Config, Source], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        add_metrics(run, {"step": step, "loss": 0.5})
+        add_evaluation(run, {"step": step, "cases": "t", "thinking": "on"}, [])
+    before = (run.path / "eval.json").read_bytes(), run.metrics.read_bytes()
+    with run.metrics.open("ab") as file:
+        file.write(b'{"step": 4, "lo\xff')
+    (run.path / "eval" / ".step_000004_t_on.jsonl.partial").touch()
+    (run.path / "eval" / "notes.txt").touch()
+    config = made[0]
+    continue_run(
+        run.path, Progress(3), config.model_copy(update={"ledger": config.ledger.model_copy(update={"every": 0})})
+    )
+    assert ((run.path / "eval.json").read_bytes(), run.metrics.read_bytes()) == before
+    assert "note" not in capsys.readouterr().err
+    continue_run(run.path, Progress(2), made[0])
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+    assert [record["step"] for record in json.loads((run.path / "eval.json").read_text())] == [1, 2]
+    assert sorted(os.listdir(run.path / "eval")) == ["notes.txt", "step_000001_t_on.jsonl", "step_000002_t_on.jsonl"]
+    assert f"{run.ledger}: holds no step 1, 2" in capsys.readouterr().err, "what is gone is said"
+
+
+def test_a_resume_with_other_contents_is_refused(made: tuple[Config, Source], run: Run) -> None:
+    continue_run(run.path, Progress(0), made[0], INPUTS)
+    with pytest.raises(RunError, match=r"what cases\.train names has changed since the run was started"):
+        continue_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
+def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run, content: str) -> None:
+    (run.path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(RunError, match=r"config\.json: cannot be read|other values of"):
+        check_folder(run.path, made[0], resume=True)
