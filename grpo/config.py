@@ -25,6 +25,9 @@ from pydantic import (
 CONFIG_VERSION = 1
 """Raised when a key changes its meaning; a file of another version is refused."""
 
+COLDEST = 1e-6
+"""The least temperature above 0: logits divided by less leave float32's range."""
+
 SHIPPED = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
 """Where the shipped configs lie: beside the package in a checkout, inside it in an installed wheel."""
 
@@ -93,7 +96,7 @@ class Rollout(Section):
     group_size: Annotated[int, Field(ge=2)]
     max_new_tokens: Positive
     """The token budget of one completion, thinking included."""
-    temperature: Annotated[float, Field(gt=0)]
+    temperature: Annotated[float, Field(ge=COLDEST)]
     thinking: Literal["on", "off", "mixed"]
     """"mixed": half of a step's prompts think, the other half answer at once."""
     refill_rounds: Count
@@ -206,13 +209,23 @@ class Evaluate(Section):
     thinking: Annotated[tuple[Thinking, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     max_new_tokens: Positive
     temperature: Annotated[float, Field(ge=0)]
-    """0 is greedy."""
+    """0 is greedy; otherwise at least `COLDEST`."""
     batch_size: Positive
 
     @model_validator(mode="after")
     def _names_are_distinct(self) -> "Evaluate":
         if both := sorted(set(self.ends) & set(self.during)):
             raise ValueError(f"a set is either in ends or in during, {', '.join(both)} is in both")
+        return self
+
+    @model_validator(mode="after")
+    def _sampling_can_be_done(self) -> "Evaluate":
+        if 0 < self.temperature < COLDEST:
+            raise ValueError(
+                f"temperature = {self.temperature:g}: expected 0, which is greedy, or at least {COLDEST:g}"
+            )
+        if len(set(self.thinking)) < len(self.thinking):
+            raise ValueError("thinking names a mode twice")
         return self
 
 

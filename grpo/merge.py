@@ -121,7 +121,7 @@ def merge(
 
     Raises one of `INPUT_ERRORS`: what cannot be merged, and why.
     """
-    name, target = base or base_of(adapter), None if dtype == "auto" else DTYPES[dtype]
+    name, target = base_of(adapter) if base is None else base, None if dtype == "auto" else DTYPES[dtype]
     if os.path.lexists(out):
         raise MergeError(f"{out}: already there, and nothing is ever overwritten: name another folder")
     config = read_config(adapter)

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from grpo.adapter import AdapterError, refuse_merged_twice
+from grpo.adapter import AdapterError, readable, refuse_merged_twice
 from grpo.config import Lora, Model, embedded, resolve
 from grpo.plan import RANDOM
 from grpo.types import Case, Prompt
@@ -115,8 +115,8 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
     faults = []
     try:
         _refuse_adapter(model.name)
-        if model.name not in RANDOM:
-            cached_file(_where(model.name), "config.json", local_files_only=True)
+        if model.name not in RANDOM and not cached_file(_where(model.name), "config.json", local_files_only=True):
+            faults.append(_not_here(model.name))
     except ModelError as error:
         faults.append(str(error))
     except (OSError, ValueError):
@@ -135,6 +135,8 @@ def _where(name: str) -> str:
 def _not_here(name: str) -> str:
     if name.startswith("random:"):
         return f"model.name = {name!r}: no such random model; there are {', '.join(RANDOM)}"
+    if resolve(name).is_dir():
+        return f"model.name = {name!r}: holds no config.json, so it is no model"
     if not HUB_ID.fullmatch(name):
         return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
     return (
@@ -201,10 +203,12 @@ def context_of(name: str) -> int:
 def _loading(name: str) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        raise ModelError(f"{_not_here(name)} ({_first_line(error)})") from None
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {_first_line(error)}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        here = resolve(name)
+        if not (here / "config.json").is_file() and (here.is_dir() or isinstance(error, OSError)):
+            raise ModelError(f"{_not_here(name)} ({said})") from None
+        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
 
 
 def _refuse_adapter(name: str) -> None:
@@ -349,7 +353,8 @@ def _check_targets(base: Any, lora: Lora) -> None:
 
 def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_start") -> None:
     """Refuses an adapter that is not what ``[lora]`` says, is more than plain LoRA of one rank, was made for another
-    base, or is in the base's weights already. Reads its config alone, and its weights where the base is a merged one.
+    base, or is in the base's weights already. Reads its config and the names and shapes of its tensors, and the
+    tensors themselves where the base is a merged one.
 
     Args:
         key: what named it, for the message.
@@ -383,9 +388,19 @@ def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_
     if found.get("bias", "none") != "none":
         raise ModelError(f"{key}: {path}: trains biases; only plain LoRA weights are trained or run here")
     try:
+        _check_rank(folder / "adapter_model.safetensors", lora.r)
         refuse_merged_twice(base, folder)
     except AdapterError as error:
         raise ModelError(f"{key}: {error}") from None
+
+
+def _check_rank(path: Path, r: int) -> None:
+    """The file's own rank, by its header: PEFT makes the tensors that the config asks for before it reads the file."""
+    with readable(path) as file:
+        for name in file.keys():  # noqa: SIM118 (no mapping)
+            shape = file.get_slice(name).get_shape()
+            if ".lora_A." in name and list(shape)[:1] != [r]:
+                raise AdapterError(f"{path}: {name} has shape {tuple(shape)}, r is {r}")
 
 
 def _check_tensors(folder: Path, wrapped: Any) -> None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from grpo.adapter import AdapterError, base_of, lora_section, system_prompt
 from grpo.cases import row_key
-from grpo.config import ConfigError, Lora, Model, resolve
+from grpo.config import COLDEST, ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
 from grpo.policy import ModelError, Policy, check_adapter, load_policy, render_prompt
 from grpo.recorded.terminal import say_anyhow, visible
@@ -104,12 +104,15 @@ def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: 
         model: a base or merged model; None takes the adapter's own base, or the embedded base.
         adapter: "none" takes none; None does too, or, if there is no model either, the embedded warm start.
 
-    Raises AdapterError, ModelError: what cannot be loaded, and why.
+    Raises AdapterError, ModelError, TriageError: what cannot be loaded, and why.
     """
     if model is None and adapter is None:
         model, adapter = DEFAULT_MODEL, DEFAULT_ADAPTER
-    folder = resolve(adapter) if adapter and adapter != "none" else None
-    name = model or base_of(folder) if folder else model or DEFAULT_MODEL
+    for option, value in (("--model", model), ("--adapter", adapter)):
+        if value == "":
+            raise TriageError(f'{option} "": expected a folder or a name')
+    folder = None if adapter in (None, "none") else resolve(str(adapter))
+    name = (base_of(folder) if folder else DEFAULT_MODEL) if model is None else model
     lora = NO_ADAPTER if folder is None else lora_section(folder, str(adapter))
     if folder:
         check_adapter(folder, lora, name, key="--adapter")
@@ -189,8 +192,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     say_anyhow()
     arguments = _parser().parse_args(argv)
     try:
-        if not 0 <= arguments.temperature < float("inf"):
-            raise TriageError(f"--temperature {arguments.temperature}: expected a number of at least 0")
+        if arguments.temperature != 0 and not COLDEST <= arguments.temperature < float("inf"):
+            raise TriageError(f"--temperature {arguments.temperature}: expected 0, or a number of at least {COLDEST:g}")
         if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
             raise TriageError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
         text = checked(_read_case(arguments.case))

@@ -74,7 +74,9 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
     [
         ("rollout.group_size=1", "greater than or equal to 2, got 1"),
         ("rollout.group_size=8.0", "valid integer"),
-        ("rollout.temperature=0.0", "greater than 0"),
+        ("rollout.temperature=0.0", "greater than or equal to 0.000001"),
+        ("evaluate.temperature=1e-45", "expected 0, which is greedy, or at least 1e-06"),
+        ('evaluate.thinking=["on", "on"]', "thinking names a mode twice"),
         ("rollout.temperature=inf", "finite"),
         ("optim.micro_batch_size=65", "more than the 64 completions of a step"),
         ("optim.warmup_steps=60", "no step at the full learning rate"),

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import grpo.evaluate
 import grpo.evaluation.request
@@ -447,7 +448,12 @@ def test_adapters_that_cannot_be_run_are_refused_before_anything_is_written(
     assert f"its adapter is {tmp_path / 'run' / 'adapter'}" in refusal(capsys, *line, tmp_path / "run")
     torn = changed_adapter(tmp_path / "torn")
     (torn / "adapter_model.safetensors").write_bytes(b"x" * 9)
-    assert "cannot be loaded on this base" in refusal(capsys, *line, torn)
+    assert "adapter_model.safetensors: cannot be read" in refusal(capsys, *line, torn)
+    foreign = changed_adapter(tmp_path / "foreign")  # known only when the model is loaded
+    held = load_file(EMBEDDED / "v46" / "adapter_model.safetensors")
+    renamed = {key.replace("layers.0", "layers.40"): value for key, value in held.items()}
+    save_file(renamed, foreign / "adapter_model.safetensors")
+    assert "made for another base" in refusal(capsys, *line, foreign)
     assert not (tmp_path / "o").exists()
 
 

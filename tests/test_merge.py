@@ -496,6 +496,8 @@ def test_refused(
 
 
 def test_a_base_that_is_not_here(adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(adapter), "--base", "", "--out", str(tmp_path / "out")]) == 2, "not the adapter's own in its place"
+    assert "base ''" in capsys.readouterr().err and not (tmp_path / "out").exists()
     assert main([str(adapter), "--out", str(tmp_path / "out"), "--base", "Qwen/Qwen3.5-9B"]) == 2
     assert "hf download Qwen/Qwen3.5-9B" in capsys.readouterr().err
     set_key(base_model_name_or_path=None)(adapter, tmp_path)

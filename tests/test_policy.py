@@ -164,7 +164,13 @@ def test_a_model_that_is_not_here(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no such folder"):
         load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="model.name"):
+    with pytest.raises(ModelError, match="holds no config.json, so it is no model"):
+        load(tmp_path / "empty")
+    model = Model(name=str(tmp_path / "empty"), device="cpu", dtype="float32", gradient_checkpointing=False)
+    (fault,) = missing_parts(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""))
+    assert "holds no config.json" in fault
+    (tmp_path / "empty" / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"its files cannot be loaded: .*(JSON|tokenizer)"):
         load(tmp_path / "empty")
 
 
@@ -224,6 +230,17 @@ def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_b
         path.write_text(json.dumps(plain | {key: value}))
         with pytest.raises(ModelError, match=f"{key}: only plain LoRA of one rank .*grpo.merge` makes full weights"):
             load(random_base, adapter)
+
+
+def test_a_rank_that_the_file_does_not_have_is_refused_before_memory_is_taken(adapter: Path, random_base: Path) -> None:
+    """PEFT would first make tensors of the rank that the config claims."""
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**30}))
+    with pytest.raises(ModelError, match=r"lora_A.weight has shape \(4, \d+\), r is 10+"):
+        load(random_base, adapter, r=10**30)
+    (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
+    with pytest.raises(ModelError, match="adapter_model.safetensors: cannot be read"):
+        load(random_base, adapter, r=10**30)
 
 
 def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path) -> None:

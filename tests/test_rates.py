@@ -192,6 +192,7 @@ def test_constants_score_what_the_level_mix_gives_away() -> None:
         and found["always_3"]["dangerous_under"] == 14 / 36
     )
     assert found["always_1"]["intervals"]["exact"] == wilson(14, 36)
+    assert found["always_2"]["intervals"]["high_acuity_under"] == wilson(14, 25)
     for level in range(1, 6):
         said = summarise(of_levels([(gold, level) for gold in golds]), V49)
         assert all(found[f"always_{level}"][name] == said[name] for name in RATES)

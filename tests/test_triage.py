@@ -133,7 +133,8 @@ BAD: dict[str, tuple[list[str], bytes, str]] = {
     "more than the context": (["secret " * 2000], b"", "do not fit the model's context of 1024"),
     "a budget of none": (["secret", "--max-new-tokens", "0"], b"", "--max-new-tokens 0: expected at least 1"),
     "too great a budget": (["secret", "--max-new-tokens", "1020"], b"", "do not fit the model's context"),
-    "below zero": (["secret", "--temperature", "-1"], b"", "--temperature -1.0: expected a number of at least 0"),
+    "below zero": (["secret", "--temperature", "-1"], b"", "--temperature -1.0: expected 0, or a number of at"),
+    "too near zero": (["secret", "--temperature", "1e-45"], b"", "expected 0, or a number of at least 1e-06"),
     "no number": (["secret", "--temperature", "nan"], b"", "--temperature nan"),
 }
 
@@ -151,10 +152,20 @@ def test_bad_input_is_one_line_without_the_case(
 
 
 def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rslora = tmp_path / "rslora"
+    shutil.copytree(EMBEDDED / "v46", rslora)
+    found = json.loads((rslora / "adapter_config.json").read_text())
+    (rslora / "adapter_config.json").write_text(json.dumps(found | {"use_rslora": True}))
+    merge(EMBEDDED / "v46", tmp_path / "merged", base="embedded:base", check=False)
     for arguments, message in (
         (["--model", str(tmp_path / "none")], "no such folder"),
         (["--model", "Qwen/Qwen3.5-9B"], "hf download Qwen/Qwen3.5-9B"),
         (["--adapter", str(tmp_path / "none")], "adapter_config.json: cannot be read"),
+        (["--adapter", ""], '--adapter "": expected a folder or a name'),
+        (["--model", ""], '--model "": expected a folder or a name'),
+        (["--model", str(EMBEDDED / "v46")], "holds an adapter"),
+        (["--model", "embedded:base", "--adapter", str(rslora)], "use_rslora: only plain LoRA of one rank"),
+        (["--model", str(tmp_path / "merged"), "--adapter", "embedded:v46"], "v46 is merged into it already"),
     ):
         assert main([CASE, *arguments]) == 2
         assert message in capsys.readouterr().err
