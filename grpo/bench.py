@@ -28,6 +28,7 @@ from grpo.checkpoint import Progress
 from grpo.config import Config, Source, load_config
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy import Policy
+from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import ENGINES
 from grpo.roofline import Floor, floor_of, now
 from grpo.run import provenance, start_run, write_json
@@ -280,6 +281,7 @@ def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Confi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
