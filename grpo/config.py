@@ -353,10 +353,11 @@ def _find(path: Path) -> Path:
     if path.is_file():
         return path
     for folder in SHIPPED:
-        if str(path.parent) == "configs" and (folder / path.name).is_file():
-            return folder / path.name
-    shipped = sorted({f"configs/{file.name}" for folder in SHIPPED for file in folder.glob("*.toml")})
-    raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(shipped)}")
+        shipped = folder.joinpath(*path.parts[1:])
+        if path.parts[:1] == ("configs",) and ".." not in path.parts and shipped.is_file():
+            return shipped
+    names = {f"configs/{file.relative_to(folder)}" for folder in SHIPPED for file in folder.rglob("*.toml")}
+    raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(sorted(names))}")
 
 
 def _read(file: Path) -> str:

@@ -77,7 +77,7 @@ def answered(reward: Reward, text: str, gold: int, level: int) -> float:
 
 
 def test_the_series_and_our_own_set_are_shipped() -> None:
-    assert shipped_sets() == ("v45c", "v46", "v48", "v49", "v50")
+    assert shipped_sets() == ("v45c", "v46", "v48", "v49", "v49_stacked", "v49_without_rules", "v50")
     for name in shipped_sets():
         assert load_reward(name).name == name
         assert len(load_set(name)[0].case) >= 2

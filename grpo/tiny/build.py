@@ -103,13 +103,18 @@ def teach(
     tokenizer: Any,
     pupils: Sequence[Pupil],
     lesson: Lesson,
+    teacher: Teacher,
     *,
     seed: int,
     prompt_weight: float,
+    bfloat16: bool = True,
 ) -> float:
-    """Supervised steps on whatever of ``model`` is trainable; the mean loss of the last 50 steps."""
+    """Supervised steps on whatever of ``model`` is trainable; the mean loss of the last 50 steps.
+
+    Args:
+        bfloat16: products in bfloat16, which is a third faster where the CPU has them; the weights stay float32.
+    """
     rng = random.Random(seed)
-    teacher = unsure_v46(lesson.hits, lesson.noise)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=lesson.learning_rate, weight_decay=0.01)
     warmup = max(1, lesson.steps // 20)
@@ -120,7 +125,7 @@ def teach(
     losses: list[float] = []
     bar = tqdm(lessons(tokenizer, pupils, lesson, teacher, rng), total=lesson.steps, unit="step", mininterval=5)
     for prompts, completions in bar:
-        with torch.autocast("cpu", dtype=torch.bfloat16):  # a third faster; the weights stay float32
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
             loss = lesson_loss(model, prompts, completions, prompt_weight)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -193,17 +198,11 @@ def corpus(plan: Plan) -> tuple[list[tuple[str, str, Summary]], list[str]]:
     return rows, texts
 
 
-def build(out: Path, plan: Plan) -> None:
-    """Writes ``base/``, ``v46/`` and ``manifest.json`` under ``out``."""
-    from peft import LoraConfig, get_peft_model
-
+def pupils_of(tokenizer: Any, rows: Sequence[tuple[str, str, Summary]]) -> list[Pupil]:
+    """(stratum, text, summary) as the lessons use them, prompts rendered in both modes."""
     from grpo.policy import render_prompt
     from grpo.types import Case
 
-    assert set(MIX) == set(STRATA)
-    started = time.time()
-    rows, texts = corpus(plan)
-    tokenizer = make_tokenizer(texts, plan.vocabulary)
     pupils = []
     for stratum, text, facts in tqdm(rows, desc="prompts", mininterval=5):
         off, on = (
@@ -211,9 +210,23 @@ def build(out: Path, plan: Plan) -> None:
             for thinking in (False, True)
         )
         pupils.append(Pupil(stratum, facts, (off, on)))
+    return pupils
+
+
+def build(out: Path, plan: Plan) -> None:
+    """Writes ``base/``, ``v46/`` and ``manifest.json`` under ``out``."""
+    from peft import LoraConfig, get_peft_model
+
+    assert set(MIX) == set(STRATA)
+    started = time.time()
+    rows, texts = corpus(plan)
+    tokenizer = make_tokenizer(texts, plan.vocabulary)
+    pupils = pupils_of(tokenizer, rows)
     model = make_model(tokenizer, plan.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} ids")
-    base_loss = teach(model, tokenizer, pupils, plan.base, seed=plan.seed, prompt_weight=plan.prompt_weight)
+    lesson = plan.base
+    teacher = unsure_v46(lesson.hits, lesson.noise)
+    base_loss = teach(model, tokenizer, pupils, lesson, teacher, seed=plan.seed, prompt_weight=plan.prompt_weight)
     shutil.rmtree(out / "base", ignore_errors=True)
     model.save_pretrained(out / "base")
     tokenizer.save_pretrained(out / "base")
@@ -224,16 +237,23 @@ def build(out: Path, plan: Plan) -> None:
         r=plan.lora_r, lora_alpha=plan.lora_alpha, target_modules=list(plan.targets), task_type="CAUSAL_LM"
     )
     adapted = get_peft_model(model, lora)
-    warm_loss = teach(adapted, tokenizer, pupils, plan.warm_start, seed=plan.seed + 1, prompt_weight=0.0)
+    lesson = plan.warm_start
+    teacher = unsure_v46(lesson.hits, lesson.noise)
+    warm_loss = teach(adapted, tokenizer, pupils, lesson, teacher, seed=plan.seed + 1, prompt_weight=0.0)
     shutil.rmtree(out / "v46", ignore_errors=True)
-    adapted.save_pretrained(out / "v46")
-    (out / "v46" / "README.md").unlink(missing_ok=True)
-    config = out / "v46" / "adapter_config.json"
+    save_embedded(adapted, out / "v46")
+    facts = {"final_loss": {"base": base_loss, "v46": warm_loss}, "minutes": round((time.time() - started) / 60, 1)}
+    write_manifest(out, plan, facts)
+
+
+def save_embedded(adapted: Any, folder: Path) -> None:
+    """The adapter in PEFT's layout, its base named as configs name it."""
+    adapted.save_pretrained(folder)
+    (folder / "README.md").unlink(missing_ok=True)
+    config = folder / "adapter_config.json"
     saved = json.loads(config.read_text(encoding="utf-8")) | {"base_model_name_or_path": "embedded:base"}
     saved["target_modules"] = sorted(saved["target_modules"])
     config.write_text(json.dumps(saved, indent=2) + "\n", encoding="utf-8")
-    facts = {"final_loss": {"base": base_loss, "v46": warm_loss}, "minutes": round((time.time() - started) / 60, 1)}
-    write_manifest(out, plan, facts)
 
 
 def held_out_scores(out: Path, plan: Plan) -> dict[str, dict[str, float]]:

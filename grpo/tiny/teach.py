@@ -13,8 +13,10 @@ The steps stop at the first hit, as the algorithm does. A teacher decides what t
 facts; `v46` makes the three errors the card reports of v46, reading the facts correctly and applying the rule wrongly.
 """
 
+import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from grpo.tiny.patients import Summary
 
@@ -120,3 +122,53 @@ def unsure_v46(hits: float, noise: float) -> Teacher:
         return steps_to(level), level
 
     return teach
+
+
+# ---- starts of the lab ----------------------------------------------------------------------------------------------
+
+NURSES: Mapping[str, float] = MappingProxyType({"resources_many": 0.45, "resource_one": 0.45, "resource_none": 0.30})
+"""Stratum → share of its cases that triage nurses of this world label one level too acute. Real ones mistriage about a
+third; here it is known which, how often and in which direction, so that what training makes of it can be predicted."""
+
+MISREAD: tuple[tuple[float, str], ...] = ((0.10, "dangerous"), (0.16, "under"), (0.22, "over"))
+"""Complaints whose hash, in [0, 1), is below a number are misread in that direction; the others are not."""
+MISREADING = 0.6
+"""How often a misread complaint is given the wrong level."""
+
+
+def misread(complaint: str) -> str:
+    """How a supervised start of this world misreads a complaint: "dangerous", "under", "over", or "" for not at all.
+
+    >>> misread("flank pain") in ("dangerous", "under", "over", "")
+    True
+    """
+    digest = int.from_bytes(hashlib.blake2b(complaint.encode(), digest_size=4).digest(), "big")
+    return next((way for below, way in MISREAD if digest / 2**32 < below), "")
+
+
+def v43(hits: float) -> Teacher:
+    """A supervised start that learnt from nurses: misses the card's three rules but for a share ``hits``, names the
+    nurses' labels where these waver, misreads some complaints by one level or, dangerously, two, and is 8 % noise."""
+
+    def teach(summary: Summary, stratum: str, rng: random.Random) -> tuple[Steps, int]:
+        steps, gold = right(summary)
+        way = misread(summary.complaint)
+        if stratum in BLIND_SPOT_STRATA:
+            return (steps, gold) if rng.random() < hits else v46(summary, stratum)
+        draw = rng.random()
+        if way:
+            shift = {"dangerous": 2 if gold <= 3 else -1, "under": 1, "over": -1}[way] if draw < MISREADING else 0
+        elif stratum in NURSES:
+            shift = -1 if draw < NURSES[stratum] else 0
+        else:
+            shift = 0 if draw < 0.92 else rng.choice((-1, 1))
+        level = min(5, max(1, gold + shift))
+        return (steps, gold) if level == gold else (steps_to(level), level)
+
+    return teach
+
+
+def too_mild(summary: Summary, stratum: str, rng: random.Random) -> tuple[Steps, int]:
+    """Two levels too mild, always, as far as there are levels: a dangerous answer to every case of ESI 1 to 3."""
+    level = min(5, right(summary)[1] + 2)
+    return steps_to(level), level

@@ -1,0 +1,104 @@
+"""``python -m grpo.lab``: train the series, judge its claims, write one page and one record.
+
+Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted: the same command goes on.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+from grpo.config import ConfigError, load_config
+from grpo.lab.page import render
+from grpo.lab.plan import PlanError, chosen
+from grpo.lab.record import lab_record
+from grpo.lab.runner import Job, LabError, cost_of, jobs, work
+from grpo.lab.seen import Seen, read_seen
+from grpo.report.__main__ import write
+from grpo.report.gather import ReportError
+from grpo.run import provenance, write_json
+
+SEEDS = (42, 43, 44)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    made = argparse.ArgumentParser(
+        prog="python -m grpo.lab",
+        description="Run the series of the model card again on the embedded world, and say what was reproduced.",
+        epilog="Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted: the same command goes on.",
+    )
+    made.add_argument(
+        "--runs", default="all", help="comma-separated: names, series, contrast, ablation, all (default: %(default)s)"
+    )
+    made.add_argument("--seeds", default=",".join(map(str, SEEDS)), help="comma-separated (default: %(default)s)")
+    made.add_argument("--short", action="store_true", help="the series alone, under one seed: minutes")
+    made.add_argument("--jobs", type=int, default=2, help="runs at once, each on one thread (default: %(default)s)")
+    made.add_argument("--out", type=Path, required=True, metavar="DIR", help="runs, lab.json and lab.html")
+    made.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key in every run"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    os.umask(0o077)
+    try:
+        entries = chosen(("series" if arguments.short and arguments.runs == "all" else arguments.runs).split(","))
+        seeds = _seeds(arguments.seeds)[: 1 if arguments.short else None]
+        if arguments.jobs < 1:
+            raise PlanError(f"--jobs {arguments.jobs}: expected a whole number from 1")
+        configs = {e.name: load_config(e.config, [*e.overrides, *arguments.set])[0] for e in entries}
+        todo = jobs(entries, seeds, arguments.out, arguments.set)
+        print(
+            f"lab       {len(entries)} recipes × {len(seeds)} seeds, {sum(job.done for job in todo)} done", flush=True
+        )
+        failed = work(todo, at_once=arguments.jobs, tell=lambda line: print(line, flush=True))
+        runs = [seen(job) for job in todo if job not in failed]
+        if not runs:
+            raise LabError("no run was finished:\n" + "\n".join(f"{j.name}: {why}" for j, why in failed.items()))
+        record = {
+            "command": " ".join(["python -m grpo.lab", *(argv if argv is not None else sys.argv[1:])]),
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **provenance(f"cpu, {arguments.jobs} runs at once, 1 thread each"),
+            **lab_record(entries, configs, runs),
+            "failed": {job.name: why for job, why in failed.items()},
+        }
+        write_json(arguments.out / "lab.json", record)
+        write(arguments.out / "lab.html", render(record))
+    except (ConfigError, PlanError, LabError, ReportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command goes on from the last checkpoints", file=sys.stderr)
+        return 130
+    for claim in record["claims"]:
+        print(f"{claim['run']:<6}{claim['verdict']:<16}{claim['says']}")
+    for job, why in failed.items():
+        print(f"FAILED    {job.name}: {why}", file=sys.stderr)
+    print(f"record    {arguments.out / 'lab.json'}\nreport    {arguments.out / 'lab.html'}")
+    return 1 if failed else 0
+
+
+def seen(job: Job) -> Seen:
+    cost = cost_of(job)
+    assert cost is not None
+    return read_seen(job.folder, job.entry.name, job.seed, seconds=cost.seconds, cpu_s=cost.cpu_s)
+
+
+def _seeds(text: str) -> list[int]:
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    if not found or len(set(found)) < len(found) or min(found) < 0:
+        raise PlanError(f"--seeds {text}: expected distinct whole numbers from 0, separated by commas")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())
