@@ -146,6 +146,8 @@ def merge(
         write_json(aside / "merge.json", _record(name, adapter, dtype, len(deltas), measured, prompt))
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
+        for path in aside.iterdir():  # safetensors and `write_json` write for the owner alone; here the umask decides
+            path.chmod(aside.stat().st_mode & 0o666)
         _sync(aside)
         os.rename(aside, out)
     except (OSError, SafetensorError) as error:
@@ -284,7 +286,6 @@ def _write_shards(
             shard[stored.key] = _finished(stored, tensor, deltas.get(stored.key), target)
             progress(stored.bytes_as(target), size)
         save_file(shard, folder / file, metadata={"format": "pt"})
-        shutil.copymode(folder / "config.json", folder / file)  # safetensors writes for the owner alone
     if not whole:
         weight_map = {t.key: file for file, span in zip(files, spans, strict=True) for t in tensors[slice(*span)]}
         write_json(

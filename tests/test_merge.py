@@ -260,7 +260,8 @@ def test_companions_go_along_and_code_does_not(adapter: Path, random_base: Path,
     merge(adapter, tmp_path / "out", base=str(base), check=False)
     ends = json.loads((tmp_path / "out" / "generation_config.json").read_text())["eos_token_id"]
     assert sorted(ends) == sorted([im_end, end_of_text])
-    assert len({path.stat().st_mode for path in out.iterdir()}) == 1
+    (tmp_path / "usual").write_text("")
+    assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}
     assert str(tmp_path) not in (out / "merge.json").read_text()
     chat = [{"role": "user", "content": "Chest pain."}]
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
