@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from grpo.recorded.terminal import say_anyhow
 from grpo.tiny.vignettes import SEED, draw_vignettes, row
 
 LAB_MIX: Mapping[str, int] = MappingProxyType(
@@ -74,6 +75,7 @@ FILES = MappingProxyType({"lab": lab_file, "nurses": nurses_file})
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.tiny.lab_cases", description="Write the lab's case files.")
     parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder for the two JSONL files")
     folder = parser.parse_args(argv).write

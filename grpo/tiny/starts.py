@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from grpo.recorded.terminal import say_anyhow
 from grpo.tiny.build import MIX, Lesson, Plan, pupils_of, save_embedded, teach
 from grpo.tiny.patients import summary
 from grpo.tiny.teach import Teacher, too_mild, v43
@@ -72,6 +73,7 @@ def build_start(name: str, out: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
+    say_anyhow()
     parser = argparse.ArgumentParser(prog="python -m grpo.tiny.starts", description="Teach the lab's starts.")
     parser.add_argument("--out", type=Path, required=True, help="folder for v43/, mild/ and starts.json")
     parser.add_argument("--only", choices=sorted(STARTS), help="one of them")
