@@ -113,7 +113,7 @@ def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, mo
         with monkeypatch.context() as patch:
 
             def full(path: Path, content: object) -> None:
-                raise DiskError(f"{path}: cannot be written")
+                raise DiskError(path, "No space left on device")
 
             patch.setattr(ledger_module, refused, full)
             with pytest.raises(DiskError):
