@@ -7,7 +7,6 @@ Only plain LoRA on linear layers is that and nothing else; `read_config` refuses
 
 import contextlib
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import ValidationError
 from torch import Tensor
 
 from grpo.config import Lora, embedded, load_config, resolve
+from grpo.tensorfile import open_tensors
+from rewards.reading import Unreadable, clipped, is_regular, open_regular
+from rewards.reading import read_json as read_any
 
 TENSOR = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 PLAIN = frozenset({
@@ -32,6 +34,9 @@ PLAIN = frozenset({
 not W + scaling · B A, or not only that: allowed by name, so that a variant yet to come is refused too."""
 INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 """Initialisations that leave the base as it is; the others (PiSSA, OLoRA, LoftQ …) train against a changed one."""
+
+
+LONGEST_NAME, LONGEST_PATTERN, MOST_REPEATS = 300, 2000, 6
 
 
 class AdapterError(ValueError):
@@ -106,29 +111,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {config.get('peft_type')!r:.40}: only LoRA adapters can be used")
+        raise AdapterError(f"{path}: peft_type is {clipped(config.get('peft_type'))}: only LoRA adapters can be used")
     if odd := sorted(key for key, value in config.items() if value and key not in PLAIN):
-        raise AdapterError(
-            f"{path}: {', '.join(odd)}: only plain LoRA can be run or merged exactly; use it with PEFT as it is"
-        )
+        named = clipped(", ".join(odd), 200)[1:-1]
+        raise AdapterError(f"{path}: {named}: only plain LoRA can be run or merged exactly; use it with PEFT as it is")
     if config.get("bias", "none") != "none":
-        raise AdapterError(
-            f'{path}: bias is {config["bias"]!r}: trained biases are neither run nor merged, only bias = "none" is'
-        )
+        bias = clipped(config["bias"])
+        raise AdapterError(f'{path}: bias is {bias}: trained biases are neither run nor merged, only bias = "none" is')
     init = config.get("init_lora_weights")
-    if init not in INITS:
+    if not (init is None or isinstance(init, bool | str)) or init not in INITS:
         raise AdapterError(
-            f"{path}: init_lora_weights is {init!r}: trained against a changed base; convert it first "
+            f"{path}: init_lora_weights is {clipped(init)}: trained against a changed base; convert it first "
             f"(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for where in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(where) or {}, dict):
             raise AdapterError(f"{path}: {where} must be an object, got {type(config[where]).__name__}")
+        for pattern in config.get(where) or {}:
+            _refuse_endless(path, where, pattern)
+    for where in ("target_modules", "exclude_modules"):
+        if isinstance(config.get(where), str):
+            _refuse_endless(path, where, config[where])
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
     numbers |= {f"{w}.{k}": v for w in ("rank_pattern", "alpha_pattern") for k, v in (config.get(w) or {}).items()}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise AdapterError(f"{path}: {key} must be a number above 0, got {value!r:.40}")
+            raise AdapterError(f"{path}: {clipped(key)[1:-1]} must be a number above 0, got {clipped(value, 40)}")
     return config
 
 
@@ -139,15 +147,15 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Tenso
         AdapterError: a tensor that is no half of a pair, not finite, or of another rank than the config's.
     """
     path = folder / "adapter_model.safetensors"
-    if not path.is_file() and (folder / "adapter_model.bin").is_file():
+    if not is_regular(path) and (folder / "adapter_model.bin").exists():
         raise AdapterError(f"{folder}: holds a pickle (adapter_model.bin), which can run code and is never opened: "
                            f"have its author save it as safetensors")  # fmt: skip
     halves: dict[str, dict[str, Tensor]] = {}
     with readable(path) as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
             match = TENSOR.fullmatch(key)
-            if not match:
-                raise AdapterError(f"{path}: {key}: not one of the two LoRA matrices of a linear layer")
+            if not match or len(key) > LONGEST_NAME:
+                raise AdapterError(f"{path}: {clipped(key)[1:-1]}: not one of the two LoRA matrices of a linear layer")
             halves.setdefault(match["module"], {})[match["side"]] = file.get_tensor(key)
     if not halves:
         raise AdapterError(f"{path}: holds no tensors")
@@ -157,7 +165,7 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Tenso
 def run_config(adapter: Path) -> dict[str, Any] | None:
     """The resolved config of the run whose ``adapter/`` this is; None for an adapter that lies in no run folder."""
     path = adapter.absolute().parent / "config.json"
-    if adapter.name != "adapter" or not path.is_file():
+    if adapter.name != "adapter" or not is_regular(path):
         return None
     held: Any = read_json(path).get("config")
     try:
@@ -189,7 +197,7 @@ def system_prompt(base: str, adapter: Path | None) -> str:
     if adapter and (config := run_config(adapter)):
         return str(config["cases"]["system_prompt"])
     note = resolve(base) / "merge.json"
-    if note.is_file() and isinstance(said := read_json(note).get("system_prompt"), str):
+    if is_regular(note) and isinstance(said := read_json(note).get("system_prompt"), str):
         return said
     shipped, _ = load_config("configs/tiny.toml" if embedded(base) else "configs/v49.toml")
     return shipped.cases.system_prompt
@@ -199,7 +207,10 @@ def weights_digest(adapter: Path) -> str:
     """SHA-256 of an adapter's weights, hexadecimal. Raises AdapterError where they cannot be read."""
     path = adapter / "adapter_model.safetensors"
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except Unreadable as error:
+        raise AdapterError(f"{path}: {error}") from None
     except OSError as error:
         raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -208,7 +219,7 @@ def merged_digests(base: str) -> tuple[str, ...]:
     """The weights' SHA-256 of every adapter that a base's ``merge.json`` says is in its weights, in order; () without
     that file."""
     note = resolve(base) / "merge.json"
-    if not note.is_file():
+    if not is_regular(note):
         return ()
     said = read_json(note)
     before, last = said.get("merged_before"), said.get("adapter")
@@ -232,7 +243,7 @@ def lora_section(folder: Path, name: str) -> Lora:
     Raises:
         AdapterError: no such folder, or not an adapter of plain LoRA.
     """
-    if (folder / "adapter" / "adapter_config.json").is_file() and not (folder / "adapter_config.json").is_file():
+    if is_regular(folder / "adapter" / "adapter_config.json") and not is_regular(folder / "adapter_config.json"):
         raise AdapterError(f"{folder}: is a run folder: its adapter is {folder / 'adapter'}")
     path, found = folder / "adapter_config.json", read_config(folder)
     targets = found.get("target_modules")
@@ -240,18 +251,20 @@ def lora_section(folder: Path, name: str) -> Lora:
         raise AdapterError(f"{path}: target_modules must be a list of layer names")
     r, alpha = int(found["r"]), float(found["lora_alpha"])
     if r != found["r"]:
-        raise AdapterError(f"{path}: r must be a whole number, got {found['r']!r}")
-    return Lora(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
+        raise AdapterError(f"{path}: r must be a whole number, got {clipped(found['r'])}")
+    try:
+        return Lora(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
+    except ValidationError as error:
+        fault = error.errors(include_input=False, include_url=False)[0]
+        raise AdapterError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises AdapterError with the file and the reason."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{path}: not valid JSON: {error}") from None
+        found = read_any(path, foreign=True)
+    except Unreadable as error:
+        raise AdapterError(f"{path}: {error}") from None
     if not isinstance(found, dict):
         raise AdapterError(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
@@ -261,10 +274,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def readable(path: Path) -> Iterator[Any]:
     """An open safetensors file, its tensors not yet read. Raises AdapterError with the file and the reason."""
     try:
-        with safe_open(path, framework="pt") as file:
+        with open_tensors(path) as file:
             yield file
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{path}: cannot be read: {error}") from None
+    except Unreadable as error:
+        raise AdapterError(f"{path}: {error}") from None
 
 
 def _pair(where: str, sides: Mapping[str, Tensor], r: float) -> tuple[Tensor, Tensor]:
@@ -278,6 +291,25 @@ def _pair(where: str, sides: Mapping[str, Tensor], r: float) -> tuple[Tensor, Te
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
         raise AdapterError(f"{where}: holds values that are not finite")
     return a, b
+
+
+def _refuse_endless(path: Path, where: str, pattern: str) -> None:
+    """PEFT tries these patterns on every module's name, and without a limit: nothing that repeats may hold a
+    repetition, and few may stand beside each other."""
+    plain = re.sub(r"\\.|\[(?:\\.|[^\]\\])*+\]", "x", pattern)
+    holds = [False]
+    for i, sign in enumerate(plain):
+        if sign == "(":
+            holds.append(False)
+        elif sign == ")" and len(holds) > 1:
+            inner = holds.pop()
+            if inner and plain[i + 1 : i + 2] in ("*", "+", "{"):
+                raise AdapterError(f"{path}: {where}: a pattern repeats what repeats, which may never end")
+            holds[-1] |= inner
+        elif sign in "*+{|":
+            holds[-1] = True
+    if len(pattern) > LONGEST_PATTERN or sum(map(plain.count, "*+{")) > MOST_REPEATS:
+        raise AdapterError(f"{path}: {where}: a pattern that is too long, or has over {MOST_REPEATS} repetitions")
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from grpo.config import Checkpoint
 from grpo.durable import discard, placed, write_whole, writing
 from grpo.policy import Policy, save_adapter
+from rewards.reading import Unreadable, open_regular, read_json
 
 CHECKPOINT_VERSION = 1
 """Raised when the files change their meaning; a checkpoint of another version is not continued from."""
@@ -109,18 +110,20 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where every file is what was written."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        version, files = manifest["version"], {name: dict(told) for name, told in manifest["files"].items()}
-    except FileNotFoundError:
+    if not os.path.lexists(path / MANIFEST):
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    try:
+        manifest = read_json(path / MANIFEST)
+        version, files = manifest["version"], {name: dict(told) for name, told in manifest["files"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         return f"{MANIFEST} cannot be read ({type(error).__name__})"
     if version != CHECKPOINT_VERSION or set(files) != set(FILES):
         return f"{MANIFEST} is not one of version {CHECKPOINT_VERSION}"
     for name, told in files.items():
         try:
             found = _measured(path / name)
+        except Unreadable as error:
+            return f"{name} {error}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
         if found["bytes"] != told.get("bytes"):
@@ -139,7 +142,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     if fault := damage(path):
         raise CheckpointError(f"{path}: {fault}: cannot be continued from")
     try:
-        progress = Progress(**json.loads((path / "state.json").read_bytes()))
+        progress = Progress(**read_json(path / "state.json"))
+        if not all(type(count) is int and count >= 0 for count in asdict(progress).values()):
+            raise ValueError("state.json counts what cannot be counted")
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         trainable = policy.trainable()
@@ -164,7 +169,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
 
 
 def _measured(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256}
 

@@ -6,13 +6,13 @@ an error names the file, the line and the key, and suggests what was meant.
 
 import difflib
 import re
-import tomllib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -21,6 +21,8 @@ from pydantic import (
     ValidationError,
     model_validator,
 )
+
+from rewards.reading import Unreadable, clipped, is_regular, parse_toml, read_text
 
 CONFIG_VERSION = 1
 """Raised when a key changes its meaning; a file of another version is refused."""
@@ -43,8 +45,22 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+def _nameable(name: str) -> str:
+    """A file or folder that can be: a name that no system takes is told apart from one that is not there."""
+    if not name.isprintable():
+        raise ValueError("expected a printable name: it holds a control character or half a surrogate pair")
+    if name.startswith("embedded:") and ".." in Path(name).parts:
+        raise ValueError("expected a name within the embedded world: it holds ..")
+    return name
+
+
+MOST_ROWS = 2**20
+"""Completions of a step."""
+MOST = 10_000_000
+"""Of anything that is counted: beyond any run, and what is made of so many still ends."""
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+FileName = Annotated[str, Field(max_length=4096), AfterValidator(_nameable)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Thinking = Literal["on", "off"]
 
@@ -62,7 +78,7 @@ def _as_tuple(value: object) -> object:
 
 
 class Model(Section):
-    name: Annotated[str, Field(min_length=1)]
+    name: Annotated[FileName, Field(min_length=1)]
     """A folder, ``embedded:base``, a hub id whose files are already on this machine, or ``random:qwen3.5-9b``: random
     weights of a shape in `grpo.plan.RANDOM`."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -76,17 +92,19 @@ class Lora(Section):
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
-    warm_start: str
+    warm_start: FileName
     """A PEFT adapter folder to start from; "" starts from a fresh adapter (B = 0)."""
 
 
 class Cases(Section):
     format: Literal["jsonl", "mietic-validate", "mietic-instructions", "mimic-iv-ed"]
     """Of the files that name none: ``mietic-validate:data/samples.csv`` says its own."""
-    train: str
+    train: FileName
     strict: bool = True
     """Refuse a file for any faulty row; false leaves such rows out, counted and reported by `grpo.preflight`."""
-    oversample: Annotated[dict[Annotated[int, Field(ge=1, le=5)], Positive], BeforeValidator(_int_keys)]
+    oversample: Annotated[
+        dict[Annotated[int, Field(ge=1, le=5)], Annotated[int, Field(ge=1, le=1000)]], BeforeValidator(_int_keys)
+    ]
     """How many times a case of this level stands in the training stream; levels left out stand once."""
     system_prompt: Annotated[str, Field(min_length=1)]
 
@@ -116,7 +134,7 @@ class Overlong(Section):
 
 
 class RewardSection(Section):
-    set: Annotated[str, Field(min_length=1)]
+    set: Annotated[FileName, Field(min_length=1)]
     """A shipped set ("v49") or the path of a TOML file."""
     overlong: Overlong | None = None
     """A length term on top of the set; the proof covers it."""
@@ -160,13 +178,6 @@ class Loss(Section):
         return self
 
 
-def _tokens(value: object) -> object:
-    """One message where pydantic would have one for each member of the union."""
-    if value is not None and value != "auto" and not (type(value) is int and value > 0):
-        raise ValueError('expected a whole number of tokens above 0, or "auto"')
-    return value
-
-
 class Optim(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]
@@ -180,7 +191,7 @@ class Optim(Section):
     """μ: optimiser steps on one batch of completions."""
     micro_batch_size: Positive
     """Rows in one forward and backward, at most. Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_tokens)] = None
+    micro_batch_tokens: Positive | Literal["auto"] | None = None
     """Tokens in one forward and backward, at most; "auto" is what free memory allows, and then the cut, and with it the
     rounding of the gradient, is no longer a function of the config."""
 
@@ -208,9 +219,9 @@ class Ledger(Section):
 
 
 class Evaluate(Section):
-    ends: dict[Name, str]
+    ends: dict[Name, FileName]
     """Sets evaluated before and after training: name → file."""
-    during: dict[Name, str]
+    during: dict[Name, FileName]
     """Sets evaluated every ``every`` steps as well."""
     every: Positive
     thinking: Annotated[tuple[Thinking, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
@@ -255,6 +266,8 @@ class Config(Section):
     @model_validator(mode="after")
     def _batch_arithmetic(self) -> "Config":
         rows = self.rollout.prompts_per_step * self.rollout.group_size
+        if rows > MOST_ROWS:
+            raise ValueError(f"rollout: {rows:,} completions a step are more than {MOST_ROWS:,}, which no step can be")
         if self.optim.micro_batch_size > rows:
             raise ValueError(
                 f"optim.micro_batch_size = {self.optim.micro_batch_size} is more than the {rows} completions of a step "
@@ -290,24 +303,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         ConfigError: one line per fault, each with file, line and key.
     """
     file = _find(Path(path))
-    text = _read(file)
     try:
-        table = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file}: not valid TOML: {error}") from None
-    if table.get("version") != CONFIG_VERSION:
+        text = read_text(file)
+        table = parse_toml(text)
+    except Unreadable as error:
+        raise ConfigError(f"{file}: {error}") from None
+    if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
         raise ConfigError(
-            f"{file}{_at(text, ('version',))}: version = {table.get('version')!r}, but this program reads "
+            f"{file}{_at(text, ('version',))}: version = {clipped(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
         )
     for override in overrides:
         _lay_over(table, override)
     try:
-        config = Config.model_validate(table)
+        return Config.model_validate(table), Source(file, text, tuple(overrides))
     except ValidationError as error:
         set_here = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
         raise ConfigError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
-    return config, Source(file, text, tuple(overrides))
 
 
 def notes(text: str) -> dict[str, str]:
@@ -321,7 +333,8 @@ def notes(text: str) -> dict[str, str]:
     ...               # a choice of ours''')
     {'train.steps': 'KNOWN', 'train.name': 'a choice of ours'}
     """
-    strings = r'"""(?:\\.|[^\\])*?"""|' + r"'''.*?'''|" + r'"(?:\\.|[^"\\\n])*"|' + r"'[^'\n]*'"
+    # one that never closes takes the rest: looked for anew at every quote, it would cost time quadratic in the text
+    strings = r'"""(?:\\.|[^\\])*?(?:"""|\Z)|' + r"'''.*?(?:'''|\Z)|" + r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?"
     bare = re.sub(
         rf"{strings}|(#[^\n]*)", lambda m: m[1] or re.sub(r"[^\n]", "x", m[0]), text, flags=re.DOTALL
     )  # what is inside a string can no longer look like a key or a comment
@@ -329,9 +342,9 @@ def notes(text: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for line in bare.splitlines():
         code, _, comment = line.partition("#")
-        if header := re.match(r"\s*\[\s*([^\[\]]+?)\s*\]\s*$", code):
-            section, key = f"{header[1]}.", ""
-        elif pair := re.match(r"\s*([A-Za-z0-9_.-]+)\s*=", code):
+        if header := re.match(r"\s*+\[([^\[\]]++)\]\s*+$", code):
+            section, key = f"{header[1].strip()}.", ""
+        elif pair := re.match(r"\s*+([A-Za-z0-9_.-]++)\s*+=", code):
             key = section + pair[1]
         elif line.startswith("#") or not line.strip():
             key = ""
@@ -353,27 +366,21 @@ def embedded(name: str) -> Path | None:
 
 def resolve(name: str) -> Path:
     """The path that a config's file or folder name stands for; relative names start at the current folder."""
-    return embedded(name) or Path(name).expanduser()
+    try:
+        return embedded(name) or Path(name).expanduser()
+    except RuntimeError:  # "~nobody": no such user here
+        return Path(name)
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
+    if is_regular(path):
         return path
     for folder in SHIPPED:
         shipped = folder.joinpath(*path.parts[1:])
-        if path.parts[:1] == ("configs",) and ".." not in path.parts and shipped.is_file():
+        if path.parts[:1] == ("configs",) and ".." not in path.parts and is_regular(shipped):
             return shipped
     names = {f"configs/{file.relative_to(folder)}" for folder in SHIPPED for file in folder.rglob("*.toml")}
     raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(sorted(names))}")
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{file}: not UTF-8 (byte {error.start}): save it as UTF-8") from None
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _lay_over(table: dict[str, Any], override: str) -> None:
@@ -383,9 +390,13 @@ def _lay_over(table: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=2")
     if "\n" in value:
         raise ConfigError(f"--set {override!r}: one key and one value on one line")
+    if any("\ud800" <= c <= "\udfff" for c in override):
+        raise ConfigError(f"--set {override!r}: not UTF-8")
+    if len(keys) > 4:
+        raise ConfigError(f"--set {clipped(key)}: expected section.key, got {len(keys)} parts")
     try:
-        parsed = tomllib.loads(f"v = {value}")["v"]
-    except tomllib.TOMLDecodeError:
+        parsed = parse_toml(f"v = {value}")["v"]
+    except Unreadable:
         parsed = value.strip()
     for part in keys[:-1]:
         table = table.setdefault(part, {})
@@ -399,10 +410,10 @@ def _at(text: str, keys: tuple[str, ...]) -> str:
     section: tuple[str, ...] = ()
     best, depth = "", 0
     for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*\[+\s*([^\]]+?)\s*\]+", line):
+        if header := re.match(r"\s*+\[++([^\]]*+)\]", line):
             section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
             found = section
-        elif pair := re.match(r"\s*([A-Za-z0-9_.\"'-]+)\s*=", line):
+        elif pair := re.match(r"\s*+([A-Za-z0-9_.\"'-]++)\s*+=", line):
             found = (*section, *(part.strip("\"'") for part in pair[1].split(".")))
         else:
             continue
@@ -413,18 +424,18 @@ def _at(text: str, keys: tuple[str, ...]) -> str:
 
 def _explain(file: Path, text: str, overridden: set[tuple[str, ...]], fault: Any) -> str:
     keys = tuple(str(part) for part in fault["loc"] if part != "[key]")
-    name = ".".join(keys)
+    name = clipped(".".join(keys), 200)[1:-1]
     laid_over = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
     where = "--set" if laid_over else f"{file}{_at(text, keys)}"
     if fault["type"] == "extra_forbidden":
         known = _fields(keys[:-1])
-        close = difflib.get_close_matches(keys[-1], known, n=1, cutoff=0.6)
+        close = difflib.get_close_matches(keys[-1][:80], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
         return f"{where}: unknown key {name}; {hint}"
     if fault["type"] == "missing":
         return f"{where}: {name} is missing: nothing that changes a run has a default"
     message = fault["msg"].removeprefix("Value error, ")
-    got = f", got {fault['input']!r}" if keys and not isinstance(fault["input"], dict) else ""
+    got = f", got {clipped(fault['input'])}" if keys and not isinstance(fault["input"], dict) else ""
     return f"{where}: {name + ': ' if name else ''}{message}{got}"
 
 

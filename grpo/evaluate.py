@@ -34,11 +34,12 @@ from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_sampl
 from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
 from grpo.evaluation.scorecard import scorecard
 from grpo.policy import ModelError, adapter_swapped, load_policy
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError
 from grpo.run import provenance, write_json
 from grpo.types import Case
 from rewards import RewardError
+from rewards.reading import Unreadable, check_contents, is_regular, read_json
 
 INPUT_ERRORS = (
     AdapterError,
@@ -78,7 +79,7 @@ def answered(asked: Asked, out: Path) -> Verdicts:
                 formats=asked.reward.formats,
                 known=known[name, mode],
             ):
-                append_answers(files[name, mode], batch)
+                append_answers(files[name, mode], batch, text=config.ledger.text == "full")
                 known[name, mode] |= {(v.case.id, v.sample): v for v in batch}
                 bar.update(len(batch))
     return {part: in_order(list(known[part].values()), asked.sets[part[0]]) for part in parts}
@@ -168,13 +169,13 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
         EvaluationError: it holds something else, or answers of another evaluation.
     """
     path = out / "settings.json"
-    if path.is_file():
+    if is_regular(path):
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise EvaluationError(
-                f"{path}: cannot be read ({type(error).__name__}): delete {out} to start again"
-            ) from None
+            check_contents(out)
+            before = read_json(path)
+        except Unreadable as error:
+            why = str(error).removeprefix("cannot be read: ")
+            raise EvaluationError(f"{path}: cannot be read: {why}: delete {out} to start again") from None
         if before != settings:
             held = before if isinstance(before, dict) else {}
             other = sorted(key for key in settings.keys() | held.keys() if settings.get(key) != held.get(key))
@@ -236,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = evaluation(asked, answered(asked, out), arguments.against)
         write_json(out / "eval.json", record)
     except INPUT_ERRORS as error:
-        print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except OSError as error:  # a disk that is full, a folder that may not be written
         print(f"error: {visible(str(error.filename or arguments.out or ''))}: {error.strerror}", file=sys.stderr)
@@ -247,7 +248,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(record, indent=2))
     else:
-        print(f"{scorecard(record)}\n\nrecord     {out / 'eval.json'}\nanswers    {out / 'answers'}")
+        where = (f"record     {out / 'eval.json'}", f"answers    {out / 'answers'}")
+        print("\n".join((scorecard(record), "", *map(visible, where))))
     return 0
 
 

@@ -19,8 +19,9 @@ from typing import Any
 from grpo.account import token_slices
 from grpo.advantage import zero_variance
 from grpo.budget import BudgetError, stop_cause
-from grpo.config import Config, resolve
+from grpo.config import Config
 from grpo.ledger import Entry, LedgerError, ledger_steps, read_step
+from grpo.policy import load_tokenizer
 from grpo.recorded.panels import (
     Paint,
     Record,
@@ -32,7 +33,7 @@ from grpo.recorded.panels import (
     token_lines,
 )
 from grpo.recorded.recording import read_config
-from grpo.recorded.terminal import painted, say_anyhow, screen_width, visible, wants_colour, wrap
+from grpo.recorded.terminal import error_lines, painted, say_anyhow, screen_width, wants_colour, wrap
 from grpo.run import Run, RunError
 
 KEPT_OUT = {
@@ -154,13 +155,8 @@ def token_records(entry: Entry, b: int, g: int, spell: Callable[[int], str] | No
 
 def tokenizer_of(config: Config) -> tuple[Callable[[int], str] | None, str]:
     """Token id → text by the run's own tokenizer, from files on this machine; else None and why not."""
-    from transformers import AutoTokenizer
-
-    where = resolve(config.model.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(where) if where.exists() else config.model.name, local_files_only=True
-        )
+        tokenizer = load_tokenizer(config.model.name)
     except (OSError, ValueError):
         return None, f"token ids in place of texts: no tokenizer of {config.model.name} on this machine"
     return lambda token: tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False), ""
@@ -262,7 +258,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))
-        print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     print(json.dumps(finite_values(record), allow_nan=False) if arguments.json else "\n".join(lines))
     return 0

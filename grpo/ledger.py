@@ -11,23 +11,27 @@ JSONL holds the line of the step alone.
 
 import hashlib
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
-import safetensors
 import torch
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
 from grpo.account import TokenAccount, rewards_of
 from grpo.durable import append_line, make_folder, write_whole, writing
+from grpo.tensorfile import declared, open_tensors
 from grpo.types import Batch, Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
 from rewards import Answer, Fired, Score
+from rewards.reading import MEBIBYTE, Unreadable, is_regular, open_regular, parse_json, raw_lines
+from rewards.types import Reason
 
 LEDGER_VERSION = 2
 FIGURES = ("loss/trained", "grad_norm", "skipped")
@@ -58,6 +62,16 @@ TENSORS = {
     "loss": "[E,M] fp64, each token's term; fsum over a row is that inner epoch's loss",
 }
 """Tensors of a step's safetensors file. M = ΣL tokens, packed row after row."""
+
+
+DTYPES = {"bool": "BOOL", "uint8": "U8", "int8": "I8", "int32": "I32", "fp32": "F32", "fp64": "F64"}
+"""Types in `TENSORS` → in a safetensors header."""
+MOST_ELEMENTS = 2**31
+"""Of a step's tensors together. The real recipe's steps have 1e6."""
+MOST_SPREAD = 2**28
+"""Rows times the longest of them: what a step is spread out to."""
+LONGEST_LINE = 256 * MEBIBYTE
+"""Bytes; a completion's text is in one."""
 
 
 class LedgerError(ValueError):
@@ -137,18 +151,33 @@ def read_step(folder: Path, number: int) -> Entry:
     changed = [f"ledger/{file.name}" for file in (tensor_file, line_file) if not _unchanged(file, index[number])]
     try:
         tensors, components = _read_tensors(tensor_file)
-        before = index[number]["tensors"]
+        before = index[number].tensors
         names = [*before, *(name for name in tensors if name not in before)]
         changed += [
             f"ledger/{tensor_file.name}: {name}"
             for name in names
             if name not in tensors or _tensor_sha256(tensors[name]) != before.get(name)
         ]
-        return _entry(_read_lines(line_file), number, tensors, components, tuple(changed))
-    except (LedgerError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as error:
+        return _entry(*_read_lines(line_file), number, tensors, components, tuple(changed))
+    except (LedgerError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         what = error if isinstance(error, LedgerError) else f"{folder}: the files of step {number} do not fit together"
         since = f" (changed since they were written: {', '.join(changed)})" if changed else ""
         raise (LedgerChanged if changed else LedgerError)(f"{what}{since}") from None
+
+
+def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
+    """Of each row of a step: its tokens, and whether it ended by itself. Nothing is held against the index.
+
+    Raises:
+        LedgerError: the file cannot be read.
+    """
+    file, _ = step_files(folder, number)
+    _check_shapes(file)
+    try:
+        with open_tensors(file) as opened:
+            return opened.get_tensor("lengths").tolist(), opened.get_tensor("finished").tolist()
+    except Unreadable as error:
+        raise LedgerError(f"{file}: {error}") from None
 
 
 def cut_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
@@ -239,16 +268,16 @@ def _hashed(text: str) -> dict[str, Any]:
 
 
 def _entry(
-    lines: list[dict[str, Any]],
+    head: "_StepLine",
+    lines: list["_GroupLine | _CompletionLine"],
     number: int,
     tensors: Mapping[str, Tensor],
     components: list[str],
     changed: tuple[str, ...],
 ) -> Entry:
-    head = lines[0]
-    if head["kind"] != "step" or head["step"] != number:
+    if head.step != number:
         raise ValueError("another step's line")
-    groups, scores = _groups(tensors, components, lines[1:])
+    groups, scores = _groups(tensors, components, lines)
     shape = (len(groups), len(groups[0].completions))
     mask = torch.arange(int(tensors["lengths"].max())) < tensors["lengths"][:, None]
     sampler = torch.zeros(mask.shape)
@@ -263,50 +292,53 @@ def _entry(
         token_weights=torch.where(mask, tensors["token_weights"][:, None], 0.0),
     )
     record = TokenRecord(tensors["logprobs"], tensors.get("ref_logprobs"), tensors["entropy"])
-    dropped = tuple(
-        Dropped(d["case_id"], tuple(d["lengths"]), tuple(d["finished"]), tuple(d["rewards"])) for d in head["dropped"]
-    )
-    metrics = head["metrics"]
+    dropped = tuple(Dropped(one.case_id, one.lengths, one.finished, one.rewards) for one in head.dropped)
+    figures: list[Any] = [head.metrics[name] for name in FIGURES]
     return Entry(
-        step=Step(number, groups, scores, batch, record, dropped, *(metrics[name] for name in FIGURES)),
+        step=Step(number, groups, scores, batch, record, dropped, *figures),
         account=TokenAccount(tensors["ratio"], tensors["clip"], tensors.get("kl"), tensors["loss"]),
         advantages=tensors["advantages"].numpy().reshape(shape),
         rewards=tensors["rewards"].numpy().reshape(shape),
         shares={name: share.numpy().reshape(shape) for name, share in zip(components, tensors["shares"], strict=True)},
-        metrics=metrics,
-        text=head["text"],
+        metrics=head.metrics,
+        text=head.text,
         changed=changed,
     )
 
 
 def _groups(
-    tensors: Mapping[str, Tensor], components: list[str], lines: list[dict[str, Any]]
+    tensors: Mapping[str, Tensor], components: list[str], lines: list["_GroupLine | _CompletionLine"]
 ) -> tuple[tuple[Group, ...], tuple[tuple[Score, ...], ...]]:
     """Groups and scores as they were. Where texts were not written, texts are empty and ids are zeros."""
-    said = {(line["group"], line.get("member")): line for line in lines}
+    heads = {line.group: line for line in lines if isinstance(line, _GroupLine)}
+    said = {(line.group, line.member): line for line in lines if isinstance(line, _CompletionLine)}
     lengths, sampler = tensors["lengths"].tolist(), tensors["sampler_logprobs"].tolist()
     ids = tensors["completion_ids"].tolist() if "completion_ids" in tensors else [0] * len(sampler)
     prompt_lengths = tensors["prompt_lengths"].tolist()
     prompt_ids = tensors["prompt_ids"].tolist() if "prompt_ids" in tensors else [0] * sum(prompt_lengths)
+    if min(lengths, default=0) < 1 or min(prompt_lengths) < 0 or len(lengths) * max(lengths) > MOST_SPREAD:
+        raise ValueError("lengths that none can have")
     if len(sampler) != sum(lengths) or len(ids) != sum(lengths) or len(prompt_ids) != sum(prompt_lengths):
         raise ValueError("token counts disagree")
     owners, predicted, finished = (tensors[name].tolist() for name in ("groups", "predicted", "finished"))
+    sizes = Counter(owners)
+    if owners != sorted(owners) or set(sizes) != set(range(len(prompt_lengths))):
+        raise ValueError("rows without a group, or groups without a row")
     parts, totals = tensors["components"].T.tolist(), tensors["rewards"].tolist()
     groups, scores = [], []
     row, at, prompt_at = 0, 0, 0
     for b, (gold, thinking, width) in enumerate(
         zip(tensors["gold"].tolist(), tensors["thinking"].tolist(), prompt_lengths, strict=True)
     ):
-        head = said.get((b, None), {})
-        case = Case(head.get("case", ""), head.get("content", ""), gold, tuple(head.get("tags", ())))
+        head = heads.get(b, _GroupLine(kind="group", group=b))
+        case = Case(head.case, head.content, gold, head.tags)
         prompt = Prompt(case, tuple(prompt_ids[prompt_at : prompt_at + width]), thinking)
         prompt_at += width
         completions, row_scores = [], []
-        for member in range(owners.count(b)):
-            line, stop = said.get((b, member), {}), at + lengths[row]
-            completions.append(
-                Completion(tuple(ids[at:stop]), tuple(sampler[at:stop]), finished[row], line.get("content", ""))
-            )
+        for member in range(sizes[b]):
+            line, stop = said.get((b, member)), at + lengths[row]
+            text = line.content if line else ""
+            completions.append(Completion(tuple(ids[at:stop]), tuple(sampler[at:stop]), finished[row], text))
             row_scores.append(_score(line, dict(zip(components, parts[row], strict=True)), totals[row], predicted[row]))
             row, at = row + 1, stop
         groups.append(Group(prompt, tuple(completions)))
@@ -314,81 +346,157 @@ def _groups(
     return tuple(groups), tuple(scores)
 
 
-def _score(line: Mapping[str, Any], parts: dict[str, float], total: float, predicted: int) -> Score:
-    span = line.get("span")
-    reason = line.get("reason", "parsed" if predicted else "no answer")
-    return Score(
-        total=total,
-        parts=parts,
-        answer=Answer(predicted or None, reason, tuple(span) if span else None),
-        fired=tuple(
-            Fired(fired["rule"], tuple(fired["span"]) if fired["span"] else None, fired["value"])
-            for fired in line.get("fired", ())
-        ),
-        timed_out=line.get("timed_out", False),
-    )
+def _score(line: "_CompletionLine | None", parts: dict[str, float], total: float, predicted: int) -> Score:
+    if line is None:
+        return Score(total, parts, Answer(predicted or None, "parsed" if predicted else "no answer", None), (), False)
+    fired = tuple(Fired(one.rule, one.span, one.value) for one in line.fired)
+    return Score(total, parts, Answer(predicted or None, line.reason, line.span), fired, line.timed_out)
 
 
-def _index(folder: Path) -> dict[int, dict[str, Any]]:
+class _Line(BaseModel):
+    """A line as `_lines` writes it; what is read of one is checked before anything is made of it."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+
+_Place = Annotated[int, Field(strict=True, ge=0, lt=2**31)]
+_Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=True)]
+
+
+class _Dropped(_Line):
+    case_id: str
+    lengths: tuple[_Place, ...]
+    finished: tuple[bool, ...]
+    rewards: tuple[float, ...]
+
+
+class _StepLine(_Line):
+    kind: Literal["step"]
+    step: _Place
+    text: Literal["full", "redacted", "off"]
+    metrics: dict[str, _Number | None]
+    dropped: tuple[_Dropped, ...]
+
+
+class _GroupLine(_Line):
+    kind: Literal["group"]
+    group: _Place
+    case: str = ""
+    tags: tuple[str, ...] = ()
+    content: str = ""
+
+
+class _Fired(_Line):
+    rule: str
+    span: tuple[_Place, _Place] | None
+    value: float
+
+
+class _CompletionLine(_Line):
+    kind: Literal["completion"]
+    group: _Place
+    member: _Place
+    reason: Reason
+    span: tuple[_Place, _Place] | None
+    fired: tuple[_Fired, ...]
+    timed_out: bool
+    content: str = ""
+
+
+_KINDS: dict[object, type[_GroupLine] | type[_CompletionLine]] = {"group": _GroupLine, "completion": _CompletionLine}
+
+
+class _IndexLine(_Line):
+    step: _Place
+    files: dict[str, str]
+    tensors: dict[str, str]
+
+
+def _index(folder: Path) -> dict[int, _IndexLine]:
     file = folder / "index.jsonl"
-    if not file.is_file():
+    if not is_regular(file):
         raise LedgerError(f"{folder}: no ledger here: made with ledger.every = 0, without a step yet, or taken away")
     index = {}
-    lines = re.findall(r"[^\n]*\n|[^\n]+", _read_text(file))
-    torn = bool(lines) and not lines[-1].endswith("\n")  # a crash: the step it was for is not in the ledger
-    for at, line in enumerate(lines[: len(lines) - torn], 1):
+    for at, line in enumerate(_raw_lines(file), 1):
+        if not line.endswith(b"\n"):
+            break  # torn by a crash: the step it was for is not in the ledger
         try:
-            entry = json.loads(line)
-            index[int(entry["step"])] = {"files": dict(entry["files"]), "tensors": dict(entry["tensors"])}
-        except (ValueError, KeyError, TypeError, RecursionError):
+            entry = _IndexLine.model_validate(parse_json(line))
+        except (Unreadable, ValidationError):
             raise LedgerError(f"{file}:{at}: not a line of a ledger's index") from None
+        index[entry.step] = entry
     return index
 
 
-def _unchanged(file: Path, entry: Mapping[str, Any]) -> bool:
+def _unchanged(file: Path, entry: _IndexLine) -> bool:
     try:
-        return _sha256(file.read_bytes()) == entry["files"].get(file.name)
+        with open_regular(file) as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest() == entry.files.get(file.name)
+    except Unreadable as error:
+        raise LedgerError(f"{file}: {error}") from None
     except OSError as error:
         raise LedgerError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
+    _check_shapes(file)
     try:
-        with safetensors.safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("ledger", "{}"))
-            if about.get("version") != LEDGER_VERSION:
+        with open_tensors(file) as opened:
+            about = parse_json((opened.metadata() or {}).get("ledger", "{}"))
+            if not isinstance(about, dict) or about.get("version") != LEDGER_VERSION:
+                version = about.get("version") if isinstance(about, dict) else None
                 raise LedgerError(
-                    f"{file}: a ledger of version {str(about.get('version'))[:20]}, this program reads version "
-                    f"{LEDGER_VERSION}"
+                    f"{file}: a ledger of version {str(version)[:20]}, this program reads version {LEDGER_VERSION}"
                 )
             components = [str(name) for name in about["components"]]
             return {name: opened.get_tensor(name) for name in opened.keys()}, components  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as error:
-        if isinstance(error, LedgerError):
-            raise
-        raise LedgerError(f"{file}: cannot be read: {type(error).__name__}") from None
+    except Unreadable as error:
+        raise LedgerError(f"{file}: {error}") from None
+    except (KeyError, TypeError):
+        raise LedgerError(f"{file}: cannot be read: its metadata name no components") from None
 
 
-def _read_lines(file: Path) -> list[dict[str, Any]]:
-    lines = []
-    for number, line in enumerate(_read_text(file).splitlines(), 1):
-        try:
-            value = json.loads(line)
-        except (ValueError, RecursionError):
-            value = None
-        if not isinstance(value, dict) or "kind" not in value:
-            raise LedgerError(f"{file}:{number}: not a line of a ledger")
-        lines.append(value)
-    if not lines:
-        raise LedgerError(f"{file}: empty")
-    return lines
-
-
-def _read_text(file: Path) -> str:
+def _check_shapes(file: Path) -> None:
+    """Every tensor is one of `TENSORS`, of its type, and the same letter is the same number everywhere."""
+    sizes: dict[str, int] = {}
+    elements = 0
     try:
-        return file.read_bytes().decode("utf-8")  # as it is: reading as text would turn a \r into a newline
-    except (OSError, UnicodeDecodeError) as error:
-        raise LedgerError(f"{file}: cannot be read: {type(error).__name__}") from None
+        header = declared(file)
+    except Unreadable as error:
+        raise LedgerError(f"{file}: {error}") from None
+    for name, told in header.items():
+        dims, _, rest = TENSORS.get(name, "").removeprefix("[").partition("] ")
+        letters, dtype = dims.split(","), DTYPES.get(rest.split()[0].rstrip(",") if rest else "")
+        if told.dtype != dtype or len(told.shape) != len(letters):
+            raise LedgerError(f"{file}: holds a tensor that no ledger has, or of another type")
+        if any(sizes.setdefault(letter, side) != side for letter, side in zip(letters, told.shape, strict=True)):
+            raise LedgerError(f"{file}: its tensors do not fit together")
+        elements += math.prod(told.shape)
+    if elements > MOST_ELEMENTS:
+        raise LedgerError(f"{file}: {elements:,} numbers, more than any step has")
+
+
+def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLine]]:
+    head, lines = None, []
+    for number, line in enumerate(_raw_lines(file), 1):
+        try:
+            value = parse_json(line)
+            if head is None:
+                head = _StepLine.model_validate(value)
+            else:
+                lines.append(_KINDS[value["kind"]].model_validate(value))
+        except (Unreadable, ValidationError, KeyError, TypeError):
+            raise LedgerError(f"{file}:{number}: not a line of a ledger") from None
+    if head is None:
+        raise LedgerError(f"{file}: empty")
+    return head, lines
+
+
+def _raw_lines(file: Path) -> Iterator[bytes]:
+    try:
+        yield from raw_lines(file, longest=LONGEST_LINE)
+    except Unreadable as error:
+        raise LedgerError(f"{file}: {error}") from None
 
 
 def _number(line: str) -> int | None:

@@ -45,7 +45,7 @@ from grpo.adapter import (
 from grpo.config import ConfigError, embedded, resolve
 from grpo.model_card import CardError, model_card
 from grpo.policy import HUB_ID, ModelError, end_ids, load_base, pick_device, render_prompt
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.run import RunError, write_json
 from grpo.types import Case
 from grpo.weights import Stored, WeightsError, base_folder, base_tensors, blank_model, match_deltas, read_tensors
@@ -388,12 +388,12 @@ def main(argv: Sequence[str] | None = None) -> int:
                 progress=advance,
             )
     except INPUT_ERRORS as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was left behind", file=sys.stderr)
         return 130
-    print(report(merged))
+    print("\n".join(visible(line) for line in report(merged).splitlines()))
     return 0
 
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grpo.recorded.terminal import say_anyhow
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.report.gather import Evaluation, ReportError, RunRecord, read_run
 
 RATES = ("exact", "adjacent", "dangerous_under", "high_acuity_under", "no_parse", "clipped_ratio", "mean_length")
@@ -49,7 +49,7 @@ def mirror(run: RunRecord, folder: Path) -> int:
             writer = RecordWriter(opened)
             writer.write(Event(wall_time=started, file_version="brain.Event:2").SerializeToString())
             for step, when, values in scalars(run):
-                points = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+                points = [Summary.Value(tag=visible(name), simple_value=value) for name, value in values.items()]
                 writer.write(Event(wall_time=when, step=step, summary=Summary(value=points)).SerializeToString())
                 written += len(points)
             writer.flush()
@@ -87,13 +87,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder of the event file (default: RUN/tensorboard)")
     arguments = parser.parse_args(argv)
     folder = arguments.out or arguments.run / "tensorboard"
+    os.umask(0o077)
     try:
         run = read_run(arguments.run)
         points = mirror(run, folder)
     except (ReportError, MirrorError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
-    print(f"mirrored  {folder}, {len(run.metrics)} steps, {points} points; tensorboard --logdir {folder}")
+    shown = visible(str(folder))
+    print(f"mirrored  {shown}, {len(run.metrics)} steps, {points} points; tensorboard --logdir {shown}")
     return 0
 
 

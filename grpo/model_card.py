@@ -23,6 +23,7 @@ from grpo.policy import HUB_ID
 from grpo.run import Run, evaluations
 from rewards import RewardError
 from rewards.files import load_set
+from rewards.reading import Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
 RATES = {
     "exact": "exact",
@@ -275,25 +276,26 @@ def _mean(values: Sequence[float]) -> float | None:
 
 def _read_config(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CardError(f"{path}: cannot be read: {error}") from None
+        check_contents(path.parent)
+        found = read_json(path)
+    except Unreadable as error:
+        raise CardError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
         raise CardError(f"{path}: not the config.json of a run: expected an object with the key config")
     return found
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
+    if not is_regular(path):
         return []
-    lines = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(line))
-        except ValueError as error:
-            raise CardError(f"{path}:{number}: not valid JSON: {error}") from None
-        if not isinstance(lines[-1], dict):
-            raise CardError(f"{path}:{number}: expected one object a line, got a {type(lines[-1]).__name__}")
+    lines, number = [], 0
+    try:
+        for number, line in enumerate(raw_lines(path), 1):
+            lines.append(parse_json(line))
+            if not isinstance(lines[-1], dict):
+                raise CardError(f"{path}:{number}: expected one object a line, got a {type(lines[-1]).__name__}")
+    except Unreadable as error:
+        raise CardError(f"{path}:{number}: {error}") from None
     return lines
 
 

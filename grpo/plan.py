@@ -4,12 +4,11 @@ Every byte count is an estimate: a formula over the model's shape, with one meas
 Fragmentation, the libraries' own workspace and a display's share are not in it.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-from grpo.config import Config, embedded
+from grpo.config import Config, resolve
+from rewards.reading import Unreadable, is_regular, read_json
 
 KNOWN_HUB_SHAPES = ("Qwen/Qwen3.5-9B",)
 """Hub ids whose shape is `Shape`'s defaults, so that a plan needs none of their files."""
@@ -138,12 +137,12 @@ def read_shape(name: str) -> Shape | None:
     """
     if name in RANDOM:
         return RANDOM[name]
-    folder = embedded(name) or Path(name).expanduser()
-    if not folder.exists():
+    file = resolve(name) / "config.json"
+    if not is_regular(file):
         return Shape() if name in KNOWN_HUB_SHAPES else None
     try:
-        table = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        table = read_json(file, foreign=True)
+    except Unreadable:
         return None
     return _shape(table) if isinstance(table, dict) else None
 

@@ -15,24 +15,37 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from grpo.adapter import AdapterError, readable, refuse_merged_twice
-from grpo.config import Lora, Model, embedded, resolve
-from grpo.plan import RANDOM, frozen_parameters
+from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
+from grpo.config import Lora, Model, resolve
+from grpo.plan import RANDOM
+from grpo.tensorfile import declared
 from grpo.types import Case, Prompt
+from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, read_json
 
+# read when transformers is first imported: nothing is downloaded, asked for or told, whatever a model's files say
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
+from huggingface_hub.errors import StrictDataclassError
+
+LOAD_ERRORS = (
+    OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+)  # fmt: skip
+"""What transformers and the libraries below it raise over a model's files."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 """Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
 ODD_BUT_EXACT = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
 """Keys of an adapter's config that are not trained or run here, but that a merge takes exactly as PEFT does."""
-_SLOT = "\ue000CASE\ue001"
-"""Stands for the narrative while the chat template is rendered: private-use characters no template holds."""
+_SYSTEM, _CASE = "\ue000SYSTEM\ue001", "\ue000CASE\ue001"
+"""Stand for system prompt and narrative while the chat template is rendered: private-use characters no template
+holds."""
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MOST_TOKENIZER = 256 * MEBIBYTE
 
 
 class ModelError(ValueError):
@@ -82,6 +95,8 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
         folder = resolve(lora.warm_start)
         check_adapter(folder, lora, model.name)
         with _named(folder, "adapter"):
+            declared(folder / "adapter_model.safetensors")
+        with _named(folder, "adapter"):
             wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
         _check_tensors(folder, wrapped)
         _set_dropout(wrapped, lora.dropout)
@@ -115,21 +130,23 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
     faults = []
     try:
         _refuse_adapter(model.name)
-        if model.name not in RANDOM and not cached_file(_where(model.name), "config.json", local_files_only=True):
+        if model.name not in RANDOM and not cached_file(found_at(model.name), "config.json", local_files_only=True):
             faults.append(_not_here(model.name))
     except ModelError as error:
         faults.append(str(error))
     except (OSError, ValueError):
         faults.append(_not_here(model.name))
-    if lora.warm_start and not (resolve(lora.warm_start) / "adapter_config.json").is_file():
+    if lora.warm_start and not is_regular(resolve(lora.warm_start) / "adapter_config.json"):
         faults.append(
             f"lora.warm_start: {resolve(lora.warm_start) / 'adapter_config.json'}: cannot be read: no such file"
         )
     return tuple(faults)
 
 
-def _where(name: str) -> str:
-    return str(resolve(name)) if embedded(name) or Path(name).expanduser().exists() else name
+def found_at(name: str) -> str:
+    """What the loaders are given for a model's name: its folder where there is one, else the name, for the cache."""
+    folder = resolve(name)
+    return str(folder) if os.path.exists(folder) else name
 
 
 def _not_here(name: str) -> str:
@@ -161,18 +178,14 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     if name in RANDOM:
         from grpo.random_base import random_base
 
-        need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
-        if need > free:
-            raise ModelError(
-                f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
-            )
-
         base, tokenizer = random_base(name, device=device, dtype=dtype)
         return base.requires_grad_(False), tokenizer
     _refuse_adapter(name)
     tokenizer = load_tokenizer(name)
-    with _loading(name):
-        base = AutoModelForCausalLM.from_pretrained(_where(name), dtype=dtype, local_files_only=True)
+    with _loading(name) as where:
+        base = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
     base.requires_grad_(False)
     return base.to(device), tokenizer
 
@@ -185,8 +198,8 @@ def load_tokenizer(name: str) -> Any:
         from grpo.random_base import random_tokenizer
 
         return random_tokenizer()
-    with _loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(_where(name), local_files_only=True)
+    with _loading(name) as where:
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
     return tokenizer
@@ -200,19 +213,26 @@ def context_of(name: str) -> int:
         from grpo.random_base import text_config
 
         return int(text_config(RANDOM[name]).max_position_embeddings)
-    with _loading(name):
-        config = AutoConfig.from_pretrained(_where(name), local_files_only=True)
+    with _loading(name) as where:
+        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     return int(config.get_text_config().max_position_embeddings)
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[None]:
+def _loading(name: str) -> Iterator[str]:
+    """What the loaders are to be given, once nothing in it is what they would obey (see `check_base`)."""
+    from transformers.utils import cached_file
+
+    where = found_at(name)
     try:
-        yield
-    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        found = cached_file(where, "config.json", local_files_only=True)
+        if found is not None:
+            check_base(Path(str(found)).parent)
+        yield where
+    except LOAD_ERRORS as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         here = resolve(name)
-        if not (here / "config.json").is_file() and (here.is_dir() or isinstance(error, OSError)):
+        if not is_regular(here / "config.json") and (here.is_dir() or isinstance(error, OSError)):
             raise ModelError(f"{_not_here(name)} ({said})") from None
         raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
 
@@ -222,7 +242,7 @@ def _refuse_adapter(name: str) -> None:
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(_where(name), "adapter_config.json", local_files_only=True)
+        found = cached_file(found_at(name), "adapter_config.json", local_files_only=True)
     except (OSError, ValueError):
         found = None
     if found is None:
@@ -231,6 +251,41 @@ def _refuse_adapter(name: str) -> None:
         f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
         f"and the adapter as lora.warm_start or --adapter"
     )
+
+
+def check_base(folder: Path) -> None:
+    """What the libraries would obey, wait for or unpickle in a model's folder is refused before they see it.
+
+    Raises:
+        ModelError: names the file.
+    """
+    for file in folder.glob("*"):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and not is_regular(file):
+            raise ModelError(f"{file.name} is no file")
+    if not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES):
+        raise ModelError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
+    file = folder
+    try:
+        for file in sorted(folder.glob("*.json")):
+            table = read_json(file, most=MOST_TOKENIZER, foreign=True)
+            if isinstance(table, dict) and (named := _names_code(table)):
+                raise ModelError(f"{file.name}: {named} asks for code, which no model brings along here")
+        for file in sorted(folder.glob("*.safetensors")):
+            declared(file)
+    except Unreadable as error:
+        raise ModelError(f"{file.name}: {error}") from None
+
+
+def _names_code(table: Mapping[str, Any]) -> str:
+    """The key of a config that would have a library load code: its own, or a kernel of the hub."""
+    if table.get("auto_map"):
+        return "auto_map"
+    for key, value in table.items():
+        if key.endswith("attn_implementation") and "/" in str(value):
+            return key
+        if isinstance(value, dict) and key.endswith("_config") and (inner := _names_code(value)):
+            return inner
+    return ""
 
 
 def pick_device(name: str) -> torch.device:
@@ -243,14 +298,6 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
     return device
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, what PyTorch has reserved and does not use included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -273,36 +320,81 @@ def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
 
 
 def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: bool) -> Prompt:
-    """The chat up to where the answer begins, as ids. Control tokens come from the template alone: a narrative that
-    contains ``<|im_end|>`` or ``<think>`` reaches the model as those characters.
+    """The chat up to where the answer begins, as ids. Control tokens come from the template alone: a narrative or a
+    system prompt that contains ``<|im_end|>`` or ``<think>`` reaches the model as those characters.
 
     The narrative is encoded by itself, between the template's two halves; for ordinary text that gives the ids of
-    encoding the whole chat at once.
+    encoding the whole chat at once. So is a system prompt in which, or at whose edges, a control token is spelled.
+
+    Raises:
+        ModelError: a chat template that does not show both turns once; a text that cannot be written in plain tokens.
     """
+    before, slot, after = _rendered(tokenizer, _SYSTEM, thinking).partition(_CASE)
+    opening, _, between = before.partition(_SYSTEM)
+    inline, _, again = _rendered(tokenizer, system_prompt, thinking).partition(_CASE)
+    if (
+        not slot
+        or _SYSTEM not in before
+        or any(slot in part for slot in (_CASE, _SYSTEM) for part in (between, after, again))
+    ):
+        raise ModelError("the chat template does not show the system's and the user's turn exactly once, in this order")
+    opened = after.rstrip().endswith("<think>")
+    head = _encode(tokenizer, inline)
+    control, around = control_ids(tokenizer), (_encode(tokenizer, opening), _encode(tokenizer, between))
+    if [i for i in head if i in control] != [i for part in around for i in part if i in control]:
+        whole = inline.startswith(opening) and inline.endswith(between)  # as the template wrote it, trimmed or not
+        said = inline[len(opening) : len(inline) - len(between)] if whole else system_prompt
+        head = [*around[0], *encode_plain(tokenizer, said), *around[1]]
+    ids = (*head, *encode_plain(tokenizer, case.text), *_encode(tokenizer, after))
+    return Prompt(case, ids, opened)
+
+
+def _rendered(tokenizer: Any, system_prompt: str, thinking: bool) -> str:
+    """The chat as text, `_CASE` in the narrative's place."""
     chat = tokenizer.apply_chat_template(
-        [{"role": "system", "content": system_prompt}, {"role": "user", "content": _SLOT}],
+        [{"role": "system", "content": system_prompt}, {"role": "user", "content": _CASE}],
         tokenize=False,
         add_generation_prompt=True,
         enable_thinking=thinking,
     )
-    before, slot, after = chat.partition(_SLOT)
-    if not slot or _SLOT in after:
-        raise ModelError("the chat template does not show the user's turn exactly once")
-    opened = after.rstrip().endswith("<think>")
-    ids = (*_encode(tokenizer, before), *encode_plain(tokenizer, case.text), *_encode(tokenizer, after))
-    return Prompt(case, ids, opened)
+    return str(chat)
+
+
+def control_ids(tokenizer: Any) -> frozenset[int]:
+    """Ids that no plain text may give: every token that was added to the vocabulary, but for the one that stands for
+    what the vocabulary cannot spell."""
+    return frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
     """Ids of a text in which nothing is a control token: a control token's spelling is cut after its first character
-    and encoded in pieces."""
+    and encoded in pieces. Where that is not enough (a normaliser may spell a control token that the text does not),
+    every character is encoded by itself.
+
+    Raises:
+        ModelError: a character that is a control token of its own, or half a surrogate pair.
+    """
+    control = control_ids(tokenizer)
+    for cut in (_whole, _within_spellings, _characters):
+        ids = [i for piece in cut(tokenizer, text) for i in _encode(tokenizer, piece)]
+        if control.isdisjoint(ids):
+            return ids
+    raise ModelError("a text holds a character that is a control token of this tokenizer: it has no plain spelling")
+
+
+def _whole(tokenizer: Any, text: str) -> list[str]:
+    return [text]
+
+
+def _within_spellings(tokenizer: Any, text: str) -> list[str]:
     control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    if not any(token in text for token in control):
-        return _encode(tokenizer, text)
     pattern = "|".join(re.escape(token) for token in control)
     cuts = [match.start() + 1 for match in re.finditer(f"(?=({pattern}))", text)]
-    pieces = [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-    return [i for piece in pieces for i in _encode(tokenizer, piece)]
+    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+
+
+def _characters(tokenizer: Any, text: str) -> list[str]:
+    return list(text)
 
 
 @contextlib.contextmanager
@@ -344,7 +436,10 @@ def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer.encode(text, add_special_tokens=False)
+    try:
+        return tokenizer.encode(text, add_special_tokens=False)
+    except (TypeError, UnicodeEncodeError):
+        raise ModelError("a text holds half a surrogate pair, which no tokenizer can write") from None
 
 
 def _set_dropout(wrapped: Any, p: float) -> None:
@@ -378,29 +473,28 @@ def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_
     """
     path = folder / "adapter_config.json"
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelError(f"{key}: {path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{key}: {path}: not valid JSON: {_first_line(error)}") from None
-    if not isinstance(found, dict) or found.get("peft_type") != "LORA":
-        raise ModelError(f"{key}: {path}: not a LoRA adapter")
+        found = read_config(folder)
+    except AdapterError as error:
+        raise ModelError(f"{key}: {error}") from None
+    weights = folder / "adapter_model.safetensors"
+    if not is_regular(weights):
+        raise ModelError(f"{key}: {weights}: cannot be read: no such file")
     wanted = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     targets = found.get("target_modules")
-    there = {**found, "target_modules": sorted(targets) if isinstance(targets, list) else targets}
+    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+        targets = sorted(targets)
+    there = {**found, "target_modules": targets}
     for name, value in wanted.items():
         if there.get(name) != value:
-            raise ModelError(f"{key}: {path}: {name} is {there.get(name)!r}, [lora] says {value!r}")
+            raise ModelError(f"{key}: {path}: {name} is {clipped(there.get(name))}, [lora] says {value!r}")
     own = found.get("base_model_name_or_path")
     if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
         raise ModelError(f"{key}: {path}: made for the base {own}, model.name says {base}")
-    if odd := [name for name in (*ODD_BUT_EXACT, "use_dora", "modules_to_save") if found.get(name)]:
+    if odd := [name for name in (*ODD_BUT_EXACT, "layers_pattern", "exclude_modules") if found.get(name)]:
         way_out = "; `python -m grpo.merge` makes full weights of it, which are" if {*odd} <= {*ODD_BUT_EXACT} else ""
         raise ModelError(
             f"{key}: {path}: {', '.join(odd)}: only plain LoRA of one rank is trained or run here{way_out}"
         )
-    if found.get("bias", "none") != "none":
-        raise ModelError(f"{key}: {path}: trains biases; only plain LoRA weights are trained or run here")
     try:
         _check_rank(folder / "adapter_model.safetensors", lora.r)
         refuse_merged_twice(base, folder)
@@ -420,13 +514,13 @@ def _check_rank(path: Path, r: int) -> None:
 def _check_tensors(folder: Path, wrapped: Any) -> None:
     """Every LoRA tensor of the model must come from the file, and every tensor of the file must have its place."""
     path = folder / "adapter_model.safetensors"
-    with _named(folder, "adapter"), safe_open(path, framework="pt") as file:
-        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
+    with _named(folder, "adapter"):
+        shapes = {key: told.shape for key, told in declared(path).items()}
     expected = {n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
     if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:
         raise ModelError(
             f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or "
-            f"shape, first {wrong[0]}"
+            f"shape, first {clipped(wrong[0])[1:-1]}"
         )
 
 

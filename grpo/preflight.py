@@ -21,11 +21,12 @@ from grpo.cases import CaseError
 from grpo.config import Config, ConfigError, load_config
 from grpo.examine import HONEST, DataAudit, Examination, Material, examine, gather, length_term
 from grpo.plan import Plan
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, Rule, Score
 from rewards.probes import PolicyReport, RuleAudit, check_accuracy
 from rewards.proof import OUTCOMES, Proof, Row
+from rewards.reading import MEBIBYTE, Unreadable, read_text
 from rewards.types import LEVELS
 
 WIDTH = 100
@@ -388,10 +389,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         examination = examine(config, material, accuracy=arguments.honest)
     except (UsageError, ConfigError, CaseError, RewardError) as error:
-        message = "\n".join(visible(line) for line in str(error).splitlines())
-        print(f"error: {message}", file=sys.stderr)
+        message = error_lines(error)
+        print(message, file=sys.stderr)
         if arguments.json:
-            print(json.dumps({"error": message}))
+            print(json.dumps({"error": message.removeprefix("error: ")}))
         return 2
     if arguments.json:
         print(json.dumps(record(config, examination), allow_nan=False))
@@ -426,10 +427,9 @@ def _completion(argument: str) -> str:
     if argument.startswith("@@") or not argument.startswith("@"):
         return argument.removeprefix("@")
     try:
-        return Path(argument[1:]).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else f"not UTF-8 (byte {error.start})"
-        raise CaseError(f"--completion {argument}: cannot be read: {why}") from None
+        return read_text(Path(argument[1:]), most=64 * MEBIBYTE)
+    except Unreadable as error:
+        raise CaseError(f"--completion {argument}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from grpo.cases import LOADERS, CaseError, load, row_key
 from grpo.examine import plain
 from grpo.loaders.report import REASONS, Banded, Loaded, Record, Report, Tally, settled
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -276,13 +276,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepared = prepare(arguments)
         write(arguments.out, {**prepared.files, "prepare.json": [_manifest(prepared)]})
     except CaseError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted; nothing was left behind", file=sys.stderr)
         return 130
-    print(render(prepared))
-    print(f"wrote     {', '.join(str(arguments.out / name) for name in (*prepared.files, 'prepare.json'))}")
+    print("\n".join(visible(line) for line in render(prepared).splitlines()))
+    written = ", ".join(str(arguments.out / name) for name in (*prepared.files, "prepare.json"))
+    print(f"wrote     {visible(written)}")
     return 0
 
 

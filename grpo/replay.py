@@ -17,7 +17,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -35,7 +35,7 @@ from grpo.policy import ModelError
 from grpo.recorded.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.recorded.difference import Difference, array_differences, same, scalar_difference, shown
 from grpo.recorded.recording import Recording, read_recording, rewritten_lines, torn, unindexed_files
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.run import PACKAGES, RunError, finite
 from grpo.score import length_penalty, score_groups
 from grpo.types import Step
@@ -107,7 +107,7 @@ def replay_step(
         found += _tensor_differences(entry, again, account, shares)
         position = number * config.optim.inner_epochs - 1
         metrics = finite(step_metrics(again, account, shares, config) | {"lr": learning_rate(config, position)})
-    except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
         # a record that was tampered with can be anything at all
         why = f": {error}" if isinstance(error, ValueError) else ""
         return [*found, Difference(number, "ledger", "", "a step", f"nothing ({type(error).__name__}{why})")]
@@ -261,11 +261,12 @@ def folder_differences(recording: Recording) -> Iterator[Difference]:
     for name in unindexed_files(recording.run.ledger, steps):
         yield Difference(0, f"ledger/{name}", "", "in no line of index.jsonl", "there (killed in this step? --resume)")
     last = max(logged, default=0)
-    for step in range(1, min(last, config.train.steps) + 1):
-        if step not in logged:
-            yield Difference(step, "metrics.jsonl", "", "no line", f"one, as for step {last}")
-        if every and step % every == 0 and step not in steps:
-            yield Difference(step, index, "", "no record", f"one, with ledger.every = {every}")
+    until = min(last, config.train.steps)
+    for first, end in gaps(logged, until):
+        yield Difference(first, "metrics.jsonl", _up_to(first, end), "no line", f"one, as for step {last}")
+    for first, end in gaps([step // every for step in steps if not step % every], until // every) if every else ():
+        wanted = f"one, with ledger.every = {every}"
+        yield Difference(first * every, index, _up_to(first * every, end * every), "no record", wanted)
     for step in steps:
         if not every or step % every:
             yield Difference(step, index, "", "a record", f"none, with ledger.every = {every}")
@@ -276,6 +277,23 @@ def folder_differences(recording: Recording) -> Iterator[Difference]:
     if last > config.train.steps or (finished and last < config.train.steps):
         why = "train.steps; adapter/ is there, so the run is finished" if finished else "train.steps"
         yield Difference(0, "metrics.jsonl: last step", "", str(last), f"{config.train.steps} ({why})")
+
+
+def gaps(there: Iterable[int], last: int) -> Iterator[tuple[int, int]]:
+    """The stretches of 1 … ``last`` that are not there, first and last of each.
+
+    >>> list(gaps([2, 3, 6], 8))
+    [(1, 1), (4, 5), (7, 8)]
+    """
+    before = 0
+    for one in sorted({*(one for one in there if 1 <= one <= last), last + 1}):
+        if one > before + 1:
+            yield before + 1, one - 1
+        before = one
+
+
+def _up_to(first: int, end: int) -> str:
+    return f"to step {end}" if end > first else ""
 
 
 def replay(recording: Recording, steps: Sequence[int]) -> Replayed:
@@ -309,7 +327,7 @@ def elsewhere(made_with: Mapping[str, str | None]) -> dict[str, tuple[str | None
 def not_checked(recording: Recording, replayed: Replayed) -> list[str]:
     """What no replay of this run can say, one line each."""
     logged, config = recording.logged, recording.config
-    alone = sum(step not in recording.steps for step in logged)
+    alone, last = sum(step not in recording.steps for step in logged), max(logged, default=0)
     return [
         f"{', '.join(MACHINE)}: how fast the machine was; {', '.join(COPIES)}: copy against copy",
         "texts, token ids, case ids, log-probabilities, entropies: what all else follows from, by sha256 alone"
@@ -319,10 +337,7 @@ def not_checked(recording: Recording, replayed: Replayed) -> list[str]:
             [f"{alone:,} of {len(logged):,} steps: in metrics.jsonl alone (ledger.every = {config.ledger.every})"]
             * bool(alone)
         ),
-        *(
-            [f"steps after {max(logged)} of {config.train.steps}: not made yet"]
-            * (0 < max(logged, default=0) < config.train.steps)
-        ),
+        *([f"steps after {last} of {config.train.steps}: not made yet"] * (0 < last < config.train.steps)),
     ]
 
 
@@ -462,7 +477,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except INPUT_ERRORS as error:
         if arguments.json:
             print(json.dumps({"error": str(error)}))
-        print("error: " + "\n".join(visible(line) for line in str(error).splitlines()), file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     print(json.dumps(record) if arguments.json else "\n".join(visible(line) for line in lines))
     return code

@@ -34,6 +34,7 @@ from grpo.durable import append_line, discard, make_folder, write_whole, writing
 from grpo.evaluation.rates import Verdict, row
 from grpo.ledger import cut_ledger
 from rewards import Reward, dump_reward
+from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, read_json
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
@@ -85,11 +86,15 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
                 f"with --resume, or delete it"
             )
         return
-    if not (path / "config.json").is_file():
+    if not is_regular(path / "config.json"):
         raise RunError(f"{path}: no run to resume here; leave out --resume to start one")
     for found in path.rglob("*"):
         if found.is_symlink():
             raise RunError(f"{found}: a symlink: a run writes in its own folder alone; put in its place what it names")
+    try:
+        check_contents(path)
+    except Unreadable as error:
+        raise RunError(f"{path}: {error}") from None
     held = _record(path).get("config")
     if changed := sorted(_differences(held, config.model_dump(mode="json"))):
         raise RunError(
@@ -240,13 +245,19 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
-    """The records of ``eval.json``."""
-    return _read_json(run.evaluations) if run.evaluations.is_file() else []
+    """The records of ``eval.json``. Raises `RunError` where it holds anything else."""
+    records = _read_json(run.evaluations) if is_regular(run.evaluations) else []
+    if not isinstance(records, list) or not all(isinstance(one, dict) and one.keys() >= _KEYS for one in records):
+        raise RunError(f"{run.evaluations}: not the evaluations of a run")
+    return records
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes a JSON file whole or not at all."""
-    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_whole(
+        path, text.encode("utf-8", "backslashreplace")
+    )  # half a surrogate pair, as in a path: JSON's own escape
 
 
 def before_after(records: Iterable[dict[str, Any]]) -> str:
@@ -291,9 +302,12 @@ def _interval(record: dict[str, Any]) -> str:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RunError(f"{path}: cannot be read: {error}") from None
+        return read_json(path, most=64 * MEBIBYTE)
+    except Unreadable as error:
+        raise RunError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
+
+
+_KEYS = {"step", "cases", "thinking"}
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -40,7 +40,7 @@ from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import write_step
 from grpo.model_card import write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
-from grpo.recorded.terminal import say_anyhow
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
 from grpo.run import (
@@ -177,7 +177,7 @@ def build(config: Config) -> Setup:
         raise MissingInput("\n       ".join(faults))
     assert material.cases is not None  # else there were faults
     for line in material.left_out:
-        print(f"left out  {line}", file=sys.stderr)
+        print(f"left out  {visible(line)}", file=sys.stderr)
     check_reward(config, examine(config, material))
     cases, sets = material.cases, dict(material.sets)
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
@@ -456,7 +456,8 @@ def run_config(arguments: argparse.Namespace, out: Path, config: Config, source:
             held.enter_context(locked(out))
         with stop.at_once():
             setup = build(config)
-        print(f"config    {source.path}\n{plan(setup)}", flush=True)
+        told = f"config    {source.path}\n{plan(setup)}"
+        print("\n".join(visible(line) for line in told.splitlines()), flush=True)
         if not was_there:  # a folder is made only now, when nothing can be wrong with the input any more
             held.enter_context(locked(out))
         check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
@@ -477,7 +478,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             out = arguments.out or Path("runs") / config.name
             run = run_config(arguments, out, config, source, stop)
     except INPUT_ERRORS as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except DiskError as error:
         print(f"error: {error}\n       {how_to_go_on(arguments, out)}", file=sys.stderr)

@@ -8,7 +8,6 @@ import argparse
 import json
 import re
 import sys
-import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,7 +16,7 @@ from grpo.cases import row_key
 from grpo.config import COLDEST, ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
 from grpo.policy import ModelError, Policy, check_adapter, load_policy, render_prompt
-from grpo.recorded.terminal import say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError, rollout
 from grpo.types import Case, Completion
 from rewards import Answer, parse_answer
@@ -123,10 +122,10 @@ def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: 
 def show(result: Triage) -> str:
     """The answer for a person: what was said, then the level, or why there is none.
 
-    Control characters are shown as �: a case may hold a terminal's commands, and a model may repeat them.
+    What a terminal would obey is shown as an escape: a case may hold its commands, and a model may repeat them.
     """
     answer = result.answer
-    said = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "�" for c in result.completion.text)
+    said = "\n".join(visible(line) for line in result.completion.text.expandtabs().split("\n"))
     level = f"ESI {answer.level}" if answer.level is not None else f"none: {answer.reason}"
     cut = "" if result.completion.finished else f" (cut off after {len(result.completion.ids)} tokens)"
     return f"{said.strip()}\n\nlevel     {level}{cut}\nnotice    {NOTICE}"
@@ -210,7 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             max_new_tokens=arguments.max_new_tokens,
         )
     except INPUT_ERRORS as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo.adapter import Delta, read_json, readable, scaling
-from grpo.config import embedded, resolve
-from grpo.policy import HUB_ID
+from grpo.policy import HUB_ID, LOAD_ERRORS, ModelError, check_base, found_at
+from rewards.reading import is_regular
 
 STORED = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
@@ -52,9 +52,8 @@ def base_folder(name: str) -> Path:
     """The folder that holds a base's files on this machine; nothing is downloaded."""
     from transformers.utils import cached_file
 
-    where = str(resolve(name)) if embedded(name) or Path(name).expanduser().exists() else name
     try:
-        found = cached_file(where, "config.json", local_files_only=True)
+        found = cached_file(found_at(name), "config.json", local_files_only=True)
     except (OSError, ValueError):
         found = None
     if found is None:
@@ -69,11 +68,11 @@ def base_tensors(folder: Path) -> tuple[Stored, ...]:
     Raises WeightsError: no safetensors, a shard that is missing or disagrees with the index, or a quantised tensor.
     """
     index, listed = folder / "model.safetensors.index.json", None
-    if index.is_file():
+    if is_regular(index):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(n, str) and n == Path(n).name for n in listed.values()):
             raise WeightsError(f"{index}: weight_map must name a file of the same folder for each tensor")
-    elif not (folder / "model.safetensors").is_file():
+    elif not is_regular(folder / "model.safetensors"):
         pickled = any(folder.glob("*.bin"))
         why = "pickles (.bin) can run code and are never opened; have the model saved as safetensors" if pickled else ""
         raise WeightsError(f"{folder}: no model.safetensors and no index of shards here{': ' if why else ''}{why}")
@@ -89,6 +88,10 @@ def blank_model(folder: Path) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     try:
+        check_base(folder)
+    except ModelError as error:
+        raise WeightsError(f"{folder}: {error}") from None
+    try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             raise WeightsError(
@@ -96,11 +99,11 @@ def blank_model(folder: Path) -> Any:
             )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-        if (folder / "generation_config.json").is_file():
+        if is_regular(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
     except WeightsError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except LOAD_ERRORS as error:
         raise WeightsError(
             f"{folder}: no causal language model that transformers knows: {_first_line(error)}"
         ) from None

@@ -8,8 +8,6 @@ The rows of ``base`` must cover each signed error predicted − gold from −4 t
 """
 
 import difflib
-import json
-import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from rewards.reading import Unreadable, clipped, parse_json, parse_toml, read_text
 from rewards.schema import MODELS, Outcome, ResolvedSet, RuleRow, SameRow, Section, SetFile
 from rewards.table import ERRORS
 from rewards.types import RewardError
@@ -26,6 +25,7 @@ SETS = Path(__file__).parent / "sets"
 Checked = TypeVar("Checked", bound=Section)
 KEYS = tuple(dict.fromkeys(key for model in MODELS for key in model.model_fields))
 """Every key that a set's file may hold."""
+FAULTS_SHOWN = 20
 RESERVED = ("outcome", "no_parse", "bounds", "overlong", "timeout")
 """Components of every set: no rule may be called so."""
 
@@ -41,7 +41,7 @@ def load_set(name_or_path: str | Path) -> tuple[ResolvedSet, Path]:
     """
     if str(name_or_path).endswith(".json"):
         path = Path(name_or_path)
-        resolved = _checked(ResolvedSet, path, _read(path, "JSON", _from_json))
+        resolved = _checked(ResolvedSet, path, _read(path, parse_json))
     else:
         path = _path(name_or_path, Path())
         resolved = _merge(_chain(path))
@@ -72,7 +72,7 @@ def _chain(path: Path) -> list[tuple[Path, SetFile]]:
     seen: set[Path] = set()
     current: Path | None = path
     while current is not None:
-        file = _checked(SetFile, current, _read(current, "TOML", tomllib.loads))
+        file = _checked(SetFile, current, _read(current, parse_toml))
         if current.resolve() in seen:
             raise RewardError(f'{current}: "extends" leads back to this file; remove one of the links')
         seen.add(current.resolve())
@@ -81,34 +81,21 @@ def _chain(path: Path) -> list[tuple[Path, SetFile]]:
     return chain
 
 
-def _read(path: Path, kind: str, parse: Callable[[str], object]) -> object:
+def _read(path: Path, parse: Callable[[str], object]) -> object:
     try:
-        return parse(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RewardError(f"expected a reward set's file, found none at {path}") from None
-    except OSError as error:
-        raise RewardError(f"{path}: expected a reward set's file, cannot read it: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # the decoders' errors tell a place, never a value
-        raise RewardError(f"{path}: not readable as {kind}: {error}") from None
-
-
-def _from_json(text: str) -> object:
-    return json.loads(text, object_pairs_hook=_keys_once)
-
-
-def _keys_once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f'the key "{repeated[0]}" stands twice in one object')
-    return dict(pairs)
+        return parse(read_text(path))
+    except Unreadable as error:
+        raise RewardError(f"{path}: {error}") from None
 
 
 def _checked(model: type[Checked], path: Path, table: object) -> Checked:
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        faults = [_fault(path, table, fault["loc"], fault["type"], fault["msg"]) for fault in error.errors()]
-        raise RewardError("\n".join(faults)) from None
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        faults = [_fault(path, table, fault["loc"], fault["type"], fault["msg"]) for fault in found[:FAULTS_SHOWN]]
+        more = [f"{path}: and {len(found) - FAULTS_SHOWN:,} more faults"] * (len(found) > FAULTS_SHOWN)
+        raise RewardError("\n".join([*faults, *more])) from None
 
 
 def _fault(path: Path, table: object, loc: tuple[int | str, ...], kind: str, message: str) -> str:
@@ -118,13 +105,13 @@ def _fault(path: Path, table: object, loc: tuple[int | str, ...], kind: str, mes
         if isinstance(node, list) and isinstance(step, int):
             node = node[step]
             label = node.get("name") if isinstance(node, dict) else None
-            where += f"[{step + 1}]" + (f' "{label}"' if label else "")
+            where += f"[{step + 1}]" + (f' "{clipped(label)[1:-1]}"' if isinstance(label, str) else "")
         elif step not in ("pattern", "number", "same") or (isinstance(node, dict) and step in node):
             node = node.get(step) if isinstance(node, dict) else None
-            where += f".{step}" if where else str(step)
+            where += f"{'.' * bool(where)}{clipped(step)[1:-1] if isinstance(step, str) else step}"
     if kind == "extra_forbidden":
-        return f"{path}: {where}: unknown key{_did_you_mean(str(loc[-1]), KEYS)}"
-    return f"{path}: {where or 'the file'}: {message.removeprefix('Value error, ')}"
+        return f"{path}: {where}: unknown key{_did_you_mean(str(loc[-1])[:80], KEYS)}"
+    return f"{path}: {where or 'the file'}: {message.removeprefix('Value error, ')[:500]}"
 
 
 def _did_you_mean(word: str, known: Iterable[str]) -> str:

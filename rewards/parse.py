@@ -72,6 +72,10 @@ FORMATS: Mapping[str, Format] = {
 }
 
 
+REPEATED = 80
+"""Characters between two commitments, up to which the judgement of what stands there is remembered."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Commitment:
     rank: int
@@ -141,8 +145,13 @@ def _commitments(completion: str, start: int, stop: int, formats: Collection[str
             kept.append(hit)
         elif (hit[2], hit[0] - hit[1]) < (kept[-1][2], kept[-1][0] - kept[-1][1]):
             kept[-1] = hit
+    judged: dict[tuple[str, str], tuple[int | None, Reason]] = {}  # a model that repeats itself says the same for ever
     for i, (begin, end, rank, written) in enumerate(kept):
-        level, reason = _level(text, written, end, kept[i + 1][0] if i + 1 < len(kept) else len(text))
+        stop = kept[i + 1][0] if i + 1 < len(kept) else len(text)
+        said = written, text[end : min(stop, end + REPEATED)]
+        if stop - end >= REPEATED or said not in judged:
+            judged[said] = _level(text, written, end, stop)
+        level, reason = judged[said]
         yield _Commitment(rank, level, reason, (start + begin, start + end))
 
 

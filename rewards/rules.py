@@ -5,6 +5,7 @@ A trigger reads the case text alone, never the completion, so it is one boolean 
 """
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -164,8 +165,10 @@ def _standing(trigger: Trigger, text: str, timeout_s: float) -> Iterator[tuple[S
         if trigger.unless
         else []
     )
+    begins = [begin for begin, _ in taken]
     for span, number in sorted(found, key=lambda item: (item[0][0], -item[0][1])):
-        if not any(span[0] < end and begin < span[1] for begin, end in taken):
+        last = bisect_left(begins, span[1]) - 1  # of those that begin before the match ends, the one that ends last
+        if last < 0 or taken[last][1] <= span[0]:
             yield span, number
 
 

@@ -1,5 +1,7 @@
 """What a reward set's file may hold: every key, every row, every range. `rewards.files` reads it."""
 
+import math
+import re
 from typing import Annotated, Literal
 
 import regex
@@ -14,11 +16,23 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+MOST_COMPILED = 2_000_000
+"""Characters of a pattern times all its least repeats: they are written out when it is compiled, 300 bytes each."""
+MOST_TRIED = 10_000
+"""Characters of a pattern."""
+
+
 def _compilable(pattern: str) -> str:
+    if len(pattern) > MOST_TRIED:
+        raise ValueError(f"expected a regular expression of at most {MOST_TRIED:,} characters, got {len(pattern):,}")
+    repeats = [max(1, int(found[-9:])) for found in re.findall(r"\{(\d+)", pattern, re.ASCII)]
+    if len(pattern) * math.prod(repeats) > MOST_COMPILED:
+        raise ValueError(f"expected a regular expression that repeats less: {math.prod(repeats):,.0f} times in all")
     try:
         compile_pattern(pattern)
-    except regex.error as error:
-        raise ValueError(f"expected a regular expression: {error}") from error
+    except (regex.error, RecursionError, OverflowError) as error:
+        why = "nested too deep" if isinstance(error, RecursionError) else error
+        raise ValueError(f"expected a regular expression: {why}") from None
     return pattern
 
 

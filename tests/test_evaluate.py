@@ -360,7 +360,7 @@ def test_only_answers_to_the_same_cases_are_compared(
     (tmp_path / "odd.json").write_text('{"format": 7}')
     assert "format: Input should be 1" in refusal(capsys, TINY, "--against", tmp_path / "odd.json")
     (tmp_path / "torn.json").write_text('{"format"')
-    assert "not JSON" in refusal(capsys, TINY, "--against", tmp_path / "torn.json")
+    assert "not valid JSON" in refusal(capsys, TINY, "--against", tmp_path / "torn.json")
     assert "No such file" in refusal(capsys, TINY, "--against", tmp_path / "absent.json")
 
 

@@ -420,19 +420,6 @@ def test_fields_more_or_fewer_than_the_header(tmp_path: Path) -> None:
     assert reasons(loaded(name).report) == {("ragged", ""): (2, (4, 5))}
 
 
-def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path) -> None:
-    stays = [f"3000000{i}" for i in range(1, 6)]
-    name = published(tmp_path, edstays=[E | {"stay_id": stay} for stay in stays])
-    rows = as_csv(TRIAGE, [T | {"stay_id": stay, "chiefcomplaint": "PAIN"} for stay in stays]).decode().splitlines()
-    rows[2], rows[4] = rows[2].replace("PAIN", '"PAIN'), rows[4].replace("PAIN", 'PAIN"')
-    (tmp_path / "triage.csv.gz").write_text("\n".join(rows) + "\n", encoding="utf-8")
-    found = loaded(name)
-    assert [record.case.id for record in found.records] == ["stay-30000001", "stay-30000005"]
-    assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
-    with pytest.raises(CaseError, match="a stray quotation mark may have swallowed rows"):
-        loaded(name, strict=True)
-
-
 def test_strict_refuses_faults_and_counts_them(tmp_path: Path) -> None:
     other = [{"stay_id": f"3000000{i}"} for i in range(2, 6)]
     edstays = [E, *(E | ids for ids in other)]
@@ -535,7 +522,7 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     for loader in ("jsonl", "mietic-validate", "mietic-instructions"):
         with pytest.raises(CaseError, match="missing: cannot be read: No such file"):
             load(loader, str(tmp_path / "missing"), strict=False)
-        with pytest.raises(CaseError, match="cannot be read: Is a directory"):
+        with pytest.raises(CaseError, match="cannot be read: expected a file, found a folder"):
             load(loader, str(tmp_path), strict=False)
 
 
@@ -607,7 +594,7 @@ def test_a_narrative_in_the_wrong_field_is_not_shown(tmp_path: Path, esi: object
 
 
 def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path: Path) -> None:
-    with pytest.raises(CaseError, match=r"1: not valid JSON: a number of too many digits"):
+    with pytest.raises(CaseError, match=r"1: not valid JSON: a whole number of more than 64 bits"):
         load_jsonl(jsonl(tmp_path, '{"id": "a", "text": "x", "esi": ' + "1" * 5_000 + "}"))
 
 

@@ -468,7 +468,7 @@ REFUSED: dict[str, tuple[Spoil, str]] = {
     "a model unknown here": (base_config(model_type="unheard_of"), "no causal language model"),
     "code in the base": (
         base_config(model_type="own", auto_map={"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}),
-        "no causal language model",
+        "auto_map asks for code",
     ),
     "an end token that is none": (
         lambda a, b: (b / "generation_config.json").write_text('{"eos_token_id": ["x"]}') and None,

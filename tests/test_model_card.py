@@ -294,8 +294,8 @@ def test_it_is_written_whole(tmp_path: Path) -> None:
         ("config.json", '{"config": {"name": "x"}}', "not those of a run: KeyError 'model'"),
         ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2: not valid JSON"),
         ("metrics.jsonl", "3\n", "metrics.jsonl:1: expected one object a line, got a int"),
-        ("eval.json", '[{"n": 3}]', "not those of a run: KeyError 'cases'"),
-        ("eval.json", "[3]", "not those of a run: TypeError"),
+        ("eval.json", '[{"n": 3}]', "not the evaluations of a run"),
+        ("eval.json", "[3]", "not the evaluations of a run"),
         ("eval.json", "[", "eval.json: cannot be read"),
     ],
 )

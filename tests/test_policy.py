@@ -235,12 +235,12 @@ def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_b
 def test_a_rank_that_the_file_does_not_have_is_refused_before_memory_is_taken(adapter: Path, random_base: Path) -> None:
     """PEFT would first make tensors of the rank that the config claims."""
     path = adapter / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**30}))
-    with pytest.raises(ModelError, match=r"lora_A.weight has shape \(4, \d+\), r is 10+"):
-        load(random_base, adapter, r=10**30)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**6}))
+    with pytest.raises(ModelError, match=r"lora_A.weight has shape \(4, \d+\), r is 1000000"):
+        load(random_base, adapter, r=10**6)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(ModelError, match="adapter_model.safetensors: cannot be read"):
-        load(random_base, adapter, r=10**30)
+        load(random_base, adapter, r=10**6)
 
 
 def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path) -> None:
@@ -297,10 +297,10 @@ def test_a_broken_adapter_file(adapter: Path, random_base: Path) -> None:
     with pytest.raises(ModelError, match="lora.warm_start"):
         load(random_base, adapter)
     (adapter / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match="not a LoRA adapter"):
+    with pytest.raises(ModelError, match="expected a JSON object, got a list"):
         load(random_base, adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(ModelError, match="not a LoRA adapter"):
+    with pytest.raises(ModelError, match="only LoRA adapters"):
         load(random_base, adapter)
 
 

@@ -308,7 +308,8 @@ def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, col
     cases = (Case(f"id{attack}", f"Intubated {attack}", 1), CASES[1])
     folder = record_run(tmp_path / "run", steps=1, cases=cases, said=(f"{attack}</think>ANSWER: ESI 1", *SAID[1:]))
     if not coloured:
-        edit(folder / "config.json", "embedded:base", f"no{attack}where")
+        printable = "".join(c for c in attack if c.isprintable())  # no other name is taken for a model
+        edit(folder / "config.json", "embedded:base", f"no{printable}where")
     add_evaluations(folder, evaluation(0, "on", 5, tag=attack))
     edit(folder / "config.json", "# differs: enough here", f"# differs: {attack}")
     page = Page(report(folder))
@@ -465,13 +466,16 @@ def broken(name: str, content: str) -> Callable[[Path], None]:
     [
         (lambda folder: shutil.rmtree(folder), "no such folder"),
         (lambda folder: (folder / "config.json").unlink(), "it holds no config.json"),
-        (broken("config.json", "{"), "config.json: not JSON"),
+        (broken("config.json", "{"), "config.json: not valid JSON"),
         (broken("config.json", '{"config": {}, "source": {"toml": ""}}'), "config.json: version: Field required"),
         (broken("metrics.jsonl", '{"step": 1}\n[]\n{"step": 2}\n'), "metrics.jsonl:2: not a line of metrics"),
         (broken("metrics.jsonl", '{"step": "<b>"}\n'), "metrics.jsonl:1: not a line of metrics"),
         (broken("eval.json", "[{}]"), "eval.json: 0.step: Field required"),
-        (broken("eval.json", "[["), "eval.json: not JSON"),
-        (lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\n"), "metrics.jsonl: not UTF-8 (byte 0)"),
+        (broken("eval.json", "[["), "eval.json: not valid JSON"),
+        (
+            lambda folder: (folder / "metrics.jsonl").write_bytes(b"\xff\n"),
+            "a line of metrics: not UTF-8 (byte 0)",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_error(

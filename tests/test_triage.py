@@ -208,4 +208,4 @@ def test_a_bare_model_speaks_as_it_is(policy: Policy) -> None:
 def test_a_terminals_commands_are_not_passed_on() -> None:
     completion = Completion((1,), (0.0,), True, "fine\x1b[2J\x07\r\n\tANSWER: ESI 2\x9b")
     said = show(Triage(Answer(2, "parsed", (0, 1)), completion, False))
-    assert said.startswith("fine�[2J��\n\tANSWER: ESI 2�\n")
+    assert said.startswith("fine\\x1b[2J\\x07\\r\n        ANSWER: ESI 2\\x9b\n")

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -19,9 +19,13 @@ from grpo.evaluation.rates import Verdict, row
 from grpo.policy import Policy, render_prompt
 from grpo.rollout import check_length, rollout
 from grpo.types import Case, Prompt
-from rewards import parse_answer
+from rewards import Answer, parse_answer
 from rewards.parse import FORMATS
+from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, raw_lines
+from rewards.types import Reason
 
+LONGEST_LINE = 64 * MEBIBYTE
+"""Bytes; an answer's text is in one."""
 Known = Mapping[tuple[str, int], Verdict]
 """(case id, sample) → its answer."""
 
@@ -154,13 +158,19 @@ class _Row(BaseModel):
     reason: Any = None
     finished: bool
     tokens: Annotated[int, Field(ge=1)]
-    completion: str
+    completion: str | None = None
+    """None with a ``ledger.text`` that keeps words out of files: then the parse is taken as it stands."""
 
 
-def append_answers(path: Path, verdicts: Sequence[Verdict]) -> None:
-    """Adds lines to a file of answers and waits until they are on the disk."""
+def append_answers(path: Path, verdicts: Sequence[Verdict], *, text: bool = True) -> None:
+    """Adds lines to a file of answers and waits until they are on the disk.
+
+    Args:
+        text: whether the answers' words are written, beside case id, levels and length.
+    """
+    rows = ({key: value for key, value in row(one).items() if text or key != "completion"} for one in verdicts)
     with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row(verdict)) + "\n" for verdict in verdicts))
+        file.write("".join(json.dumps(one) + "\n" for one in rows))
         file.flush()
         os.fsync(file.fileno())
 
@@ -180,17 +190,12 @@ def read_answers(
     Raises:
         AnswersError: any other line that is no answer to one of the cases.
     """
-    if not path.is_file():
+    if not is_regular(path):
         return {}
-    content = path.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    if len(whole) < len(content):
-        with path.open("r+b") as file:
-            file.truncate(len(whole))
     by_id = {case.id: case for case in cases}
     found: dict[tuple[str, int], Verdict] = {}
-    stale = False
-    for number, line in enumerate(whole.splitlines(), 1):
+    stale, worded = False, True
+    for number, line in enumerate(_whole_lines(path), 1):
         try:
             held = _Row.model_validate_json(line)
         except ValidationError as error:
@@ -199,19 +204,44 @@ def read_answers(
             raise AnswersError(f"{path}:{number}: {where}: {fault['type']}: not a line of answers; {_AFRESH}") from None
         if held.id not in by_id or held.sample >= samples or (held.id, held.sample) in found:
             raise AnswersError(
-                f"{path}:{number}: case {held.id!r}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
+                f"{path}:{number}: case {clipped(held.id)}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
             )
-        said = parse_answer(held.completion, thinking=thinking, formats=formats)
+        worded &= held.completion is not None
+        said = _said(held, thinking, formats)
+        if said is None:
+            raise AnswersError(f"{path}:{number}: neither words nor a parse: not a line of answers; {_AFRESH}")
         stale |= (held.predicted, held.reason) != (said.level, said.reason)
         found[held.id, held.sample] = Verdict(
-            by_id[held.id], said, held.finished, held.tokens, held.completion, held.sample
+            by_id[held.id], said, held.finished, held.tokens, held.completion or "", held.sample
         )
     if stale:
         aside = path.with_name(f".{path.name}.partial")
         aside.unlink(missing_ok=True)
-        append_answers(aside, list(found.values()))
+        append_answers(aside, list(found.values()), text=worded)
         os.replace(aside, path)
     return found
+
+
+def _said(held: _Row, thinking: bool, formats: Sequence[str]) -> Answer | None:
+    if held.completion is not None:
+        return parse_answer(held.completion, thinking=thinking, formats=formats)
+    level = held.predicted if type(held.predicted) is int and 1 <= held.predicted <= 5 else None
+    known = held.reason in get_args(Reason) and (level is not None) == (held.reason == "parsed")
+    return Answer(level, held.reason, None) if known and held.predicted == level else None
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    """The lines of the file; one that a crash tore is cut off."""
+    size = 0
+    try:
+        for line in raw_lines(path, longest=LONGEST_LINE):
+            if not line.endswith(b"\n"):
+                os.truncate(path, size)
+                return
+            size += len(line)
+            yield line
+    except Unreadable as error:
+        raise AnswersError(f"{path}: {error}; {_AFRESH}") from None
 
 
 _AFRESH = "delete the file to answer its cases again"

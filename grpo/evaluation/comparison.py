@@ -1,6 +1,5 @@
 """Two sets of answers to the same cases: between thinking modes, and with an earlier evaluation."""
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +10,10 @@ from grpo.config import Thinking
 from grpo.evaluation.agreement import cohen_kappa, majority, mcnemar, wilson
 from grpo.evaluation.fingerprint import text_sha256
 from grpo.types import Case
+from rewards.reading import MEBIBYTE, Unreadable, clipped, read_json
 
+MOST_BYTES = 256 * MEBIBYTE
+"""Of an ``eval.json``: 300 a case."""
 FORMAT = 2
 """Of ``eval.json``; raised when a key changes its meaning. Since 2, ``high_acuity_under`` is a share of ESI 1 and 2."""
 Level = Annotated[int, Field(ge=1, le=5)]
@@ -53,11 +55,9 @@ def read_evaluation(path: Path) -> Evaluated:
         ComparisonError: not there, not JSON, of a training run, or not of this format.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ComparisonError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ComparisonError(f"{path}: not JSON: {type(error).__name__}") from None
+        value = read_json(path, most=MOST_BYTES)
+    except Unreadable as error:
+        raise ComparisonError(f"{path}: {error}") from None
     if isinstance(value, list):
         raise ComparisonError(
             f"{path}: is of a training run, which keeps no hash of its cases: evaluate that adapter with "
@@ -67,7 +67,7 @@ def read_evaluation(path: Path) -> Evaluated:
         return Evaluated.model_validate(value)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
-        where = ".".join(str(part) for part in fault["loc"]) or "the file"
+        where = clipped(".".join(str(part) for part in fault["loc"]) or "the file", 200)[1:-1]
         raise ComparisonError(f"{path}: {where}: {fault['msg']}; not an eval.json that this program reads") from None
 
 

@@ -26,6 +26,7 @@ from grpo.policy import (
 )
 from grpo.types import Case
 from rewards import Reward, load_reward
+from rewards.reading import is_regular
 
 CARD = "configs/v49.toml"
 """What a bare MODEL is evaluated with: the card's token budget, temperature and modes, under the system prompt that the
@@ -151,7 +152,7 @@ def configured(arguments: argparse.Namespace) -> Config:
 
 def _check_model(name: str) -> None:
     """A run folder holds a config.json too, and is not a model."""
-    if (resolve(name) / "reward.json").is_file():
+    if is_regular(resolve(name) / "reward.json"):
         raise EvaluationError(
             f"{name}: is a run folder: name its config, and its adapter with --adapter {Path(name) / 'adapter'}"
         )

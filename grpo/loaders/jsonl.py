@@ -1,6 +1,5 @@
 """JSONL: one case an object a line. The format that this program writes and that its own cases are in."""
 
-import json
 import re
 from collections.abc import Iterator
 from string import whitespace
@@ -10,6 +9,7 @@ from grpo.config import resolve
 from grpo.loaders.lines import numbered_lines
 from grpo.loaders.report import MAX_TEXT, BadRow, CaseError, Record, Remark
 from grpo.types import Case
+from rewards.reading import Unreadable, parse_json
 
 TAG = re.compile(r"[\w.:+-]{1,40}")
 MAX_TAGS = 20
@@ -45,12 +45,9 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
 
 def _record(line: str) -> Record:
     try:
-        row: Any = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise BadRow("not_json", f"not valid JSON: {error.msg} at column {error.colno}") from None
-    except (ValueError, RecursionError) as error:
-        what = "nested too deep" if isinstance(error, RecursionError) else "a number of too many digits"
-        raise BadRow("not_json", f"not valid JSON: {what}") from None
+        row: Any = parse_json(line)
+    except Unreadable as error:
+        raise BadRow("not_json", str(error)) from None
     if not isinstance(row, dict):
         raise BadRow("not_an_object", f"expected an object with id, text and esi, got a {type(row).__name__}")
     if missing := [key for key in ("id", "text", "esi") if key not in row]:

@@ -6,6 +6,7 @@ and line: a file damaged in one place cannot be trusted in the next. What is wro
 
 import csv
 import gzip
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,10 +14,16 @@ from pathlib import Path
 from typing import Never, Protocol
 
 from grpo.loaders.report import CaseError
+from rewards.reading import Unreadable, open_regular
 
 MAX_LINE = 4 * 2**20
 """Bytes. More in one line is a file without line ends, or not a text file."""
 GZIP = b"\x1f\x8b"
+EXPANDS_UP_TO = 100
+"""Times its size, once more than `MAX_EXPANDED` bytes have come out of a gzip. A table expands 3 to 20 times."""
+MAX_EXPANDED = 4 * 2**20
+SHOWN_CELLS = 40
+"""Of a header, in a message."""
 UTF8_MARK = "\ufeff"
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 MISREAD_AS = ("gbk", "cp1252")
@@ -39,15 +46,27 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     A UTF-8 byte-order mark is no part of the first line.
 
     Raises:
-        CaseError: not readable, not UTF-8, a NUL, a line over `MAX_LINE` bytes, a gzip torn or damaged.
+        CaseError: no file, not UTF-8, a NUL, a line over `MAX_LINE` bytes, a gzip that is torn, damaged or expands
+            beyond what a table can.
     """
     number = 0
     try:
-        with path.open("rb") as raw:
-            file = gzip.GzipFile(fileobj=raw) if raw.peek(2)[:2] == GZIP else raw
+        with open_regular(path) as raw:
+            size = os.fstat(raw.fileno()).st_size
+            head = raw.read(2)
+            raw.seek(0)
+            file = gzip.GzipFile(fileobj=raw) if head == GZIP else raw
+            most = max(MAX_EXPANDED, EXPANDS_UP_TO * size)
             while line := file.readline(MAX_LINE + 1):
                 number += 1
+                most -= len(line)
+                if most < 0:
+                    raise CaseError(
+                        f"{path}:{number}: expands over {EXPANDS_UP_TO} times: no table; unpack it if it is one"
+                    )
                 yield number, _decoded(path, number, line)
+    except Unreadable as error:
+        raise CaseError(f"{path}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise CaseError(f"{path}:{number + 1}: gzip torn or damaged here: download it again") from None
     except OSError as error:
@@ -147,8 +166,9 @@ def _places(
 
 def _refuse_header(path: Path, missing: list[str], there: list[str], header: list[str]) -> Never:
     """A header with none of the names may be a row, and a row may be a patient's: then it is not shown."""
+    shown = [f"{cell.strip():.40}" for cell in header[:SHOWN_CELLS]] + ["…"] * (len(header) > SHOWN_CELLS)
     found = (
-        f"found {', '.join(f'{cell.strip():.40}' for cell in header)}"
+        f"found {', '.join(shown)}"
         if there
         else f"none of the {len(header)} fields of line 1 is a known name: is the header missing?"
     )

@@ -29,6 +29,7 @@ from grpo.loaders.narrative import (
 )
 from grpo.loaders.report import BadRow, CaseError, Record, Remark
 from grpo.types import Case
+from rewards.reading import is_regular
 
 SEEN_AT_TRIAGE = ("chiefcomplaint", "temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp", "pain")
 """Columns of triage that may enter a prompt. Of edstays: gender and arrival_transport. Of patients: the age."""
@@ -120,8 +121,6 @@ def _record(
 ) -> tuple[Record, tuple[tuple[str, str], ...]]:
     if row is None:
         raise BadRow("ragged")
-    if any("\n" in value or "\r" in value for value in row.values()):
-        raise BadRow("line_break")
     subject, stay = identifier(row["subject_id"]), identifier(row["stay_id"])
     place = bisect_left(stays.ids, stay)
     if place == len(stays.ids) or stays.ids[place] != stay:
@@ -212,7 +211,7 @@ def _required(folder: Path, stem: str) -> Path:
 
 def _find(folder: Path, stem: str) -> Path | None:
     places = [folder / inner / f"{stem}{end}" for inner in ("", "ed", "hosp") for end in (".csv", ".csv.gz")]
-    found = [place for place in places if place.is_file()]
+    found = [place for place in places if is_regular(place)]
     if len(found) > 1:
         raise CaseError(f"{folder}: both {found[0]} and {found[1]}: keep one")
     return found[0] if found else None

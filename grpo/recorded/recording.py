@@ -13,6 +13,7 @@ from grpo.config import Config
 from grpo.ledger import ledger_steps
 from grpo.run import Run, RunError
 from rewards import Reward, load_reward
+from rewards.reading import Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,17 +63,23 @@ def read_recording(path: Path) -> Recording:
 def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
     """The config of a run folder, and all of its ``config.json``. Raises `RunError`."""
     file = path / "config.json"
-    if not file.is_file():
+    if not is_regular(file):
         raise RunError(f"{path}: no run here: a run folder holds config.json")
     try:
-        record = json.loads(file.read_text(encoding="utf-8"))
+        check_contents(path)
+    except Unreadable as error:
+        raise RunError(f"{path}: {error}") from None
+    try:
+        record = read_json(file)
         return Config.model_validate(record["config"]), record
+    except Unreadable as error:
+        raise RunError(f"{file}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise RunError(f"{file}: not a config of this version: {key}: {first['msg']}") from None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise RunError(f"{file}: cannot be read: {type(error).__name__}") from None
+    except (KeyError, TypeError):
+        raise RunError(f"{file}: cannot be read: holds no config") from None
 
 
 def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -81,18 +88,14 @@ def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         RunError: the file is missing, a line is no JSON object with a step, or a step has two lines.
     """
-    try:
-        lines = whole_lines(file)
-    except (OSError, UnicodeDecodeError) as error:
-        raise RunError(f"{file}: cannot be read: {type(error).__name__}") from None
     seen: set[int] = set()
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(whole_lines(file), 1):
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             step = record["step"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (Unreadable, KeyError, TypeError):
             step = None
-        if step is None and number == len(lines) and not line.endswith("\n"):
+        if step is None and not line.endswith(b"\n"):
             return
         if not isinstance(step, int) or isinstance(step, bool):
             raise RunError(f"{file}:{number}: expected one JSON object with a whole number as its step")
@@ -111,22 +114,28 @@ def unindexed_files(ledger: Path, steps: Sequence[int]) -> tuple[str, ...]:
 def rewritten_lines(ledger: Path) -> tuple[int, ...]:
     """Numbers of the lines of ``index.jsonl`` that no run wrote like that, whatever they mean: the index holds the
     sha256 of everything else, and nothing holds its own."""
-    lines = whole_lines(ledger / "index.jsonl")
-    torn = bool(lines) and not lines[-1].endswith("\n")
-    entries = [json.loads(line) for line in lines[: len(lines) - torn]]
-    before = [0, *(entry["step"] for entry in entries)]
-    return tuple(
-        number
-        for number, (entry, line, last) in enumerate(zip(entries, lines, before, strict=False), 1)
-        if json.dumps(entry) + "\n" != line or entry["step"] <= last
-    )
+    found, last = [], 0
+    for number, line in enumerate(whole_lines(ledger / "index.jsonl"), 1):
+        if not line.endswith(b"\n"):
+            break
+        entry = json.loads(line)  # `grpo.ledger` has read it before
+        if (json.dumps(entry) + "\n").encode() != line or entry["step"] <= last:
+            found.append(number)
+        last = entry["step"]
+    return tuple(found)
 
 
 def torn(file: Path) -> bool:
     """Its last line does not end: a crash, or, in a run that is finished, somebody's hand."""
-    return file.is_file() and not file.read_bytes().endswith(b"\n")
+    last = b"\n"
+    for line in whole_lines(file) if is_regular(file) else ():
+        last = line
+    return not last.endswith(b"\n")
 
 
-def whole_lines(file: Path) -> list[str]:
-    """With their ends, as they are: reading as text would turn a carriage return into a newline."""
-    return re.findall(r"[^\n]*\n|[^\n]+", file.read_bytes().decode("utf-8"))
+def whole_lines(file: Path) -> Iterator[bytes]:
+    """With their ends, as they are: reading as text would turn a carriage return into a newline. Raises `RunError`."""
+    try:
+        yield from raw_lines(file)
+    except Unreadable as error:
+        raise RunError(f"{file}: {error}") from None

@@ -87,14 +87,20 @@ def wrap(text: str, width: int) -> Iterator[str]:
     ['Chest', 'pain,', 'BP', '120/58']
     """
     for line in text.split("\n"):
-        line = visible(line)
-        while columns(line) > width:
-            end = _end(line, width)
-            blank = line.rfind(" ", 1, end + 1)
+        line, start = visible(line), 0
+        while (end := _end(line, start, width)) < len(line):
+            blank = line.rfind(" ", start + 1, end + 1)
             cut = blank if blank > 0 else end
-            yield line[:cut].rstrip(" ")
-            line = line[cut:].lstrip(" ")
-        yield line
+            yield line[start:cut].rstrip(" ")
+            start = cut
+            while line.startswith(" ", start):
+                start += 1
+        yield line[start:]
+
+
+def error_lines(error: Exception) -> str:
+    """An error for a person: what it quotes is not obeyed."""
+    return "error: " + "\n".join(visible(line) for line in str(error).splitlines())
 
 
 def screen_width(stream: TextIO) -> int:
@@ -122,13 +128,13 @@ def painted(text: str, style: str, *, colour: bool) -> str:
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if colour and style and text else text
 
 
-def _end(line: str, width: int) -> int:
-    """How many characters of the line fit, at least one."""
+def _end(line: str, start: int, width: int) -> int:
+    """Where the part of a line that begins at ``start`` and fits ends: at least one character, if there is one."""
     used = 0
-    for i, c in enumerate(line):
-        used += _columns(c)
+    for i in range(start, len(line)):
+        used += _columns(line[i])
         if used > width:
-            return max(1, i)
+            return max(start + 1, i)
     return len(line)
 
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.recorded.terminal import say_anyhow
+from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.report.gather import ReportError
 from grpo.report.page import MEGABYTE, Request, make_report
 from grpo.report.samples import GROUPS_A_STEP
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = make_report(request)
         write(out, report.html)
     except ReportError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(error_lines(error), file=sys.stderr)
         return 2
     for remark in report.remarks:
-        print(f"note      {remark}")
-    print(f"report    {out}, {len(report.html) / MEGABYTE:.2f} MB")
+        print(f"note      {visible(remark)}")
+    print(f"report    {visible(str(out))}, {len(report.html) / MEGABYTE:.2f} MB")
     return 0
 
 
@@ -64,7 +64,8 @@ def write(out: Path, html: bytes) -> None:
     """Writes the page whole or not at all, readable by its owner alone: it may hold patients' texts."""
     aside = out.with_name(f".{out.name}.partial")
     try:
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
+        aside.unlink(missing_ok=True)  # a link that waits there would be written through
+        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(html)
         os.replace(aside, out)
     except OSError as error:

@@ -3,10 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-import safetensors
-
 from grpo.budget import BudgetError, clipped_ratio_at
-from grpo.ledger import LedgerError, ledger_steps, step_files
+from grpo.ledger import LedgerError, ledger_steps, read_lengths
 from grpo.report.charts import Line, Panel, chart
 from grpo.report.gather import RunRecord
 from grpo.report.views import View, reading
@@ -29,7 +27,7 @@ def forecast(run: RunRecord) -> tuple[View, ...]:
         for i, (label, part) in enumerate(parts.items()):
             lengths, finished = _lengths(folder, part)
             lines.append(Line(label, clipped_ratio_at(lengths, finished, budgets, max_new_tokens=budget), i))
-    except (LedgerError, BudgetError, safetensors.SafetensorError, OSError):
+    except (LedgerError, BudgetError):
         return ()  # what is wrong with the ledger is said beside its completions
     title = "Clipped ratio at every budget"
     svg = chart(Panel(budgets, lines, kind="percent", floor=0.0, ceiling=1.0), title=title)
@@ -45,7 +43,7 @@ def _lengths(folder: Path, steps: Sequence[int]) -> tuple[list[int], list[bool]]
     lengths: list[int] = []
     finished: list[bool] = []
     for step in steps:
-        with safetensors.safe_open(step_files(folder, step)[0], "np") as file:
-            lengths += file.get_tensor("lengths").tolist()
-            finished += file.get_tensor("finished").tolist()
+        own = read_lengths(folder, step)
+        lengths += own[0]
+        finished += own[1]
     return lengths, finished

@@ -1,20 +1,32 @@
 """Run folders → what a report shows of them. Nothing is computed here, and what is missing becomes a remark."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from grpo.config import Config, notes
+from grpo.config import MOST, Config, notes
+from rewards.reading import (
+    MEBIBYTE,
+    Unreadable,
+    check_contents,
+    clipped,
+    is_regular,
+    parse_json,
+    raw_lines,
+    read_json,
+)
 
 Metrics = dict[str, float | None]
 """One line of ``metrics.jsonl``; None for a figure that was not finite or that nothing was counted for."""
 Key = tuple[int, str, str]
 """(step, set, thinking) of an evaluation."""
+
+LARGEST = 1e100
+"""No figure of a run lies farther from 0; beyond it the arithmetic of a chart would end."""
 
 
 class ReportError(ValueError):
@@ -175,9 +187,13 @@ def distinct_names(paths: Sequence[Path], names: Sequence[str]) -> tuple[str, ..
 
 def _read_header(path: Path) -> tuple[_Header, Config]:
     file = path / "config.json"
-    if not file.is_file():
+    if not is_regular(file):
         what = "it holds no config.json" if path.is_dir() else "no such folder"
         raise ReportError(f"{path}: not a run folder: {what}; expected what `python -m grpo.train` leaves, runs/NAME")
+    try:
+        check_contents(path)
+    except Unreadable as error:
+        raise ReportError(f"{path}: {error}") from None
     try:
         header = _Header.model_validate(_read_json(file))
         return header, Config.model_validate(header.config)
@@ -186,41 +202,39 @@ def _read_header(path: Path) -> tuple[_Header, Config]:
 
 
 def _read_metrics(file: Path, remarks: list[str]) -> tuple[Metrics, ...]:
-    if not file.is_file():
+    if not is_regular(file):
         return ()
     by_step: dict[float, Metrics] = {}
-    lines = _read_text(file).splitlines(keepends=True)
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(_raw_lines(file), 1):
         if not line.strip():
             continue
         try:
-            row = _metrics_row(json.loads(line))
-        except (ValueError, RecursionError) as error:
-            if number == len(lines) and not line.endswith("\n"):
+            row = _metrics_row(parse_json(line))
+        except ValueError as error:
+            if not line.endswith(b"\n"):
                 remarks.append("The last line of metrics.jsonl is torn, as a crash leaves it; its step is left out.")
                 break
             raise ReportError(
-                f"{file}:{number}: not a line of metrics: {type(error).__name__}; expected an object of numbers with "
-                "a step"
+                f"{file}:{number}: not a line of metrics: {error}; expected an object of numbers with a step"
             ) from None
         by_step[row["step"] or 0] = row
     return tuple(by_step[step] for step in sorted(by_step))
 
 
 def _metrics_row(value: object) -> Metrics:
-    """Numbers and nulls; what is not finite is None.
+    """Numbers and nulls; what is not finite, or beyond `LARGEST`, is None.
 
-    >>> _metrics_row({"step": 1, "loss": float("nan"), "note": "x"})
-    {'step': 1, 'loss': None}
+    >>> _metrics_row({"step": 1, "loss": float("nan"), "grad_norm": 1e300, "note": "x"})
+    {'step': 1, 'loss': None, 'grad_norm': None}
     """
-    if not isinstance(value, dict) or isinstance(value.get("step"), bool) or not isinstance(value.get("step"), int):
+    if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
         raise ValueError("no step")
     numbers = {k: v for k, v in value.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
-    return {k: v if v is not None and math.isfinite(v) else None for k, v in numbers.items()}
+    return {k: v if v is not None and math.isfinite(v) and abs(v) <= LARGEST else None for k, v in numbers.items()}
 
 
 def _read_evaluations(file: Path, config: Config) -> tuple[Evaluation, ...]:
-    if not file.is_file():
+    if not is_regular(file):
         return ()
     try:
         records = TypeAdapter(list[Evaluation]).validate_python(_read_json(file))
@@ -234,20 +248,20 @@ def _read_evaluations(file: Path, config: Config) -> tuple[Evaluation, ...]:
 
 def _read_answers(file: Path) -> dict[tuple[str, int], bool]:
     """(Case id, sample) → exact; nothing where the file is not there or is not whole."""
-    if not file.is_file():
+    if not is_regular(file):
         return {}
     right: dict[tuple[str, int], bool] = {}
-    for line in _read_text(file).splitlines():
+    for line in _raw_lines(file, longest=64 * MEBIBYTE):
         try:
-            answer = json.loads(line)
-            right[str(answer["id"]), int(answer.get("sample", 0))] = answer["predicted"] == answer["esi"]
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            answer = parse_json(line)
+            right[str(answer["id"]), int(answer.get("sample", 0))] = bool(answer["predicted"] == answer["esi"])
+        except (ValueError, KeyError, TypeError, AttributeError):
             return {}
     return right
 
 
 def _read_reward(file: Path) -> dict[str, Any]:
-    value = _read_json(file) if file.is_file() else {}
+    value = _read_json(file) if is_regular(file) else {}
     return value if isinstance(value, dict) else {}
 
 
@@ -272,22 +286,19 @@ def _override(text: str) -> tuple[str, str]:
 def _first_fault(error: ValidationError) -> str:
     """Where and what, without the value: it may be a case's."""
     fault = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(str(part) for part in fault['loc']) or 'the file'}: {fault['msg']}"
+    where = clipped(".".join(str(part) for part in fault["loc"]) or "the file", 200)[1:-1]
+    return f"{where}: {fault['msg'][:300]}"
 
 
 def _read_json(file: Path) -> Any:
     try:
-        return json.loads(_read_text(file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, ReportError):
-            raise
-        raise ReportError(f"{file}: not JSON: {error}") from None
+        return read_json(file, most=64 * MEBIBYTE)
+    except Unreadable as error:
+        raise ReportError(f"{file}: {error}") from None
 
 
-def _read_text(file: Path) -> str:
+def _raw_lines(file: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
     try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ReportError(f"{file}: not UTF-8 (byte {error.start})") from None
-    except OSError as error:
-        raise ReportError(f"{file}: cannot be read: {error.strerror}") from None
+        yield from raw_lines(file, longest=longest)
+    except Unreadable as error:
+        raise ReportError(f"{file}: {error}") from None

@@ -108,7 +108,7 @@ def ticks(low: float, high: float, most: int = 5) -> list[float]:
     >>> ticks(0, 0.19), ticks(-2, 1)
     ([0.0, 0.05, 0.1, 0.15], [-2.0, -1.0, 0.0, 1.0])
     """
-    if not low < high:
+    if not (high - low) / most > 1e-300:
         return [low]
     power = 10.0 ** math.floor(math.log10((high - low) / most))
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
@@ -131,7 +131,7 @@ def tick_labels(values: Sequence[float], kind: str) -> list[str]:
     if kind == "gibibytes":
         return [f"{value / GIB:g}" for value in values]
     largest = max(map(abs, values), default=0.0)
-    if 0 < largest < 0.01:
+    if 1e-290 < largest < 0.01:
         exponent = math.floor(math.log10(largest) + 1e-9)
         scaled = [float(f"{value / 10**exponent:.6g}") for value in values]
         return [minus(f"{value:g}") + power_of_ten(exponent) if value else "0" for value in scaled]

@@ -1,0 +1,47 @@
+"""A short turn of the fuzzing that `benchmarks/fuzz.py` does for longer: whatever a file holds, only the project's own
+named errors come out."""
+
+import random
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.fuzz_targets import TARGETS, mutated
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_every_target_reads_its_seeds(name: str) -> None:
+    for seed in TARGETS[name].seeds():
+        TARGETS[name].read(seed)
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(seed=st.integers(0, 2**32), more=st.integers(0, 3))
+def test_only_named_errors_come_out(name: str, seed: int, more: int) -> None:
+    target, rng = TARGETS[name], random.Random(seed)
+    data = rng.choice(target.seeds())
+    for _ in range(1 + more):
+        data = mutated(data, rng, target.seeds())[: 1 << 16]
+    try:
+        target.read(data)
+    except target.allowed as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in TARGETS if name.startswith(("cases", "parser"))])
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(data=st.binary(max_size=300))
+def test_only_named_errors_come_out_of_noise(name: str, data: bytes) -> None:
+    try:
+        TARGETS[name].read(data)
+    except TARGETS[name].allowed as error:
+        assert str(error)
+
+
+@pytest.mark.parametrize(
+    "fault", [ZeroDivisionError("x"), RecursionError("x"), UnicodeDecodeError("utf-8", b"", 0, 1, "x")]
+)
+def test_another_error_would_be_seen(fault: Exception) -> None:
+    assert not any(issubclass(type(fault), target.allowed) for target in TARGETS.values() if target.allowed)
