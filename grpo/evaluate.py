@@ -153,12 +153,19 @@ def comparison(
         if name in before.cases
         for mode in now[0].levels
     ]
+    compared = {(record["cases"], record["thinking"]): record["n"] for record in found}
+    alone = [
+        {"cases": name, "thinking": mode, "n": len(now) - compared.get((name, mode), 0)}
+        for name, now in cases.items()
+        for mode in now[0].levels
+    ]
     how = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
     return {
         "against": str(against),
         "adapter_sha256": before.settings.get("adapter_sha256"),
         "changed_settings": [key for key in how if before.settings.get(key) != settings[key]],
         "records": [record for record in found if record["n"]],
+        "not_compared": [record for record in alone if record["n"]],
     }
 
 

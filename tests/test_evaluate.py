@@ -14,10 +14,10 @@ import grpo.evaluate
 import grpo.evaluation.request
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED, load_config
-from grpo.evaluate import main
+from grpo.evaluate import comparison, main
 from grpo.evaluation.agreement import mcnemar, wilson
 from grpo.evaluation.answers import AnswersError, answer, append_answers, evaluate, read_answers
-from grpo.evaluation.comparison import AnsweredCase, between_modes, compare
+from grpo.evaluation.comparison import AnsweredCase, Evaluated, between_modes, compare
 from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.evaluation.rates import Verdict, summarise
 from grpo.evaluation.scorecard import WIDTH, scorecard
@@ -287,6 +287,7 @@ def test_the_bare_base_compared_with_its_warm_start(
     assert record["adapter"] is None and record["settings"]["temperature"] == 0
     assert record["agreement"] == {} and [r["thinking"] for r in record["comparison"]["records"]] == ["off"]
     assert record["comparison"]["changed_settings"] == ["samples", "temperature"]
+    assert record["comparison"]["not_compared"] == []
     shown = capsys.readouterr().out
     assert "greedy" in shown and "McNemar" in shown and "adapter    none" in shown
     assert all(len(line) <= WIDTH for line in scorecard(record).splitlines())
@@ -561,3 +562,13 @@ def test_a_model_is_evaluated_under_its_own_system_prompt(tmp_path: Path) -> Non
     ):
         arguments = grpo.evaluate.parser().parse_args([what, *more])
         assert grpo.evaluation.request.configured(arguments).cases.system_prompt == prompt
+
+
+def test_what_is_compared_with_nothing_is_said() -> None:
+    a, b = (AnsweredCase(id=name, esi=2, sha256=name, levels={"on": (2,), "off": (3,)}) for name in "ab")
+    how = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
+    settings = dict.fromkeys(how, 0)
+    before = Evaluated(format=2, settings=settings, cases={"four": (a.model_copy(update={"levels": {"on": (2,)}}),)})
+    found = comparison(before, settings, {"four": (a, b)}, Path("e.json"))
+    assert [(r["thinking"], r["n"]) for r in found["records"]] == [("on", 1)]
+    assert [(r["thinking"], r["n"]) for r in found["not_compared"]] == [("on", 1), ("off", 2)]

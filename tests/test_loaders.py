@@ -676,6 +676,19 @@ def test_mietic_may_correct_its_spelling_and_lose_its_stay_ids(tmp_path: Path) -
     assert {reason for reason, _ in reasons(found.report)} == {"not_retained", "not_published"}
 
 
+def test_a_row_set_aside_without_a_patient_is_a_fault(tmp_path: Path) -> None:
+    removed = {"Final Decision": "REMOVE"}
+    rows = [
+        sample(1),
+        sample(2, **removed),
+        sample(3, **removed, subject_id="bad"),
+        sample(4, **removed, subject_id=""),
+    ]
+    (tmp_path / "f.csv").write_bytes(validate_file(rows))
+    found = reasons(load("mietic-validate", str(tmp_path / "f.csv"), strict=False).report)
+    assert (found["not_retained", ""][0], found["bad_id", ""][0]) == (1, 2)
+
+
 def test_bad_rows_of_mietic(tmp_path: Path) -> None:
     rows = [
         sample(1),

@@ -179,6 +179,9 @@ def _comparison(comparison: Record) -> Iterator[str]:
             ids = f": {_ids(found[key])}" if found[key] and key != "unchanged_right" else ""
             yield from _told("", f"{key.replace('_', ' ')} {len(found[key])}{ids}")
         yield from _told("", f"McNemar's exact test: p = {found['p_value']:.2g}")
+    for left in comparison["not_compared"]:
+        where = f"{left['cases']}, thinking {left['thinking']}"
+        yield from _told("not in it", f"{where}: {left['n']} cases, which are compared with nothing")
 
 
 def _row(label: str, cells: Sequence[str]) -> str:

@@ -52,7 +52,8 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
     aliases = {"triagecase": "tiragecase", "triage_case": "tiragecase"}
     for number, (line, row) in enumerate(table(path, columns, ("stay_id", *VITALS), aliases), 1):
         if row and row["final_decision"].strip().casefold() != RETAINED:
-            yield Remark(path, line, "not_retained", patient=_patient(row))
+            patient = _patient(row)  # without one, nobody could be kept out of a training file by it
+            yield Remark(path, line, "not_retained" if patient else "bad_id", patient=patient)
             continue
         try:
             record = _validated(row, number)
