@@ -30,6 +30,7 @@ import torch
 import grpo.train as loop
 from grpo.bench import bench_config, take
 from grpo.plan import RANDOM
+from grpo.stop import Stop
 
 CONFIG = Path(__file__).parent.parent / "configs" / "v49_random_small.toml"
 BASE = {"group_size": 8, "budget": 64, "layers": 4}
@@ -59,7 +60,7 @@ def measured(point: dict[str, int]) -> dict[str, float]:
     setup = loop.build(config)
     gc.collect()
     before = resident()
-    steps = take(setup, source)[1:]
+    steps = take(setup, source, Stop())[1:]
     return {
         "rollout_s": statistics.median(one.seconds["rollout"] for one in steps),
         "update_s": statistics.median(one.seconds["update"] for one in steps),

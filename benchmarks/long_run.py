@@ -4,7 +4,8 @@
 
 The run is `python -m grpo.train` as anybody starts it, with a ledger record and metrics each step, a checkpoint each
 tenth and an evaluation each hundredth; only model, prompts, completions and budget are small. It is watched from
-outside, by /proc. Lines are fitted to what it holds after a first tenth, in which allocators and caches fill.
+outside, by /proc. Lines are fitted to what it holds after a first tenth, in which allocators and caches fill: the 200
+cases of that run have all been met by then, and what the reward remembers of a text is bounded (4,096 texts).
 """
 
 import argparse
@@ -28,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 VALUES = (
     "lora.r=4",
     "lora.warm_start=",
+    "cases.train=embedded:cases/validation.jsonl",
     "rollout.prompts_per_step=1",
     "rollout.group_size=2",
     "rollout.max_new_tokens=4",
@@ -53,7 +55,8 @@ def watch(command: list[str], run: Path, every_s: float) -> list[tuple[int, int,
                 step = (run / "metrics.jsonl").read_bytes().count(b"\n")
             except (OSError, IndexError):  # not begun, or just ended
                 continue
-            samples.append((step, resident, handles, threads))
+            if resident and handles:  # else it is just ending
+                samples.append((step, resident, handles, threads))
     if process.returncode:
         sys.exit((run.parent / "log").read_text()[-2000:])
     return samples

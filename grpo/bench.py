@@ -26,13 +26,14 @@ import grpo.train as loop
 import grpo.update as updating
 from grpo.checkpoint import Progress
 from grpo.config import Config, Source, load_config
+from grpo.durable import DiskError
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy import Policy
 from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import ENGINES
 from grpo.roofline import Floor, floor_of, now
 from grpo.run import provenance, start_run, write_json
-from grpo.stop import Stop
+from grpo.stop import Stop, Stopped, listening
 from grpo.types import Prompt, Step
 
 AIMS = {"step": 0.6, "decode": 0.7}
@@ -154,12 +155,12 @@ def drift(step: Step) -> dict[str, float]:
     }
 
 
-def take(setup: loop.Setup, source: Source) -> list[Taken]:
+def take(setup: loop.Setup, source: Source, stop: Stop) -> list[Taken]:
     """The config's steps, timed."""
     clock = Clock(setup)
     with tempfile.TemporaryDirectory() as folder, clock.watching():
         run = start_run(Path(folder) / "run", setup.config, source, setup.reward, **loop.machine(setup))
-        loop.train(setup, run, Stop(), Progress())
+        loop.train(setup, run, stop, Progress())
     return clock.steps
 
 
@@ -191,11 +192,11 @@ def generated(
     return [ids[:n] for ids, n in zip(said, ends, strict=True)], [[0.0] * n for n in ends]
 
 
-def beside(setup: loop.Setup, source: Source) -> Taken:
+def beside(setup: loop.Setup, source: Source, stop: Stop) -> Taken:
     """The second of two steps of the same loop with ``generate`` in the engine's place."""
     config = setup.config.model_copy(update={"train": setup.config.train.model_copy(update={"steps": 2})})
     with replaced(ENGINES, dict.fromkeys(ENGINES, generated)):
-        return take(replace(setup, config=config), source)[-1]
+        return take(replace(setup, config=config), source, stop)[-1]
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -291,20 +292,33 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")
+    if arguments.json and not arguments.json.absolute().parent.is_dir():
+        parser.error(f"--json {arguments.json}: its folder is not there; make it first")
     os.umask(0o077)
     try:
-        config, source = bench_config(arguments.config, arguments.set, arguments.steps + 1)
-        started = now(torch.device("cpu"))
-        setup = loop.build(config)
-        made = now(setup.policy.device) - started
-        print(f"config    {source.path}\n{loop.plan(setup)}", flush=True)
-        steps = take(setup, source)
-        peer = beside(setup, source) if arguments.against else None
+        return bench(arguments)
     except loop.INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 130
+    except DiskError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 3
+    except Stopped as stopped:
+        print(f"stopped by {stopped.name}; nothing is kept", file=sys.stderr)
+        return stopped.exit_code
+
+
+def bench(arguments: argparse.Namespace) -> int:
+    """The whole of it. A signal ends it, and the folder that it works in goes with it."""
+    with listening() as stop:
+        with stop.at_once():
+            config, source = bench_config(arguments.config, arguments.set, arguments.steps + 1)
+            started = now(torch.device("cpu"))
+            setup = loop.build(config)
+            made = now(setup.policy.device) - started
+        print(f"config    {source.path}\n{loop.plan(setup)}", flush=True)
+        steps = take(setup, source, stop)
+        peer = beside(setup, source, stop) if arguments.against else None
     found = summary(setup, steps, made, peer)
     print(said(found, setup))
     if arguments.json:

@@ -178,6 +178,13 @@ class Loss(Section):
         return self
 
 
+def _tokens(value: object) -> object:
+    """One message where pydantic would have one for each member of the union."""
+    if value is not None and value != "auto" and not (type(value) is int and value > 0):
+        raise ValueError('expected a whole number of tokens above 0, or "auto"')
+    return value
+
+
 class Optim(Section):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]
@@ -191,7 +198,7 @@ class Optim(Section):
     """μ: optimiser steps on one batch of completions."""
     micro_batch_size: Positive
     """Rows in one forward and backward, at most. Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Positive | Literal["auto"] | None = None
+    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_tokens)] = None
     """Tokens in one forward and backward, at most; "auto" is what free memory allows, and then the cut, and with it the
     rounding of the gradient, is no longer a function of the config."""
 

@@ -17,8 +17,14 @@ FULL = {28, 122}
 """ENOSPC and EDQUOT: what making room mends."""
 
 
-class DiskError(RuntimeError):
+class DiskError(OSError):
     """A file that could not be written. Names it, and what to do."""
+
+    def __init__(self, path: Path, reason: str, number: int | None = None) -> None:
+        super().__init__(number, reason, str(path))
+
+    def __str__(self) -> str:
+        return f"{self.filename}: cannot be written: {self.strerror}"
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -107,8 +113,13 @@ def writing(path: Path) -> Iterator[None]:
     """What the system refuses inside is a `DiskError` that names ``path``."""
     try:
         yield
+    except DiskError:
+        raise
     except (OSError, SafetensorError) as error:
-        raise DiskError(f"{path}: cannot be written: {_reason(error, path.parent)}") from None
+        told = re.search(r"os error (\d+)", str(error))  # safetensors says the number in words alone
+        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        reason = os.strerror(number) if number else str(error)
+        raise DiskError(path, reason + (_how_full(path.parent) if number in FULL else ""), number) from None
 
 
 def _write(path: Path, content: str | bytes, how: int) -> None:
@@ -122,13 +133,8 @@ def _write(path: Path, content: str | bytes, how: int) -> None:
         os.close(handle)
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    """For people. safetensors tells the number of the system's error in words alone."""
-    told = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
-    reason = os.strerror(number) if number else str(error)
-    if number not in FULL:
-        return reason
+def _how_full(folder: Path) -> str:
+    free = ""
     with contextlib.suppress(OSError):
-        reason += f" ({shutil.disk_usage(folder).free:,} bytes free)"
-    return f"{reason}: make room on the disk of {folder}"
+        free = f" ({shutil.disk_usage(folder).free:,} bytes free)"
+    return f"{free}: make room on the disk of {folder}"

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
 from grpo.config import Lora, Model, resolve
-from grpo.plan import RANDOM
+from grpo.plan import RANDOM, frozen_parameters
 from grpo.tensorfile import declared
 from grpo.types import Case, Prompt
 from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, read_json
@@ -178,6 +178,12 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     if name in RANDOM:
         from grpo.random_base import random_base
 
+        need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
+        if need > free:
+            raise ModelError(
+                f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
+            )
+
         base, tokenizer = random_base(name, device=device, dtype=dtype)
         return base.requires_grad_(False), tokenizer
     _refuse_adapter(name)
@@ -298,6 +304,14 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
     return device
+
+
+def free_bytes(device: torch.device) -> int:
+    """Of the device's memory, what PyTorch has reserved and does not use included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

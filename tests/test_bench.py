@@ -1,6 +1,9 @@
 """The benchmark of a config: it takes the loop's own steps, and what it says adds up."""
 
 import json
+import os
+import signal
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,28 @@ def random_step(few: list[str], random_name: str) -> Any:
     """A step of the CPU-sized random recipe with few tokens."""
     config, _ = load_config("configs/v49_random_small.toml", [*few, f"model.name={random_name}"])
     return config, loop.sample_step(loop.build(config), 0)
+
+
+def test_figures_that_have_nowhere_to_go_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["configs/tiny.toml", "--json", str(tmp_path / "nowhere" / "x.json")])
+    assert "its folder is not there" in capsys.readouterr().err
+
+
+def test_a_signal_ends_it_and_leaves_no_folder(
+    few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    plain = loop.score_groups
+
+    def asked_to_leave(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return plain(*arguments)
+
+    monkeypatch.setattr(loop, "score_groups", asked_to_leave)
+    config = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
+    assert main([config, *with_set(few), "--steps", "1"]) == 143
+    assert "stopped by SIGTERM" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_random_answers_take_the_whole_budget_and_count_as_cut(random_step: Any) -> None:

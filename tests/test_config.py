@@ -79,6 +79,10 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ('evaluate.thinking=["on", "on"]', "thinking names a mode twice"),
         ("rollout.temperature=inf", "finite"),
         ("optim.micro_batch_size=65", "more than the 64 completions of a step"),
+        (
+            "optim.micro_batch_tokens=0",
+            'optim.micro_batch_tokens: expected a whole number of tokens above 0, or "auto"',
+        ),
         ("optim.warmup_steps=60", "no step at the full learning rate"),
         ("loss.kl=k9", "'k1', 'k2', 'k3' or 'ratio_k3'"),
         ("loss.surrogate=dual_clip", "give both or neither"),

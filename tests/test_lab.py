@@ -412,6 +412,12 @@ def test_a_failed_run_is_told_and_takes_along_what_starts_from_it(tmp_path: Path
     assert told == ["1/2  v46, seed 1: FAILED", "2/2  v49, seed 1: left out, its warm start, v46, failed"]
 
 
+def test_a_worker_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
+    (job,) = jobs(chosen(["v46"]), [1], tmp_path, [])
+    killed = replace(job, command=(sys.executable, "-c", "import os; os.kill(os.getpid(), 9)"))
+    assert work([killed], at_once=1, tell=lambda line: None)[killed].startswith("ended by SIGKILL")
+
+
 @pytest.mark.parametrize(
     ("more", "said"),
     [

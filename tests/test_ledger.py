@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from grpo import ledger as ledger_module
 from grpo.account import advantage_shares, step_metrics, token_account
+from grpo.durable import DiskError
 from grpo.ledger import TENSORS, LedgerError, cut_ledger, ledger_steps, read_step, step_files, write_step
 from grpo.types import Dropped, Step
 from tests.test_account import config_with, make_step
@@ -102,6 +104,21 @@ def test_a_changed_line_is_named(folder: Path) -> None:
     file = step_files(folder, 3)[1]
     file.write_text(file.read_text().replace("ANSWER: ESI 2", "ANSWER: ESI 3", 1))
     assert read_step(folder, 3).changed == ("ledger/step_000003.jsonl",)
+
+
+def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = make_step(config_with())
+    write(tmp_path, Step(1, *(getattr(step, n) for n in Step.__slots__[1:])))
+    for refused in ("write_whole", "append_line"):
+        with monkeypatch.context() as patch:
+
+            def full(path: Path, content: object) -> None:
+                raise DiskError(path, "No space left on device")
+
+            patch.setattr(ledger_module, refused, full)
+            with pytest.raises(DiskError):
+                write(tmp_path, Step(2, *(getattr(step, n) for n in Step.__slots__[1:])))
+        assert ledger_steps(tmp_path) == (1,) and read_step(tmp_path, 1).changed == ()
 
 
 def test_a_resumed_run_takes_the_steps_after_its_checkpoint_out(tmp_path: Path) -> None:

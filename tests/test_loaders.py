@@ -420,6 +420,19 @@ def test_fields_more_or_fewer_than_the_header(tmp_path: Path) -> None:
     assert reasons(loaded(name).report) == {("ragged", ""): (2, (4, 5))}
 
 
+def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path) -> None:
+    stays = [f"3000000{i}" for i in range(1, 6)]
+    name = published(tmp_path, edstays=[E | {"stay_id": stay} for stay in stays])
+    rows = as_csv(TRIAGE, [T | {"stay_id": stay, "chiefcomplaint": "PAIN"} for stay in stays]).decode().splitlines()
+    rows[2], rows[4] = rows[2].replace("PAIN", '"PAIN'), rows[4].replace("PAIN", 'PAIN"')
+    (tmp_path / "triage.csv.gz").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    found = loaded(name)
+    assert [record.case.id for record in found.records] == ["stay-30000001", "stay-30000005"]
+    assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
+    with pytest.raises(CaseError, match="a stray quotation mark may have swallowed rows"):
+        loaded(name, strict=True)
+
+
 def test_strict_refuses_faults_and_counts_them(tmp_path: Path) -> None:
     other = [{"stay_id": f"3000000{i}"} for i in range(2, 6)]
     edstays = [E, *(E | ids for ids in other)]

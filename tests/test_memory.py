@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+import grpo.policy
 import grpo.update
 from grpo.forward import memory
-from grpo.forward.memory import Room, free_bytes, kept_bytes, room
-from grpo.policy import Policy
+from grpo.forward.memory import Room, kept_bytes, room
+from grpo.policy import ModelError, Policy, free_bytes, load_base
 from grpo.train import INPUT_ERRORS
 from grpo.types import Batch
 from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
@@ -96,7 +97,7 @@ def test_auto_follows_free_memory(make_policy: Callable[..., Policy], monkeypatc
         monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free)
         tokens.append(room(policy, config.optim, batch).tokens)
     assert tokens[0] == longest, "one row is always tried"
-    assert tokens[2] - tokens[1] == pytest.approx(tokens[1], rel=0.01)
+    assert tokens[2] - tokens[1] == pytest.approx(tokens[1], rel=0.02)
 
 
 def test_what_is_kept_grows_with_the_row_and_holds_no_weights(make_policy: Callable[..., Policy]) -> None:
@@ -105,6 +106,19 @@ def test_what_is_kept_grows_with_the_row_and_holds_no_weights(make_policy: Calla
     assert 1.5 * short < long < 2.5 * short
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     assert kept_bytes(policy, (1,), (2,)) < weights
+
+
+def test_what_checkpointing_saves_is_seen_on_every_path(make_policy: Callable[..., Policy]) -> None:
+    for dropout in (0.0, 0.1):  # with dropout the modules are gone through
+        plain, saving = (make_policy(dropout=dropout, checkpointing=c) for c in (False, True))
+        kept = [kept_bytes(policy, (1,) * 64, (2,) * 64) for policy in (plain, saving)]
+        assert kept[1] < 0.5 * kept[0] and not saving.model.training
+
+
+def test_a_random_model_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpo.policy, "free_bytes", lambda device: 1 << 30)
+    with pytest.raises(ModelError, match=r"35,815,213,056 bytes of weights do not fit the 1,073,741,824"):
+        load_base("random:qwen3.5-9b", device=torch.device("cpu"), dtype=torch.float32)
 
 
 def refuse(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:

@@ -1,6 +1,5 @@
 """How much of a batch a device can hold at once."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,11 +10,13 @@ from torch import Tensor
 from grpo.config import Optim
 from grpo.forward.modules import predicting_states_by_modules
 from grpo.forward.shared_prefix import predicting_states_shared, shared
-from grpo.policy import Policy
+from grpo.policy import Policy, free_bytes
 from grpo.types import Batch
 
 SHARE = 0.6
 """Of the free memory, for what the backward pass keeps; the rest is for what comes and goes."""
+PROBE = 64
+"""Tokens of prompt and of completion that are tried to see what a token keeps."""
 CHUNKS = 3
 """[1024,V] tensors alive while a chunk of log-probabilities is computed."""
 
@@ -50,19 +51,20 @@ class Room:
 
 def room(policy: Policy, section: Optim, batch: Batch) -> Room:
     """What ``optim.micro_batch_size`` and ``optim.micro_batch_tokens`` allow; "auto" is chosen from free memory, from
-    what the backward pass keeps of the batch's longest row."""
+    what the backward pass keeps of the beginning of the longest row: so short a pass fits wherever training does."""
     tokens = section.micro_batch_tokens
     if tokens == "auto":
         lengths = [len(p) + len(c) for p, c in zip(batch.prompt_ids, batch.completion_ids, strict=True)]
         row = max(range(len(lengths)), key=lengths.__getitem__)
-        kept = kept_bytes(policy, batch.prompt_ids[row], batch.completion_ids[row]) / lengths[row]
+        prompt, completion = batch.prompt_ids[row][-PROBE:], batch.completion_ids[row][:PROBE]
+        kept = kept_bytes(policy, prompt, completion) / (len(prompt) + len(completion))
         spare = free_bytes(policy.device) - CHUNKS * 1024 * policy.head.weight.shape[0] * 4
         tokens = max(lengths[row], int(SHARE * spare / kept))
     return Room(section.micro_batch_size, tokens, shared(policy))
 
 
 def kept_bytes(policy: Policy, prompt: Sequence[int], completion: Sequence[int]) -> int:
-    """What a forward pass of one row keeps for its backward pass, weights left out."""
+    """What a training pass of one row keeps for its backward pass, weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
     kept: dict[int, int] = {}
 
@@ -76,15 +78,12 @@ def kept_bytes(policy: Policy, prompt: Sequence[int], completion: Sequence[int])
         return tensor
 
     forward = predicting_states_shared if shared(policy) else predicting_states_by_modules
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        states = forward(policy, [prompt], [completion])  # the graph is alive, so no address is used twice
-    del states
+    was_training = policy.model.training
+    policy.model.train()  # else the modules' checkpointing is off
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            states = forward(policy, [prompt], [completion])  # the graph is alive, so no address is used twice
+        del states
+    finally:
+        policy.model.train(was_training)
     return max(1, sum(kept.values()))
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, what PyTorch has reserved and does not use included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,7 +1,7 @@
 """What the cards claim of each run, as criteria: one function a claim, of figures alone.
 
 A criterion looks at one seed's runs and says whether the claim holds there, and what was found. Limits are named here,
-once, before any run was looked at; a claim counts as reproduced if it holds under every seed.
+once, whatever came out; a claim counts as reproduced if it holds under every seed.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -152,7 +152,8 @@ def parts(record: Mapping[str, Any]) -> Iterator[Part]:
         "series",
         "The series",
         "Exact: warm start → after training, both thinking modes and all seeds together; in brackets the 95 % interval "
-        "with answers to one case kept together. The cards speak of Qwen3.5-9B on 36 clinical cases: compare shapes.",
+        "with answers to one case kept together. Three rules: exact on lifesaving done / severe pain / open injury. "
+        "The cards speak of Qwen3.5-9B on 36 clinical cases: compare shapes.",
         series(record),
     )
     if views := tuple(view for curve in CURVES if (view := draw(curve, runs))):
@@ -174,8 +175,7 @@ def parts(record: Mapping[str, Any]) -> Iterator[Part]:
         yield Part(
             "generalisation",
             "Beyond the patterns",
-            "Exact on the test set’s cases, both modes: the card warns that rule bonuses do not generalise beyond "
-            "their patterns.",
+            "Exact, both modes: the card warns that rule bonuses do not generalise beyond their patterns.",
             table,
         )
     if table := foretold(record):

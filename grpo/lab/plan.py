@@ -23,8 +23,6 @@ class Entry:
 
 
 V49 = "configs/tiny/v49.toml"
-BOTH_SETS = 'evaluate.ends={lab="embedded:cases/lab.jsonl",test="embedded:cases/test.jsonl"}'
-"""The 500 cases of the test set as well: enough paraphrases and hard negatives to tell them apart."""
 
 
 def _ablation(name: str, about: str, *overrides: str, after: str = "v46") -> Entry:
@@ -36,7 +34,7 @@ ENTRIES: tuple[Entry, ...] = (
     Entry("v46", "configs/tiny/v46.toml", "series", "from a supervised start; prices by direction, no parse −0.5"),
     Entry("v47", "configs/tiny/v47.toml", "series", "v46's table, prices that count, a longer run"),
     Entry("v48", "configs/tiny/v48.toml", "series", "half the budget, no parse −0.5"),
-    Entry("v49", V49, "series", "from v46; rule rows, no parse −2.0, the budget doubled", (BOTH_SETS,), "v46"),
+    Entry("v49", V49, "series", "from v46; rule rows, no parse −2.0, the budget doubled", after="v46"),
     Entry(
         "v47-std",
         "configs/tiny/v47.toml",
@@ -56,7 +54,7 @@ ENTRIES: tuple[Entry, ...] = (
         V49,
         "contrast",
         "v49 with triggers that read negation and paraphrase",
-        ('reward.set="v50"', BOTH_SETS),
+        ('reward.set="v50"',),
         "v46",
     ),
     _ablation("no-rules", "without the rule rows", 'reward.set="v49_without_rules"'),

@@ -17,7 +17,6 @@ from rewards import load_reward
 
 FORMAT = 1
 PLACES: tuple[Place, ...] = tuple((LAB, mode) for mode in MODES)
-TEST: tuple[Place, ...] = tuple(("test", mode) for mode in MODES)
 SHOWN = (
     "exact",
     "adjacent",
@@ -38,6 +37,8 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "hard negatives": ("hard_negative",),
 }
 """Tags of the generalisation table: name → tags of which a case has one."""
+GENERALISES = ("v45c", "v46", "v49", "v50", "no-rules")
+"""Runs of the generalisation table."""
 
 
 def lab_record(entries: Sequence[Entry], configs: Mapping[str, Config], runs: Sequence[Seen]) -> dict[str, Any]:
@@ -50,7 +51,6 @@ def lab_record(entries: Sequence[Entry], configs: Mapping[str, Config], runs: Se
     by_name = {entry.name: [run for run in runs if run.name == entry.name] for entry in entries}
     kept = [entry for entry in entries if by_name[entry.name]]
     judged = [judge(claim, runs) for claim in CLAIMS if any(claim.run == entry.name for entry in entries)]
-    tests = _cases(configs, "test")
     lab = _cases(configs, LAB)
     return {
         "format": FORMAT,
@@ -70,9 +70,7 @@ def lab_record(entries: Sequence[Entry], configs: Mapping[str, Config], runs: Se
             if entry.name.startswith(("v48", "v49"))
         },
         "generalisation": {
-            entry.name: _generalisation(by_name[entry.name], tests)
-            for entry in kept
-            if any(place in run.after for run in by_name[entry.name] for place in TEST)
+            entry.name: _generalisation(by_name[entry.name], lab) for entry in kept if entry.name in GENERALISES
         },
     }
 
@@ -121,9 +119,9 @@ def _curve(runs: Sequence[Seen], name: str) -> dict[str, list[float]]:
     curves = [run.curve(name) for run in runs]
     columns = list(zip(*curves, strict=False))
     return {
-        "mean": [statistics.fmean(column) for column in columns],
-        "low": [min(column) for column in columns],
-        "high": [max(column) for column in columns],
+        "mean": [round(statistics.fmean(column), 4) for column in columns],
+        "low": [round(min(column), 4) for column in columns],
+        "high": [round(max(column), 4) for column in columns],
     }
 
 
@@ -173,14 +171,14 @@ def _thresholds(config: Config, runs: Sequence[Seen], lab: Mapping[str, Case]) -
     return found
 
 
-def _generalisation(runs: Sequence[Seen], tests: Mapping[str, Case]) -> dict[str, Any]:
+def _generalisation(runs: Sequence[Seen], lab: Mapping[str, Case]) -> dict[str, Any]:
     found = {}
     for name, tags in PARTS.items():
-        members = frozenset(case.id for case in tests.values() if set(tags) & set(case.tags))
+        members = frozenset(case.id for case in lab.values() if set(tags) & set(case.tags))
         found[name] = {
             "n": len(members),
-            "before": _rate(runs, "before", TEST, "exact", members),
-            "after": _rate(runs, "after", TEST, "exact", members),
+            "before": _rate(runs, "before", PLACES, "exact", members),
+            "after": _rate(runs, "after", PLACES, "exact", members),
         }
     return found
 

@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import time
@@ -179,7 +180,12 @@ def _start(job: Job) -> _Working:
     log = job.log.open("ab")
     single = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
     process = subprocess.Popen(
-        [*job.command, *resume], stdout=log, stderr=log, stdin=subprocess.DEVNULL, env={**os.environ, **single}
+        [*job.command, *resume],
+        stdout=log,
+        stderr=log,
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, **single},
+        start_new_session=True,  # a terminal's interrupt is the lab's alone, which then stops its workers
     )
     return _Working(job, process, log, time.monotonic(), bool(resume))
 
@@ -191,8 +197,10 @@ def _finish(one: _Working, cpu_s: float) -> str:
         cost = {"seconds": round(time.monotonic() - one.started, 1), "cpu_s": round(cpu_s, 1), "resumed": one.resumed}
         write_json(one.job.folder / DONE, cost | {"command": list(one.job.command[1:])})
         return ""
+    if one.process.returncode < 0:
+        return f"ended by {signal.Signals(-one.process.returncode).name}; the same command goes on from its checkpoint"
     text = one.job.log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
-    return "\n".join([line for line in text.splitlines() if line.strip()][-6:])
+    return "\n".join([line for line in text.splitlines() if line.strip()][-6:]) or f"exit {one.process.returncode}"
 
 
 def _told(job: Job) -> str:

@@ -121,6 +121,8 @@ def _record(
 ) -> tuple[Record, tuple[tuple[str, str], ...]]:
     if row is None:
         raise BadRow("ragged")
+    if any("\n" in value or "\r" in value for value in row.values()):
+        raise BadRow("line_break")
     subject, stay = identifier(row["subject_id"]), identifier(row["stay_id"])
     place = bisect_left(stays.ids, stay)
     if place == len(stays.ids) or stays.ids[place] != stay:

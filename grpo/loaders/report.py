@@ -38,6 +38,9 @@ REASONS: dict[str, Reason] = {
     "not_an_object": Reason(False, True, "not an object with id, text and esi: dropped"),
     "bad_field": Reason(False, True, "a field is not what a case needs: dropped"),
     "ragged": Reason(False, True, "more or fewer fields than the header: dropped"),
+    "line_break": Reason(
+        False, True, "a line break inside a field, so a stray quotation mark may have swallowed rows: dropped"
+    ),
     "bad_id": Reason(False, True, "stay_id or subject_id is not a whole number: dropped"),
     "unknown_stay": Reason(False, True, "its stay_id is not in edstays: dropped"),
     "other_patient": Reason(False, True, "triage and edstays give its stay to different patients: dropped"),
