@@ -4,8 +4,7 @@
 
 The run is `python -m grpo.train` as anybody starts it, with a ledger record and metrics each step, a checkpoint each
 tenth and an evaluation each hundredth; only model, prompts, completions and budget are small. It is watched from
-outside, by /proc. Lines are fitted to what it holds after a first tenth, in which allocators and caches fill: the 200
-cases of that run have all been met by then, and what the reward remembers of a text is bounded (4,096 texts).
+outside, by /proc. Lines are fitted to what it holds after a first tenth, in which allocators and caches fill.
 """
 
 import argparse
@@ -29,7 +28,6 @@ ROOT = Path(__file__).parent.parent
 VALUES = (
     "lora.r=4",
     "lora.warm_start=",
-    "cases.train=embedded:cases/validation.jsonl",
     "rollout.prompts_per_step=1",
     "rollout.group_size=2",
     "rollout.max_new_tokens=4",
