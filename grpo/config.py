@@ -85,6 +85,8 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float32"]
     """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
     gradient_checkpointing: bool
+    shard: bool = False
+    """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 
 
 class Lora(Section):
@@ -208,6 +210,8 @@ class Train(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     max_skipped_steps: Count
     """So many non-finite steps in a row are skipped; one more stops the run."""
+    rank_timeout_s: Positive = 600
+    """With more than one rank: one that keeps the others waiting for so long ends the run."""
 
 
 class Checkpoint(Section):
@@ -279,6 +283,11 @@ class Config(Section):
             raise ValueError(
                 f"optim.micro_batch_size = {self.optim.micro_batch_size} is more than the {rows} completions of a step "
                 f"(rollout.prompts_per_step {self.rollout.prompts_per_step} × group_size {self.rollout.group_size})"
+            )
+        if self.model.shard and self.optim.micro_batch_tokens == "auto":
+            raise ValueError(
+                'optim.micro_batch_tokens = "auto" measures each rank by itself, but with model.shard = true all ranks '
+                "cut alike: give a number"
             )
         if self.reward.overlong and self.reward.overlong.cache_tokens > self.rollout.max_new_tokens:
             raise ValueError(

@@ -10,7 +10,7 @@ import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
 from grpo.config import Lora, Model, resolve
 from grpo.plan import RANDOM, frozen_parameters
+from grpo.ranks import ALONE, Ranks
 from grpo.tensorfile import declared
 from grpo.types import Case, Prompt
 from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, read_json
@@ -63,6 +64,11 @@ class Policy:
     device: torch.device
     context: int
     """Positions the base was made for."""
+    ranks: Ranks = ALONE
+    """Who else holds this policy."""
+    sharded: bool = False
+    """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
+    call of it is made by all ranks together."""
 
     @property
     def body(self) -> Any:
@@ -79,8 +85,9 @@ class Policy:
         return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
 
-def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
-    """Base + adapter on their device, ready to sample and to train.
+def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) -> Policy:
+    """Base + adapter on their device, ready to sample and to train. With ``model.shard`` and more than one rank, the
+    base is read into the host's memory, and each rank's device gets its part.
 
     Raises:
         ModelError: the base is not on this machine, the adapter belongs to another base, disagrees with ``[lora]``,
@@ -88,8 +95,10 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
-    device = pick_device(model.device)
-    base, tokenizer = load_base(model.name, device=device, dtype=pick_dtype(model.dtype, device))
+    device = pick_device(model.device) if ranks.device.type == "cpu" else ranks.device
+    shard = model.shard and ranks.size > 1
+    here = torch.device("cpu") if shard else device
+    base, tokenizer = load_base(model.name, device=here, dtype=pick_dtype(model.dtype, device))
     _check_targets(base, lora)
     if lora.warm_start:
         folder = resolve(lora.warm_start)
@@ -116,11 +125,34 @@ def load_policy(model: Model, lora: Lora, *, seed: int) -> Policy:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.eval()
     config = base.config.get_text_config()
-    policy = Policy(wrapped, tokenizer, end_ids(tokenizer, base), device, config.max_position_embeddings)
+    policy = Policy(wrapped, tokenizer, end_ids(tokenizer, base), here, config.max_position_embeddings, ranks)
     _check_head(policy)
     if lora.warm_start:
         _check_effect(policy, folder)
-    return policy
+    return spread(policy, device) if shard else policy
+
+
+def spread(policy: Policy, device: torch.device) -> Policy:
+    """The policy with its decoder layers' matrices cut into as many parts as there are ranks (FSDP2), one on each
+    rank's device; a layer is put together while it computes. Adapter, embeddings, head and all that is small stay
+    whole on every rank, so that gradients, optimiser and checkpoints are those of an unsharded run.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    body = policy.body
+    matrices = {p for p in body.layers.parameters() if not p.requires_grad and p.ndim == 2}
+    whole = {p for p in policy.model.parameters() if p not in matrices}
+    mesh = init_device_mesh(device.type, (policy.ranks.size,))
+    for layer in body.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    fully_shard(body, mesh=mesh, ignored_params=whole)
+    with torch.no_grad():
+        for p in whole:
+            p.data = p.data.to(device)
+        for buffer in policy.model.buffers():
+            buffer.data = buffer.data.to(device)
+    return replace(policy, device=device, sharded=True)
 
 
 def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:

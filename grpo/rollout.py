@@ -12,6 +12,7 @@ import numpy as np
 
 from grpo.engine.decode import start_own
 from grpo.engine.generic import start_cached
+from grpo.engine.in_step import sample_in_step
 from grpo.engine.reference import sample_plainly
 from grpo.engine.sampling import Drawn, sample, uniforms
 from grpo.engine.weights import readable
@@ -24,9 +25,10 @@ Engine = Callable[[Policy, Sequence[Prompt], Sequence[int], np.ndarray, float], 
 ENGINES: dict[str, Engine] = {
     "own": partial(sample, start_own),
     "generic": partial(sample, start_cached),
+    "in_step": sample_in_step,
     "reference": sample_plainly,
 }
-"""Qwen3.5 at full speed; any causal language model; the slow oracle of both."""
+"""Qwen3.5 at full speed; any causal language model, and one that is sharded over ranks; the slow oracle of both."""
 
 
 class PromptError(ValueError):
@@ -46,7 +48,7 @@ def rollout(
     """Sampled completions of each prompt, as many as it has keys.
 
     Args:
-        prompts: B prompts; each is prefilled once.
+        prompts: B prompts; each is prefilled once. A rank may have none; a sharded policy's is called all the same.
         keys: B rows of 128-bit noise keys, one a completion.
         max_new_tokens: the token budget T of a completion.
         temperature: of the sampled distribution softmax(logits / temperature); 0 takes the most likely token. There is
@@ -66,7 +68,10 @@ def rollout(
     try:
         owners = [b for b, row in enumerate(keys) for _ in row]
         noise = uniforms([key for row in keys for key in row], max_new_tokens)
-        ids, logprobs = ENGINES[engine or choose(policy)](policy, prompts, owners, noise, temperature)
+        if owners or policy.sharded:
+            ids, logprobs = ENGINES[engine or choose(policy)](policy, prompts, owners, noise, temperature)
+        else:
+            ids, logprobs = [], []
     finally:
         policy.model.train(was_training)
     rows = iter(_completion(policy, i, lp) for i, lp in zip(ids, logprobs, strict=True))
@@ -75,7 +80,7 @@ def rollout(
 
 def choose(policy: Policy) -> str:
     """The name of the fastest engine that knows the model."""
-    return "own" if readable(policy) else "generic"
+    return "in_step" if policy.sharded else "own" if readable(policy) else "generic"
 
 
 def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:

@@ -61,12 +61,20 @@ class Stop:
             self._interruptible = False
 
     @contextlib.contextmanager
-    def within_grace(self) -> Iterator[None]:
-        """Inside, what has begun may finish: `Stopped` is raised `GRACE_S` after the signal."""
-        self.check()
+    def within_grace(self, *, begun: bool = False) -> Iterator[None]:
+        """Inside, what has begun may finish: `Stopped` is raised `GRACE_S` after the signal.
+
+        Args:
+            begun: it has, on other ranks: a signal that came before leaves it its grace as well.
+        """
+        if not begun:
+            self.check()
         self._timed = True
         try:
-            self.check()
+            if not begun:
+                self.check()
+            elif self.requested is not None:
+                signal.setitimer(signal.ITIMER_REAL, GRACE_S)
             yield
         finally:
             self._timed = False

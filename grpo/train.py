@@ -3,7 +3,8 @@
     cases → prompts → groups of completions → rewards → advantages → clipped, KL-anchored update of the adapter
 
 Everything is built and checked before the first rollout. Exit codes: 0 done, 2 bad input, 3 a file could not be
-written, 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; after 3 and these --resume goes on.
+written, 4 another rank was lost, 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; after 3, 4 and these --resume goes
+on. Under ``torchrun`` each process runs this loop: see `grpo.ranks`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,9 +39,10 @@ from grpo.evaluation.answers import evaluate
 from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.evaluation.rates import summarise
 from grpo.examine import UnsoundReward, check_reward, examine, gather
-from grpo.ledger import write_step
+from grpo.ledger import LEDGER_VERSION, write_step
 from grpo.model_card import write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
+from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, joined
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
@@ -59,11 +62,14 @@ from grpo.run import (
 )
 from grpo.score import score_groups
 from grpo.stop import Stop, Stopped, listening
-from grpo.types import Case, Dropped, Group, Prompt, Step
+from grpo.types import Case, Completion, Dropped, Group, Prompt, Step
 from grpo.update import OutOfMemory, learning_rate, update
 from rewards import Reward, RewardError, Score
 
 T = TypeVar("T")
+Sampled = tuple[tuple[Completion, ...], tuple[Score, ...]]
+"""A group's completions and their scores."""
+SAMPLED = TypeAdapter(list[Sampled])
 
 
 class NotFinite(ArithmeticError):
@@ -86,6 +92,7 @@ INPUT_ERRORS = (
     CheckpointError,
     NotFinite,
     OutOfMemory,
+    RankError,
 )
 """What a person can mend: one clear line and exit code 2. Anything else is a fault of ours and keeps its traceback."""
 
@@ -113,39 +120,37 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
     Raises:
         Stopped: by a signal. What is done is on the disk.
     """
-    config, policy = setup.config, setup.policy
+    config, policy, ranks = setup.config, setup.policy, setup.policy.ranks
     standing = partial(unless_stopped, setup, run, stop)
     standing(progress, evaluate_due, setup, run, progress.step)
     first = progress.step
-    bar = tqdm(range(first, config.train.steps), initial=first, total=config.train.steps, unit="step")
+    steps = range(first, config.train.steps)
+    bar = tqdm(steps, initial=first, total=config.train.steps, unit="step", disable=not ranks.leads)
     for step in bar:
         started = time.perf_counter()
         groups, scores, dropped = standing(progress, sample_step, setup, step)
         sampled = time.perf_counter()
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(groups, rewards, config)
-        with stop.within_grace():
+        standing(progress, agree_to_go_on, ranks, stop)
+        with stop.within_grace(begun=True):
             updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
         done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
-        account = token_account(done.tokens, batch, config.loss)
-        shares = advantage_shares(done, config.advantage)
-        lr = learning_rate(config, (step + 1) * config.optim.inner_epochs - 1)
-        record = finite(step_metrics(done, account, shares, config) | {"lr": lr})
-        if config.ledger.every and done.number % config.ledger.every == 0:
-            write_step(run.ledger, done, account, shares, record, text=config.ledger.text)
-        phases = {"rollout": sampled - started, "update": moved - sampled, "account": time.perf_counter() - moved}
-        record |= cost(done, setup, phases)
-        add_metrics(run, record)
-        bar.set_postfix_str(postfix(record, config))
+        if ranks.leads:
+            record = write_down(setup, run, done, {"rollout": sampled - started, "update": moved - sampled})
+            bar.set_postfix_str(postfix(record, config))
         progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
         check_finite(progress, groups, config)
         if done.number % config.checkpoint.every == 0 or done.number == config.train.steps:
-            save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
+            ranks.alike({"adapter": checksum(policy)})
+            if ranks.leads:
+                save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
         standing(progress, evaluate_due, setup, run, done.number)
-    with placed(run.adapter) as aside:
-        save_adapter(policy, aside)
-        write_model_card(run.path, aside / "README.md")
+    if ranks.leads:
+        with placed(run.adapter) as aside:
+            save_adapter(policy, aside)
+            write_model_card(run.path, aside / "README.md")
 
 
 def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: Callable[..., T], *given: Any) -> T:
@@ -153,10 +158,41 @@ def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: 
     try:
         with stop.at_once():
             return act(*given)
-    except Stopped:
-        if progress.step and damage(run.checkpoints / f"step_{progress.step:06d}"):
+    except (Stopped, RankLost):
+        saved = run.checkpoints / f"step_{progress.step:06d}"
+        if setup.policy.ranks.leads and progress.step and damage(saved):
             save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
         raise
+
+
+def agree_to_go_on(ranks: Ranks, stop: Stop) -> None:
+    """Raises `Stopped` where any rank was asked to stop: none begins an update that another has left."""
+    asked = [number for number in ranks.exchange(stop.requested) if number is not None]
+    if asked:
+        raise Stopped(asked[0])
+
+
+def checksum(policy: Policy) -> int:
+    """Of the adapter's bits."""
+    return sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in policy.trainable().values())
+
+
+def write_down(setup: Setup, run: Run, done: Step, phases: dict[str, float]) -> dict[str, Any]:
+    """A step's line of the metrics, once it and the step's record in the ledger are on the disk.
+
+    Args:
+        phases: seconds of the rollout and of the update.
+    """
+    config, started = setup.config, time.perf_counter()
+    account = token_account(done.tokens, done.batch, config.loss)
+    shares = advantage_shares(done, config.advantage)
+    lr = learning_rate(config, done.number * config.optim.inner_epochs - 1)
+    record = finite(step_metrics(done, account, shares, config) | {"lr": lr})
+    if config.ledger.every and done.number % config.ledger.every == 0:
+        write_step(run.ledger, done, account, shares, record, text=config.ledger.text)
+    record |= cost(done, setup, phases | {"account": time.perf_counter() - started})
+    add_metrics(run, record)
+    return record
 
 
 def check_finite(progress: Progress, groups: Sequence[Group], config: Config) -> None:
@@ -169,18 +205,18 @@ def check_finite(progress: Progress, groups: Sequence[Group], config: Config) ->
         )
 
 
-def build(config: Config) -> Setup:
+def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
     unsound."""
     material = gather(config)
     if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
         raise MissingInput("\n       ".join(faults))
     assert material.cases is not None  # else there were faults
-    for line in material.left_out:
+    for line in material.left_out if ranks.leads else ():
         print(f"left out  {visible(line)}", file=sys.stderr)
     check_reward(config, examine(config, material))
     cases, sets = material.cases, dict(material.sets)
-    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed, ranks=ranks)
     check_prompts(policy, [*cases, *(case for members in sets.values() for case in members)], config)
     section = config.optim
     optimizer = torch.optim.AdamW(
@@ -238,15 +274,7 @@ def sample_step(
         if not wanted:
             break
         prompts = prompts_for_step(setup, step, round_)[:wanted]
-        fresh = rollout(
-            setup.policy,
-            prompts,
-            noise_keys(prompts, config, step, met),
-            max_new_tokens=config.rollout.max_new_tokens,
-            temperature=config.rollout.temperature,
-            ignore_end=config.rollout.ignore_end,
-        )
-        fresh_scores = score_groups(setup.reward, fresh, config)
+        fresh, fresh_scores = sample_prompts(setup, prompts, noise_keys(prompts, config, step, met))
         if not round_:
             groups, scores = list(fresh), list(fresh_scores)
             continue
@@ -258,6 +286,27 @@ def sample_step(
                 dropped.append(left_out(groups[b], scores[b]))
                 groups[b], scores[b] = group, row
     return tuple(groups), tuple(scores), tuple(dropped)
+
+
+def sample_prompts(
+    setup: Setup, prompts: Sequence[Prompt], keys: Sequence[Sequence[int]]
+) -> tuple[list[Group], list[tuple[Score, ...]]]:
+    """A group and its scores for every prompt, the same on every rank: each samples and scores its share."""
+    config, ranks = setup.config, setup.policy.ranks
+    share = ranks.mine(len(prompts))
+    groups = rollout(
+        setup.policy,
+        [prompts[i] for i in share],
+        [keys[i] for i in share],
+        max_new_tokens=config.rollout.max_new_tokens,
+        temperature=config.rollout.temperature,
+        ignore_end=config.rollout.ignore_end,
+    )
+    scores = score_groups(setup.reward, groups, config)
+    own = [(group.completions, row) for group, row in zip(groups, scores, strict=True)]
+    everyone = ranks.gather(own, SAMPLED)
+    found = [Group(prompt, completions) for prompt, (completions, _) in zip(prompts, everyone, strict=True)]
+    return found, [row for _, row in everyone]
 
 
 def is_silent(group: Group, scores: Sequence[Score], config: Config) -> bool:
@@ -308,9 +357,9 @@ def noise_keys(prompts: Sequence[Prompt], config: Config, step: int, met: Counte
 
 
 def cost(step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
-    """Seconds by phase, sampled tokens a second, shares of the roofline, and peak memory so far (of the device on CUDA,
-    else of the process)."""
-    device = setup.policy.device
+    """Seconds by phase, sampled tokens a second, shares of the roofline of all ranks' devices together, and rank 0's
+    peak memory so far (of the device on CUDA, else of the process)."""
+    device, ranks = setup.policy.device, setup.policy.ranks.size
     floor = floor_of(step, setup.config, setup.costs, setup.rates)
     kept = sum(len(completion.ids) for group in step.groups for completion in group.completions)
     tokens = kept + sum(sum(one.lengths) for one in step.dropped)
@@ -322,9 +371,9 @@ def cost(step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]
         **{f"time/{phase}_s": seconds for phase, seconds in phases.items()},
         "tokens_per_s/rollout": tokens / phases["rollout"],
         "tokens_per_s/step": tokens / sum(phases.values()),
-        "roofline/rollout": floor.rollout / phases["rollout"],
-        "roofline/update": floor.update / phases["update"],
-        "roofline/step": floor.step / sum(phases.values()),
+        "roofline/rollout": floor.rollout / phases["rollout"] / ranks,
+        "roofline/update": floor.update / phases["update"] / ranks,
+        "roofline/step": floor.step / sum(phases.values()) / ranks,
         "memory/peak_bytes": peak,
     }
 
@@ -347,9 +396,12 @@ def evaluate_due(setup: Setup, run: Run, step: int) -> None:
     ]
     if not names:
         return
-    there = {(record["step"], record["cases"], record["thinking"]) for record in evaluations(run)}
-    due = [(name, mode) for name in names for mode in section.thinking if (step, name, mode) not in there]
-    with tqdm(total=sum(len(setup.sets[name]) for name, _ in due), unit="case", leave=False, disable=not due) as bar:
+    ranks = setup.policy.ranks
+    records = evaluations(run) if ranks.leads else []
+    there = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in records])
+    due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in there]
+    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads)
+    with tqdm(total=total, unit="case", leave=False, disable=hidden) as bar:
         for name, mode in due:
             bar.set_description(f"evaluate {name}, thinking {mode}")
             verdicts = evaluate(
@@ -361,7 +413,8 @@ def evaluate_due(setup: Setup, run: Run, step: int) -> None:
                 progress=bar.update,
             )
             record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
-            add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
+            if ranks.leads:
+                add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
 
 
 def machine(setup: Setup) -> dict[str, Any]:
@@ -384,9 +437,10 @@ def plan(setup: Setup) -> str:
     trained = sum(p.numel() for p in policy.trainable().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
     reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
+    ranks = f", one of {policy.ranks.size} ranks" if policy.ranks.size > 1 else ""
     return "\n".join(
         (
-            f"model     {config.model.name} on {policy.device}: {frozen:,} frozen, {trained:,} trained "
+            f"model     {config.model.name} on {policy.device}{ranks}: {frozen:,} frozen, {trained:,} trained "
             f"(LoRA r={config.lora.r})",
             f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling; "
             f"reward {setup.reward.name}{reason}",
@@ -405,8 +459,8 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m grpo.train",
         description="Train a LoRA adapter with GRPO.",
-        epilog="Exit codes: 0 done, 2 bad input, 3 a file could not be written, 130, 143, 129 stopped by SIGINT, "
-        "SIGTERM, SIGHUP; after 3 and these the same command with --resume goes on.",
+        epilog="Exit codes: 0 done, 2 bad input, 3 a file could not be written, 4 another rank was lost, 130, 143, 129 "
+        "stopped by SIGINT, SIGTERM, SIGHUP; after 3, 4 and these the same command with --resume goes on.",
     )
     made.add_argument("config", help="a TOML file, for example configs/tiny.toml")
     made.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
@@ -448,21 +502,48 @@ def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
     return continue_run(out, progress, setup.config, inputs(setup)), progress
 
 
-def run_config(arguments: argparse.Namespace, out: Path, config: Config, source: Source, stop: Stop) -> Run:
-    """The whole run, in a folder that is this process's alone."""
+def start_alike(setup: Setup, progress: Progress) -> Progress:
+    """Adapter, optimiser and progress of rank 0, which alone has read the run folder, on every rank.
+
+    Raises:
+        RankError: a rank has another program, config or input.
+    """
+    ranks, optimizer = setup.policy.ranks, setup.optimizer
+    versions = {"torch": torch.__version__, "ledger": LEDGER_VERSION}
+    ranks.alike(versions | {"config": setup.config.model_dump(mode="json")} | inputs(setup))
+    parameters = list(setup.policy.trainable().values())
+    ranks.copy_(parameters)
+    if ranks.told(bool(optimizer.state)):
+        for p in parameters:
+            if not optimizer.state[p]:
+                moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                optimizer.state[p] = {"step": torch.zeros(()), **moments}
+            ranks.copy_(optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+    return Progress(**ranks.told(asdict(progress)))
+
+
+def run_config(
+    arguments: argparse.Namespace, out: Path, config: Config, source: Source, stop: Stop, ranks: Ranks
+) -> Run:
+    """The whole run, in a folder that is rank 0's alone."""
     with contextlib.ExitStack() as held:
-        check_folder(out, config, resume=arguments.resume)
-        if was_there := out.is_dir():
-            held.enter_context(locked(out))
-        with stop.at_once():
-            setup = build(config)
-        told = f"config    {source.path}\n{plan(setup)}"
-        print("\n".join(visible(line) for line in told.splitlines()), flush=True)
-        if not was_there:  # a folder is made only now, when nothing can be wrong with the input any more
-            held.enter_context(locked(out))
-        check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
-        run, progress = open_run(out, setup, source)
-        train(setup, run, stop, progress)
+        was_there, progress, run = out.is_dir(), Progress(), Run(out)
+        with ranks.together(*INPUT_ERRORS):
+            if ranks.leads:
+                check_folder(out, config, resume=arguments.resume)
+                if was_there:
+                    held.enter_context(locked(out))
+        with ranks.together(*INPUT_ERRORS), stop.at_once():
+            setup = build(config, ranks)
+        with ranks.together(*INPUT_ERRORS):
+            if ranks.leads:
+                told = f"config    {source.path}\n{plan(setup)}"
+                print("\n".join(visible(line) for line in told.splitlines()), flush=True)
+                if not was_there:  # a folder is made only now, when nothing can be wrong with the input any more
+                    held.enter_context(locked(out))
+                check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
+                run, progress = open_run(out, setup, source)
+        train(setup, run, stop, start_alike(setup, progress))
         return run
 
 
@@ -471,27 +552,42 @@ def main(argv: Sequence[str] | None = None) -> int:
     say_anyhow()
     arguments = parser().parse_args(argv)
     os.umask(0o077)  # narratives may be patients' data: what a run writes is its owner's alone
-    out = None
+    out, stop, ranks = None, Stop(), ALONE
     try:
         with listening() as stop:
             config, source = load_config(arguments.config, arguments.set)
             out = arguments.out or Path("runs") / config.name
-            run = run_config(arguments, out, config, source, stop)
+            with joined(config.model.device, timeout_s=config.train.rank_timeout_s) as ranks:
+                run = run_config(arguments, out, config, source, stop, ranks)
     except INPUT_ERRORS as error:
-        print(error_lines(error), file=sys.stderr)
+        if ranks.leads or not isinstance(error, (Elsewhere, NotFinite)):
+            print(error_lines(error if ranks.leads else RankError(f"rank {ranks.rank}: {error}")), file=sys.stderr)
         return 2
     except DiskError as error:
         print(f"error: {error}\n       {how_to_go_on(arguments, out)}", file=sys.stderr)
         return 3
-    except (Stopped, KeyboardInterrupt) as error:
-        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
-        with contextlib.suppress(OSError):  # after SIGHUP there may be nobody to tell
-            print(f"\nstopped by {stopped.name}; {how_to_go_on(arguments, out)}", file=sys.stderr)
-        return stopped.exit_code
+    except (Stopped, KeyboardInterrupt, RankLost) as error:
+        return say_stopped(error, stop, ranks, how_to_go_on(arguments, out))
+    if not ranks.leads:
+        return 0
     print(f"\n{before_after(evaluations(run))}\n")
     print(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
     print(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
+
+
+def say_stopped(error: BaseException, stop: Stop, ranks: Ranks, go_on: str) -> int:
+    """Says once what ended a run that nothing was wrong with; the exit code. Where a signal was heard, a rank that is
+    lost is one that heard it too. Rank 0 speaks for all, and rank 1 when it may be rank 0 that is lost."""
+    if isinstance(error, RankLost) and stop.requested is None:
+        if ranks.rank < 2:
+            print(f"\nerror: rank {ranks.rank}: {error}; {go_on}", file=sys.stderr)
+        return 4
+    stopped = error if isinstance(error, Stopped) else Stopped(stop.requested or signal.SIGINT)
+    with contextlib.suppress(OSError):  # after SIGHUP there may be nobody to tell
+        if ranks.leads:
+            print(f"\nstopped by {stopped.name}; {go_on}", file=sys.stderr)
+    return stopped.exit_code
 
 
 def how_to_go_on(arguments: argparse.Namespace, out: Path | None) -> str:

@@ -55,6 +55,8 @@ class Cut:
     """[n] long, of the batch."""
     silent: bool = False
     """None of them can move the policy."""
+    idle: bool = False
+    """Computed for its calls of the model alone, which other ranks make too; nothing comes of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,8 @@ def update(
     *,
     step: int,
 ) -> Updated:
-    """Moves the adapter by μ = ``optim.inner_epochs`` clipped steps on one batch.
+    """Moves the adapter by μ = ``optim.inner_epochs`` clipped steps on one batch, alike on every rank of the policy:
+    each computes the rows of its own groups, then the sums over all rows are exchanged.
 
     Args:
         step: of the run, 0-based; with μ it gives the position in the learning-rate schedule.
@@ -93,7 +96,9 @@ def update(
     space = room(policy, config.optim, batch)
     ref = None
     if config.loss.beta > 0:
-        ref = fitting(lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), batch, config, space)
+        ref = fitting(
+            lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), policy, batch, config, space
+        )
     seen: list[Tensor] = []
     entropy = torch.zeros(0)
     losses: list[float] = []
@@ -101,13 +106,17 @@ def update(
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
         old = seen[0] if seen else None
+        noise = row_key("dropout", config.train.seed, step, epoch, *([policy.ranks.rank] if policy.ranks.rank else []))
 
-        def one_pass(cuts: tuple[Cut, ...], epoch: int = epoch, old: Tensor | None = old) -> tuple[Tensor, ...]:
+        def one_pass(
+            cuts: tuple[Cut, ...], noise: int = noise, old: Tensor | None = old
+        ) -> tuple[Tensor, Tensor, Tensor]:
             optimizer.zero_grad(set_to_none=True)
-            torch.manual_seed(row_key("dropout", config.train.seed, step, epoch) % 2**63)  # the update's only noise
+            torch.manual_seed(noise % 2**63)  # the update's only noise
             return backward(policy, batch, cuts, config, old, ref)
 
-        logprobs, entropies, total = fitting(one_pass, batch, config, space)
+        logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
+        total = policy.ranks.sum_gradients(policy.trainable().values(), total)
         if epoch == 0:
             entropy = entropies
         seen.append(logprobs)
@@ -121,19 +130,29 @@ def update(
             skipped += 1
     optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
-    tokens = TokenRecord(
-        logprobs=torch.stack([packed(values, batch) for values in seen]),
-        ref_logprobs=None if ref is None else packed(ref, batch),
-        entropy=packed(entropy, batch),
+    return Updated(token_record(policy, batch, seen, ref, entropy), losses[0], norm, skipped)
+
+
+def token_record(
+    policy: Policy, batch: Batch, seen: Sequence[Tensor], ref: Tensor | None, entropy: Tensor
+) -> TokenRecord:
+    """Of all ranks' rows, from [N,T] that are zero but for this rank's."""
+    matrices = [entropy, *seen, *(() if ref is None else (ref,))]
+    values = torch.stack([packed(matrix, batch) for matrix in matrices]).to(policy.ranks.device)
+    policy.ranks.sum_(values.view(-1))
+    values = values.cpu()
+    return TokenRecord(
+        logprobs=values[1 : 1 + len(seen)],
+        ref_logprobs=None if ref is None else values[-1],
+        entropy=values[0],
     )
-    return Updated(tokens, losses[0], norm, skipped)
 
 
 def backward(
     policy: Policy, batch: Batch, cuts: Sequence[Cut], config: Config, old: Tensor | None, ref: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One pass over the batch: gradients are added up, and log-probabilities [N,T], entropies [N,T] and the loss []
-    returned, all on the policy's device.
+    """One pass over this rank's rows: gradients are added up, and log-probabilities [N,T], entropies [N,T] and the loss
+    [] returned, all on the policy's device, and zero where the rows are another rank's.
 
     Args:
         old, ref: [N,T] of the old policy and of the reference; ``old`` None says that this policy is the old one.
@@ -143,6 +162,10 @@ def backward(
     for cut in cuts:
         with torch.set_grad_enabled(not cut.silent):
             now, entropy, mask = score(policy, batch, cut, config.rollout.temperature)
+        if cut.idle:
+            if not cut.silent:
+                (now.sum() * 0.0).backward()
+            continue
         width = now.shape[1]
         rows = cut.rows.to(policy.device)
         logprobs[rows, :width] = now.detach().float()
@@ -155,17 +178,22 @@ def backward(
     return logprobs, entropies, total
 
 
-def fitting(run: Callable[[tuple[Cut, ...]], T], batch: Batch, config: Config, space: Room) -> T:
-    """``run`` over the batch's micro-batches; where the device has no room for one, again with half as much in each.
+def fitting(run: Callable[[tuple[Cut, ...]], T], policy: Policy, batch: Batch, config: Config, space: Room) -> T:
+    """``run`` over this rank's micro-batches; where the device has no room for one, again with half as much in each.
+    The ranks of a sharded policy cut alike, so there it is not tried again.
 
     Raises:
         OutOfMemory: half does not fit either.
     """
+    rows = own_rows(policy, batch, config)
     for half in (False, True):
+        cuts = micro_batches(batch, space.halved() if half else space, beta=config.loss.beta, rows=rows)
         try:
-            return run(micro_batches(batch, space.halved() if half else space, beta=config.loss.beta))
+            return run(in_step(cuts, policy, batch) if policy.sharded else cuts)
         except torch.OutOfMemoryError:
             pass  # its frames hold the tensors: let them go before anything else
+        if policy.sharded:
+            break
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -177,14 +205,33 @@ def fitting(run: Callable[[tuple[Cut, ...]], T], batch: Batch, config: Config, s
     )
 
 
-def blank(policy: Policy, batch: Batch) -> Tensor:
-    """Zeros [N,T] fp32 on the policy's device."""
-    return torch.zeros(batch.completion_mask.shape, device=policy.device)
+def own_rows(policy: Policy, batch: Batch, config: Config) -> range:
+    """The rows of this rank's groups, among the batch's N."""
+    size, count = config.rollout.group_size, len(batch.completion_ids)
+    groups = policy.ranks.mine(-(-count // size))
+    return range(groups.start * size, min(groups.stop * size, count))
+
+
+def in_step(cuts: Sequence[Cut], policy: Policy, batch: Batch) -> tuple[Cut, ...]:
+    """As many micro-batches of each kind as the rank with most of them has: a sharded policy computes on all ranks at
+    once. The shortest row fills up."""
+    shortest = min(range(len(batch.prompt_ids)), key=lambda i: len(batch.prompt_ids[i]) + len(batch.completion_ids[i]))
+    filled: list[Cut] = []
+    for silent in (False, True):
+        own = [cut for cut in cuts if cut.silent is silent]
+        missing = max(policy.ranks.exchange(len(own))) - len(own)
+        filled += [*own, *[Cut(torch.tensor([shortest]), silent, idle=True)] * missing]
+    return tuple(filled)
 
 
 def packed(values: Tensor, batch: Batch) -> Tensor:
     """[M] on the CPU, from [N,T]."""
     return values.cpu()[batch.completion_mask]
+
+
+def blank(policy: Policy, batch: Batch) -> Tensor:
+    """Zeros [N,T] fp32 on the policy's device."""
+    return torch.zeros(batch.completion_mask.shape, device=policy.device)
 
 
 def learning_rate(config: Config, position: int) -> float:
@@ -196,18 +243,20 @@ def learning_rate(config: Config, position: int) -> float:
     return config.optim.learning_rate * SCHEDULES[config.optim.schedule]((position - warmup) / (total - warmup))
 
 
-def micro_batches(batch: Batch, space: Room, *, beta: float) -> tuple[Cut, ...]:
-    """All rows, cut into pieces that fit ``space``; rows of one prompt stand together, the longest first.
+def micro_batches(batch: Batch, space: Room, *, beta: float, rows: Sequence[int] | None = None) -> tuple[Cut, ...]:
+    """The rows, cut into pieces that fit ``space``; rows of one prompt stand together, the longest first.
 
     Args:
         beta: with 0, rows of no advantage are silent and come last, in pieces of their own.
+        rows: None for all.
     """
     prompts = batch.prompt_ids
     lengths = [len(p) + len(c) for p, c in zip(prompts, batch.completion_ids, strict=True)]
     longest: dict[tuple[int, ...], int] = {}
     for prompt, length in zip(prompts, lengths, strict=True):
         longest[prompt] = max(length, longest.get(prompt, 0))
-    order = sorted(range(len(lengths)), key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
+    every = range(len(lengths)) if rows is None else rows
+    order = sorted(every, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
     silent = [beta == 0 and float(a) == 0 for a in batch.advantages]
     cuts: list[Cut] = []
     for kind in (False, True):
@@ -260,6 +309,8 @@ def scored(policy: Policy, batch: Batch, cuts: Sequence[Cut], temperature: float
     whole = blank(policy, batch)
     for cut in cuts:
         logprobs, _, _ = score(policy, batch, cut, temperature)
+        if cut.idle:
+            continue
         whole[cut.rows.to(policy.device), : logprobs.shape[1]] = logprobs.float()
     return whole
 

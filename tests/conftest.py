@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from grpo.config import Lora, Model
 from grpo.policy import Policy, load_policy
+from grpo.ranks import ALONE, Ranks
 from grpo.tiny.model import make_model, make_tokenizer
 
 TEXTS = (
@@ -33,19 +35,29 @@ def random_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_policy(random_base: Path) -> Callable[..., Policy]:
+    return partial(policy_on, random_base)
+
+
+def policy_on(
+    base: Path,
+    *,
+    dropout: float = 0.0,
+    checkpointing: bool = False,
+    moved: bool = True,
+    ranks: Ranks = ALONE,
+    shard: bool = False,
+    **lora: object,
+) -> Policy:
     """A policy on the random base whose fresh adapter is no longer zero."""
-
-    def make(*, dropout: float = 0.0, checkpointing: bool = False, moved: bool = True, **lora: object) -> Policy:
-        policy = load_policy(
-            Model(name=str(random_base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing),
-            Lora(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
-            seed=1,
-        )
-        if moved:
-            generator = torch.Generator().manual_seed(7)
-            with torch.no_grad():
-                for p in policy.trainable().values():
-                    p.add_(0.05 * torch.randn(p.shape, generator=generator))
-        return policy
-
-    return make
+    policy = load_policy(
+        Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing, shard=shard),
+        Lora(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
+        seed=1,
+        ranks=ranks,
+    )
+    if moved:
+        generator = torch.Generator().manual_seed(7)
+        with torch.no_grad():
+            for p in policy.trainable().values():
+                p.add_(0.05 * torch.randn(p.shape, generator=generator))
+    return policy

@@ -73,7 +73,7 @@ def test_silent_rows_cost_no_backward_and_change_nothing(
     monkeypatch.setattr(grpo.update, "score", watched)
     skipped = gradients(policy, batch, config)
     assert recorded == [(8, True), (4, False)]
-    monkeypatch.setattr(grpo.update, "micro_batches", lambda batch, space, beta: (Cut(torch.arange(12)),))
+    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (Cut(torch.arange(12)),))
     close(skipped, gradients(policy, batch, config))
 
 
@@ -192,5 +192,5 @@ def test_the_reference_is_tried_again_as_well(make_policy: Callable[..., Policy]
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 5
 
-    assert fitting(run, batch, config_with(), Room(4, None, True)) == 5
+    assert fitting(run, make_policy(), batch, config_with(), Room(4, None, True)) == 5
     assert seen == [2, 3]

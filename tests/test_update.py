@@ -38,7 +38,11 @@ def batch_of(policy: Policy, config: Config) -> Batch:
 
 
 def gradients(
-    policy: Policy, batch: Batch, config: Config, reference: dict[str, Tensor] | None = None
+    policy: Policy,
+    batch: Batch,
+    config: Config,
+    reference: dict[str, Tensor] | None = None,
+    run: Callable[..., Any] = update,
 ) -> dict[str, Tensor]:
     """Gradients that `update` hands to the optimiser, before the step."""
     seen: dict[str, Tensor] = {}
@@ -47,7 +51,7 @@ def gradients(
         def step(self, closure: object = None) -> None:  # type: ignore[override]
             seen.update({name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None})
 
-    update(policy, batch, config, Recorder(policy.trainable().values(), lr=0.0), reference, step=0)
+    run(policy, batch, config, Recorder(policy.trainable().values(), lr=0.0), reference, step=0)
     return seen
 
 

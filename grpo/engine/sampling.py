@@ -46,7 +46,8 @@ slot i continues prompt ``owners[i]``."""
 
 def uniforms(keys: Sequence[int], count: int) -> np.ndarray:
     """[N, count] float64 in [0, 1): entry t of row i is the t-th number of the Philox counter under ``keys[i]``."""
-    return np.stack([np.random.Generator(np.random.Philox(key=key)).random(count) for key in keys])
+    rows = [np.random.Generator(np.random.Philox(key=key)).random(count) for key in keys]
+    return np.array(rows).reshape(len(rows), count)
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -102,8 +103,8 @@ def slots_for(rows: int, device: torch.device) -> int:
     return grid if device.type == "cpu" else max(SLOT_GRID, 1 << (rows - 1).bit_length())
 
 
-@torch.inference_mode()
-def sample(
+@torch.no_grad()
+def sample_without_grad(
     start: Start,
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -114,7 +115,7 @@ def sample(
     """N completions, drawn with a decoder.
 
     Args:
-        owners: N indices into ``prompts``.
+        owners: N indices into ``prompts``, N ≥ 1.
         noise: [N,T] float64 in [0, 1).
     """
     device, (count, budget) = policy.device, noise.shape
@@ -144,6 +145,10 @@ def sample(
                 rows, live, drawn, fresh = rows[slots], len(going), drawn[slots], fresh[:, slots]
         logits = decoder.step(drawn)
     return _cut(ids, logprobs, ends)
+
+
+sample = torch.inference_mode()(sample_without_grad)
+"""Faster, where no weight is made anew on the way: one that is could not be trained through afterwards."""
 
 
 def _padded(rows: Tensor, device: torch.device) -> Tensor:

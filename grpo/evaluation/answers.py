@@ -11,7 +11,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from grpo.cases import row_key
 from grpo.config import Config
@@ -30,6 +30,9 @@ Known = Mapping[tuple[str, int], Verdict]
 """(case id, sample) → its answer."""
 
 
+VERDICTS = TypeAdapter(list[Verdict])
+
+
 class AnswersError(ValueError):
     """A file of answers that cannot be continued. Names file and line."""
 
@@ -43,18 +46,24 @@ def evaluate(
     thinking: bool,
     progress: Callable[[int], object] = lambda done: None,
 ) -> tuple[Verdict, ...]:
-    """One sampled answer to every case, in their order.
+    """One sampled answer to every case, in their order. Each rank of the policy answers its share.
 
     Args:
         name: of the set; part of the noise key.
         thinking: the chat template's switch.
-        progress: called with the number of cases just answered.
+        progress: called with the number of cases just answered, here and as many elsewhere.
     """
+    ranks, section = policy.ranks, config.evaluate
+    share = ranks.mine(len(cases))
     found: list[Verdict] = []
-    for verdicts in answer(policy, cases, config, name=name, thinking=thinking):
+    for verdicts in answer(policy, [cases[i] for i in share], config, name=name, thinking=thinking):
         found += verdicts
-        progress(len(verdicts))
-    return in_order(found, cases)
+        progress(len(verdicts) * len(cases) // len(share))
+    largest = -(-len(cases) // ranks.size)
+    for _ in range(-(-largest // section.batch_size) - -(-len(share) // section.batch_size)):
+        # a sharded policy answers on all ranks at once
+        rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
+    return in_order(ranks.gather(found, VERDICTS), cases)
 
 
 def answer(

@@ -1,0 +1,286 @@
+"""The same run on any number of ranks: what is equal to the bit, what to rounding, and how a lost rank ends it.
+
+The ranks are processes on this machine that speak Gloo; see `tests.ranked`.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grpo.config import EMBEDDED, ConfigError, load_config
+from grpo.ledger import read_step
+from grpo.ranks import ALONE, TORCHRUN, RankError, Ranks, joined
+from tests import ranked
+from tests.ranked import on_ranks
+
+ASKED: list[tuple[tuple[str, ...], str]] = [
+    (("loss.beta=0.4", "optim.micro_batch_size=4"), ""),
+    (("loss.beta=0.0", "loss.token_weights=token", "advantage.kind=batch", "optim.micro_batch_size=3"), ""),
+    (("loss.beta=0.4", "optim.inner_epochs=2", "optim.max_grad_norm=0.001"), ""),
+]
+"""The recipe; DAPO's weights and one std for the batch, without KL, so that the third group's equal rewards make its
+rows silent; two passes. Micro-batches are cut otherwise on every rank."""
+TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
+STARTED = dict(zip(TORCHRUN, ("0", "2", "0", "2", "127.0.0.1", "29400"), strict=True))
+BOUND = 1e-7
+"""Largest difference of a gradient's entry between numbers of ranks, where the largest entry is 0.02. Each rank adds up
+its own rows in float32, so only the order of that sum differs; the sum over ranks is rounded once."""
+
+
+@pytest.fixture(scope="module")
+def one_rank(random_base: Path) -> dict[str, Any]:
+    (found,) = on_ranks(1, ranked.one_step, random_base, ASKED)
+    assert found is not None
+    return found
+
+
+def apart(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """The largest difference of two updates' gradients."""
+    assert a["grads"].keys() == b["grads"].keys() and a["grads"]
+    return max(float(np.abs(grad - b["grads"][name]).max()) for name, grad in a["grads"].items())
+
+
+def same_bits(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return apart(a, b) == 0 and all((value == b["tokens"][name]).all() for name, value in a["tokens"].items())
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_three_groups_on_any_number_of_ranks_are_one_step(
+    random_base: Path, one_rank: dict[str, Any], size: int
+) -> None:
+    """On 2 ranks one has two groups, on 4 one has none."""
+    ranks = on_ranks(size, ranked.one_step, random_base, ASKED)
+    for found in ranks:
+        assert found["rows"] == one_rank["rows"], "ids and log-probabilities of the sampler, to the bit"
+        for here, first, whole in zip(found["updates"], ranks[0]["updates"], one_rank["updates"], strict=True):
+            assert (here["advantages"] == whole["advantages"]).all() and (here["weights"] == whole["weights"]).all()
+            assert same_bits(here, first), "every rank hands the same bits to its optimiser"
+            assert apart(here, whole) < BOUND
+            for name, values in whole["tokens"].items():
+                np.testing.assert_allclose(here["tokens"][name], values, atol=1e-5, rtol=0)
+            np.testing.assert_allclose(here["figures"], whole["figures"], rtol=1e-5, atol=1e-8)
+
+
+def test_the_comparison_sees_a_gradient(one_rank: dict[str, Any]) -> None:
+    for done in one_rank["updates"][:2]:
+        assert max(np.abs(grad).max() for grad in done["grads"].values()) > 1e-3
+
+
+def test_planted_faults_are_seen(random_base: Path, one_rank: dict[str, Any]) -> None:
+    asked = [(ASKED[0][0], fault) for fault in ranked.FAULTS]
+    found = on_ranks(2, ranked.one_step, random_base, asked)[0]
+    off = {fault: apart(done, one_rank["updates"][0]) for (_, fault), done in zip(asked, found["updates"], strict=True)}
+    assert off.pop("") < BOUND
+    assert min(off.values()) > 1e-4, off
+
+
+def test_a_sharded_base_gives_the_same_gradients(random_base: Path, one_rank: dict[str, Any]) -> None:
+    ranks = on_ranks(2, ranked.one_step, random_base, ASKED, True)
+    for found in ranks:
+        assert [ids for ids, _ in found["rows"]] == [ids for ids, _ in one_rank["rows"]]
+        assert found["held"] < 0.7 * one_rank["held"], "the layers' matrices are halved"
+        for here, first, whole in zip(found["updates"], ranks[0]["updates"], one_rank["updates"], strict=True):
+            assert same_bits(here, first) and apart(here, whole) < BOUND
+
+
+def test_a_rank_that_hangs_is_lost(tmp_path: Path) -> None:
+    told = on_ranks(2, ranked.hang, 6.0)[0]
+    assert told.startswith("another rank did not answer within train.rank_timeout_s")
+
+
+def test_alone_every_operation_is_the_identity() -> None:
+    values = torch.tensor([1.0, float("nan")])
+    before = values.clone()
+    ALONE.sum_(values)
+    ALONE.copy_([values])
+    assert torch.equal(values, before) or bool(values[1].isnan() and values[0] == 1)
+    marker = object()
+    assert ALONE.exchange(marker) == [marker] and ALONE.told(marker) is marker
+    loss = torch.tensor(2.0)
+    assert ALONE.sum_gradients([], loss) is loss and list(ALONE.mine(3)) == [0, 1, 2] and ALONE.leads
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("count", [0, 1, 3, 8])
+def test_everything_is_somebodys_once(size: int, count: int) -> None:
+    shares = [Ranks(rank, size).mine(count) for rank in range(size)]
+    assert [i for share in shares for i in share] == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A short run of the embedded model: three groups a step, one of them refilled where it can be. AdamW's ε is large
+    against the rounding of a gradient: a step divides by the gradient's own size, and near 0 that makes rounding
+    visible."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    for name, chosen in (("cases", rows[:9]), ("held_out", rows[100:103])):
+        (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n")
+    values = {
+        "cases.train": folder / "cases.jsonl",
+        "rollout.prompts_per_step": 3,
+        "rollout.group_size": 4,
+        "rollout.max_new_tokens": 40,
+        "rollout.refill_rounds": 1,
+        "optim.micro_batch_size": 4,
+        "optim.epsilon": 1e-3,
+        "train.steps": 3,
+        "checkpoint.every": 1,
+        "checkpoint.keep": 9,
+        "evaluate.every": 9,
+        "evaluate.thinking": '["off"]',
+        "evaluate.max_new_tokens": 40,
+        "evaluate.ends": f'{{test = "{folder / "held_out.jsonl"}"}}',
+        "evaluate.during": "{}",
+        "train.rank_timeout_s": 120,
+    }
+    return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module")
+def whole(world: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one rank leaves that nothing disturbs."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    assert on_ranks(1, ranked.train, [TINY, *world, "--out", str(out)]) == [0]
+    return out
+
+
+def assert_same_run(out: Path, whole: Path, steps: int = 3) -> None:
+    """Ids, rewards and advantages to the bit, figures to rounding."""
+    metrics, wanted = lines(out / "metrics.jsonl"), lines(whole / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(1, steps + 1))
+    for m, w in zip(metrics, wanted, strict=True):
+        assert m.keys() == w.keys()
+        for name in m.keys() - {k for k in m if k.startswith(("time/", "tokens_per_s/", "roofline/", "memory/"))}:
+            right = w[name] if w[name] is None else pytest.approx(w[name], rel=1e-4, abs=1e-6)
+            assert m[name] == right, name
+    for number in range(1, steps + 1):
+        entry, right = (read_step(folder / "ledger", number).step for folder in (out, whole))
+        for group, other in zip(entry.groups, right.groups, strict=True):
+            assert [c.ids for c in group.completions] == [c.ids for c in other.completions]
+        assert entry.scores == right.scores and entry.dropped == right.dropped
+        assert (entry.batch.advantages == right.batch.advantages).all()
+    answers = [[(r["step"], r["exact"], r["confusion"]) for r in read(folder / "eval.json")] for folder in (out, whole)]
+    assert answers[0] == answers[1]
+    adapters = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (out, whole)]
+    for name, tensor in adapters[0].items():
+        assert float((tensor - adapters[1][name]).abs().max()) < 1e-6
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text())
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def wait_for(path: Path) -> None:
+    deadline = time.monotonic() + ranked.PATIENCE_S
+    while not path.exists():
+        assert time.monotonic() < deadline, f"no {path}"
+        time.sleep(0.05)
+
+
+def test_a_run_of_four_ranks_is_the_run_of_one(world: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert on_ranks(4, ranked.train, [TINY, *world, "--out", str(out)], log=tmp_path) == [0] * 4
+    assert_same_run(out, whole)
+    assert any(m["groups/dropped"] for m in lines(out / "metrics.jsonl")), "nothing was refilled"
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in range(4)]
+    assert "one of 4 ranks" in said[0] and not any("config  " in text or "adapter " in text for text in said[1:])
+
+
+def test_a_rank_is_killed_and_the_run_goes_on_with_one_and_then_with_two(
+    world: list[str], whole: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--out", str(out)]
+    two = ranked.Job(2, ranked.train_slowly, argv, 1.0, log=tmp_path)
+    wait_for(out / "checkpoints" / "step_000001")
+    os.kill(two.pid(1), signal.SIGKILL)
+    assert two.results() == [4, None]
+    said = (tmp_path / "rank0.log").read_text()
+    assert said.count("error: ") == 1 and "another rank ended" in said and "kept up to step_00000" in said
+
+    one = ranked.Job(1, ranked.train_slowly, [*argv, "--resume"], 1.0, log=tmp_path)
+    wait_for(out / "checkpoints" / "step_000002")
+    os.kill(one.pid(0), signal.SIGTERM)
+    assert one.results() in ([143], [0])
+    assert on_ranks(2, ranked.train, [*argv, "--resume"], log=tmp_path) == [0, 0]
+    assert_same_run(out, whole)
+
+
+def test_what_is_wrong_on_one_rank_stops_all_with_one_line(world: list[str], whole: Path, tmp_path: Path) -> None:
+    assert on_ranks(2, ranked.train, [TINY, *world, "--out", str(whole)], log=tmp_path) == [2, 2]
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert said[0].count("error: ") == 1 and "a run is never overwritten" in said[0] and "error" not in said[1]
+
+
+def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "grpo.train",
+    ]
+    done = subprocess.run(
+        [*command, TINY, *world, "--out", str(out)], capture_output=True, text=True, timeout=ranked.PATIENCE_S
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("config  ") == 1
+    assert_same_run(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("environment", "device", "cards", "says"),
+    [
+        ({"RANK": "0"}, "cpu", 0, "not WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start"),
+        ({"WORLD_SIZE": "2"}, "cpu", 0, "unset RANK and WORLD_SIZE to run alone"),
+        ({**STARTED, "RANK": "one"}, "cpu", 0, "not numbers: RANK='one'"),
+        ({**STARTED, "RANK": "2"}, "cpu", 0, "rank 2 of 2"),
+        ({**STARTED, "LOCAL_RANK": "1", "RANK": "1"}, "auto", 1, "2 ranks on a host with 1 CUDA device(s)"),
+        (STARTED, "cuda", 0, "2 ranks on a host with 0 CUDA device(s)"),
+        (STARTED, "cuda:0", 2, 'model.device = "cuda:0" is one card, but there are 2 ranks'),
+    ],
+)
+def test_half_an_environment_and_too_few_cards_are_refused(
+    environment: dict[str, str], device: str, cards: int, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    with pytest.raises(RankError) as told, joined(device, timeout_s=5):
+        pass
+    assert says in str(told.value)
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in TORCHRUN:
+        monkeypatch.delenv(name, raising=False)
+    with joined("auto", timeout_s=5) as ranks:
+        assert ranks is ALONE
+
+
+def test_a_sharded_base_and_a_cut_by_free_memory_are_refused_together() -> None:
+    with pytest.raises(ConfigError, match="with model.shard = true all ranks cut alike"):
+        load_config(TINY, ["model.shard=true", "optim.micro_batch_tokens=auto"])
