@@ -24,7 +24,6 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-LONGEST = 1 << 16
 
 
 class Hang(BaseException):
@@ -35,9 +34,9 @@ class Attack:
     """One target, and what came of it."""
 
     def __init__(self, name: str, hang: float, keep: Path) -> None:
-        from tests.fuzz_targets import TARGETS, mutated
+        from tests.fuzz_targets import TARGETS
 
-        self.name, self.target, self.mutated, self.hang, self.keep = name, TARGETS[name], mutated, hang, keep
+        self.name, self.target, self.hang, self.keep = name, TARGETS[name], hang, keep
         self.seeds = self.target.seeds()
         self.inputs, self.refused, self.slowest = 0, 0, 0.0
         self.faults: Counter[str] = Counter()
@@ -106,11 +105,11 @@ def attack(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_chance(one: Attack, arguments: argparse.Namespace) -> None:
-    """Mutants of the seeds, and mutants of those that were taken in: they lie deeper."""
+    """Mutants of the seeds and, every other time, of those that were taken in: they lie deeper."""
     rng = random.Random(arguments.seed)
     pool = list(one.seeds)
     while time.monotonic() - one.started < arguments.seconds:
-        data = one.mutated(rng.choice(pool), rng, one.seeds)[:LONGEST]
+        data = one.target.mutated(rng.choice(rng.choice((one.seeds, pool))), rng)
         refused = one.refused + sum(one.faults.values())
         one.one(data)
         if refused == one.refused + sum(one.faults.values()) and len(pool) < 2000:
@@ -121,6 +120,8 @@ def by_coverage(one: Attack, arguments: argparse.Namespace) -> None:
     """libFuzzer's choice of inputs by the lines they reach; half of its mutants are ours. Ends the process."""
     import atheris
 
+    from tests.fuzz_targets import LONGEST
+
     corpus = arguments.keep / f"corpus-{one.name}"
     corpus.mkdir(parents=True, exist_ok=True)
     for i, seed in enumerate(one.seeds):
@@ -129,7 +130,7 @@ def by_coverage(one: Attack, arguments: argparse.Namespace) -> None:
     def mutate(data: bytes, most: int, seed: int) -> bytes:
         if seed % 2:
             return bytes(atheris.Mutate(data, most))[:most]
-        return one.mutated(data, random.Random(seed), one.seeds)[:most]
+        return one.target.mutated(data, random.Random(seed))[:most]
 
     def test(data: bytes) -> None:
         one.one(data)

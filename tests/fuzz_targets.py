@@ -18,9 +18,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from grpo.adapter import AdapterError, read_config, read_pairs, scaling
 from grpo.cases import LOADERS, CaseError, load
-from grpo.config import EMBEDDED, ConfigError, load_config, notes
+from grpo.checkpoint import (
+    FILES,
+    MANIFEST,
+    CheckpointError,
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from grpo.config import EMBEDDED, Checkpoint, ConfigError, Lora, Model, load_config, notes
 from grpo.evaluation.answers import AnswersError, read_answers
 from grpo.evaluation.comparison import FORMAT, ComparisonError, check_same_cases, compare, read_evaluation
 from grpo.inspect import INPUT_ERRORS as INSPECT_ERRORS
@@ -28,6 +39,7 @@ from grpo.inspect import finite_values, group_record, groups_of, step_record, to
 from grpo.ledger import LedgerError, read_step
 from grpo.loaders.report import Banded, Tally, settled
 from grpo.model_card import CardError, model_card
+from grpo.policy import Policy, load_policy
 from grpo.recorded import recording
 from grpo.recorded.panels import group_lines, member_lines, step_lines, token_lines
 from grpo.replay import INPUT_ERRORS as REPLAY_ERRORS
@@ -71,13 +83,27 @@ class Target:
     read: Callable[[bytes], object]
     allowed: tuple[type[Exception], ...]
     """The named errors that may come out."""
+    head: int = 0
+    """The first so many bytes choose among files, and stay as they are."""
+
+    def mutated(self, data: bytes, rng: random.Random) -> bytes:
+        """The bytes after one to four mutations, of which each changes something."""
+        head, data = data[: self.head], data[self.head :]
+        seeds = _headless(self)
+        for _ in range(rng.choice((1, 1, 1, 2, 4))):
+            before, data = data, rng.choice(MUTATIONS)(data, rng, seeds)
+            if data == before:
+                data = _bytes(data, rng, seeds)
+        return head + data[:LONGEST]
 
 
-def mutated(data: bytes, rng: random.Random, seeds: list[bytes]) -> bytes:
-    """The bytes after one to four mutations."""
-    for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        data = rng.choice(MUTATIONS)(data, rng, seeds)
-    return data
+@functools.cache
+def _headless(target: Target) -> list[bytes]:
+    return [seed[target.head :] for seed in target.seeds()]
+
+
+LONGEST = 1 << 16
+"""Bytes of a mutant; what is longer is cut."""
 
 
 def _bytes(data: bytes, rng: random.Random, seeds: list[bytes]) -> bytes:
@@ -196,7 +222,7 @@ def _config(data: bytes) -> None:
     except ConfigError as error:
         assert str(path) in str(error) and len(str(error)) < 50_000
         notes(data.decode("utf-8", "replace"))
-        return
+        raise
     notes(source.text)
     json.dumps(config.model_dump(mode="json"), allow_nan=False)
 
@@ -424,6 +450,55 @@ def _adapter_seeds() -> list[bytes]:
     return [b"\0" + (EMBEDDED / "v46" / ADAPTER[0]).read_bytes(), b"\1" + weights]
 
 
+@functools.cache
+def _policy() -> tuple[Policy, torch.optim.Optimizer]:
+    """A small adapter, and AdamW after one step of it."""
+    model = Model(name="embedded:base", device="cpu", dtype="float32", gradient_checkpointing=False)
+    lora = Lora(r=2, alpha=4.0, dropout=0.0, target_modules=("v_proj",), warm_start="")
+    policy = load_policy(model, lora, seed=1)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-3)
+    for p in policy.trainable().values():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return policy, optimizer
+
+
+CHECKPOINT = (*FILES, MANIFEST)
+
+
+@functools.cache
+def _saved() -> Path:
+    folder = _scratch() / "saved"
+    save_checkpoint(folder, *_policy(), Progress(3, 1), Checkpoint(every=1, keep=1))
+    return folder / "step_000003"
+
+
+def _checkpoint_seeds() -> list[bytes]:
+    return [bytes([i, again]) + (_saved() / name).read_bytes() for i, name in enumerate(CHECKPOINT) for again in (0, 1)]
+
+
+def _checkpoint(data: bytes) -> None:
+    """The first byte says which file the rest is, the second whether the manifest is written to fit."""
+    which, again = (*data[:2], 0, 0)[:2]
+    name, copy = CHECKPOINT[which % len(CHECKPOINT)], _scratch() / "checkpoints" / "step_000003"
+    if not copy.exists():
+        shutil.copytree(_saved(), copy)
+    (copy / name).write_bytes(data[2:])
+    if again % 2 and name != MANIFEST:
+        manifest = json.loads((copy / MANIFEST).read_bytes())
+        manifest["files"][name] = {"bytes": len(data) - 2, "sha256": hashlib.sha256(data[2:]).hexdigest()}
+        (copy / MANIFEST).write_text(json.dumps(manifest))
+    policy, optimizer = _policy()
+    try:
+        whole = latest_checkpoint(copy.parent)[0]
+        assert whole == copy
+        assert load_checkpoint(copy, policy, optimizer).step == 3
+        assert len(optimizer.state_dict()["state"]) <= len(policy.trainable())
+    finally:
+        for file in (name, MANIFEST):
+            shutil.copyfile(_saved() / file, copy / file)
+
+
 def _jsonl_seeds() -> list[bytes]:
     lines = (EMBEDDED / "cases" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:3]
     return [b"".join(lines), b'{"id": "a", "text": "Rash.", "esi": 5, "tags": ["adult"], "patient": 7}\n']
@@ -435,22 +510,23 @@ PARSER_SEEDS = [
 ]
 RUN_ERRORS = (RunError, LedgerError, RewardError, CardError, ReportError, *INSPECT_ERRORS, *REPLAY_ERRORS)
 TARGETS: dict[str, Target] = {
-    "config": Target(lambda: _shipped("configs/*.toml"), _config, ()),
+    "config": Target(lambda: _shipped("configs/*.toml"), _config, (ConfigError,)),
     "cases-jsonl": Target(_jsonl_seeds, _cases_of("jsonl", "cases.jsonl"), (CaseError,)),
     "cases-mietic": Target(lambda: [MIETIC], _cases_of("mietic-validate", "mietic.csv"), (CaseError,)),
     "cases-instructions": Target(lambda: [INSTRUCTIONS], _instructions, (CaseError,)),
     "cases-mimic": Target(
-        lambda: [bytes([i]) + content for i, content in enumerate(MIMIC.values())], _mimic, (CaseError,)
+        lambda: [bytes([i]) + content for i, content in enumerate(MIMIC.values())], _mimic, (CaseError,), 1
     ),
     "reward": Target(lambda: _shipped("rewards/sets/*.toml"), _reward("toml"), (RewardError,)),
     "reward-json": Target(lambda: [(_run() / "reward.json").read_bytes()], _reward("json"), (RewardError,)),
     "parser": Target(lambda: PARSER_SEEDS, _parser, ()),
-    "adapter": Target(_adapter_seeds, _adapter, (AdapterError,)),
+    "adapter": Target(_adapter_seeds, _adapter, (AdapterError,), 1),
+    "checkpoint": Target(_checkpoint_seeds, _checkpoint, (CheckpointError,), 2),
     "answers": Target(_answer_seeds, _answers, (AnswersError,)),
     "evaluation": Target(_evaluation_seeds, _evaluation, (ComparisonError,)),
-    "inspect": Target(_run_seeds, _on_altered_run(_ledger), RUN_ERRORS),
-    "replay": Target(_run_seeds, _on_altered_run(_replay), RUN_ERRORS),
-    "report": Target(_run_seeds, _on_altered_run(_report), RUN_ERRORS),
-    "card": Target(_run_seeds, _on_altered_run(_card), RUN_ERRORS),
+    "inspect": Target(_run_seeds, _on_altered_run(_ledger), RUN_ERRORS, 2),
+    "replay": Target(_run_seeds, _on_altered_run(_replay), RUN_ERRORS, 2),
+    "report": Target(_run_seeds, _on_altered_run(_report), RUN_ERRORS, 2),
+    "card": Target(_run_seeds, _on_altered_run(_card), RUN_ERRORS, 2),
 }
 """Every reader of a file that somebody else may have written."""
