@@ -19,6 +19,7 @@ from pydantic import (
     Field,
     StringConstraints,
     ValidationError,
+    field_validator,
     model_validator,
 )
 
@@ -96,6 +97,13 @@ class Lora(Section):
     target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     warm_start: FileName
     """A PEFT adapter folder to start from; "" starts from a fresh adapter (B = 0)."""
+
+    @field_validator("target_modules")
+    @classmethod
+    def _each_once(cls, named: tuple[str, ...]) -> tuple[str, ...]:
+        if twice := sorted({name for name in named if named.count(name) > 1}):
+            raise ValueError(f"named more than once: {', '.join(twice)}")
+        return named
 
 
 class Cases(Section):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
 from grpo.config import Lora, Model, resolve
+from grpo.free_memory import free_bytes
 from grpo.plan import RANDOM, frozen_parameters
 from grpo.ranks import ALONE, Ranks
 from grpo.tensorfile import declared
@@ -336,14 +337,6 @@ def pick_device(name: str) -> torch.device:
     if (device.index or 0) >= max(1, torch.cuda.device_count()):
         raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
     return device
-
-
-def free_bytes(device: torch.device) -> int:
-    """Of the device's memory, what PyTorch has reserved and does not use included."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -126,19 +126,16 @@ class Ranks:
         flat.copy_(sent[: flat.numel()])
 
     def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
-        """The gradients of all ranks added up, in place and in one flat `sum_`, and the sum of their losses []. Where
-        no rank has a gradient there is none afterwards."""
+        """The gradients of all ranks added up, in place and in one flat `sum_`, and the sum of their losses []. Every
+        parameter has one."""
         if self.size == 1:
             return loss
-        leaves = list(parameters)
-        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in leaves]
-        had = torch.tensor([float(any(p.grad is not None for p in leaves))], device=loss.device)
-        flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.detach().float()[None], had])
+        grads = [p.grad for p in parameters if p.grad is not None]
+        flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.detach().float()[None]])
         self.sum_(flat)
-        if float(flat[-1]):
-            for p, total in zip(leaves, flat[:-2].split([p.numel() for p in leaves]), strict=True):
-                p.grad = total.view_as(p).to(p.dtype).clone()
-        return flat[-2]
+        for grad, total in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
+            grad.copy_(total.view_as(grad))
+        return flat[-1]
 
     def copy_(self, tensors: Iterable[Tensor]) -> None:
         """Puts rank 0's values into every rank's tensors."""

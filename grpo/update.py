@@ -113,7 +113,11 @@ def update(
         ) -> tuple[Tensor, Tensor, Tensor]:
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(noise % 2**63)  # the update's only noise
-            return backward(policy, batch, cuts, config, old, ref)
+            done = backward(policy, batch, cuts, config, old, ref)
+            for p in policy.trainable().values():
+                if p.grad is None:  # nothing could move it, but AdamW's momentum still does
+                    p.grad = torch.zeros_like(p)
+            return done
 
         logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
         total = policy.ranks.sum_gradients(policy.trainable().values(), total)

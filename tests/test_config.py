@@ -98,6 +98,7 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ("train.steps.more=1", "is a value, not a section"),
         ("lora.target_modules=q_proj", "valid tuple"),
         ("lora.target_modules=5", "valid tuple"),
+        ('lora.target_modules=["q_proj", "v_proj", "q_proj"]', "named more than once: q_proj"),
         ("evaluate.thinking=[]", "at least 1 item"),
         ("evaluate.thinking=on", "valid tuple"),
         ("cases.oversample={01=2}", "valid integer"),

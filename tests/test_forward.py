@@ -286,3 +286,9 @@ def test_a_pass_leaves_every_weight_as_it_was(make_policy: Callable[..., Policy]
     before = {name: p.clone() for name, p in policy.model.named_parameters()}
     states_and_gradients(policy, predicting_states_shared, rows)
     assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
+
+
+def test_attention_dropout_is_left_to_the_modules(make_policy: Callable[..., Policy]) -> None:
+    policy = make_policy()
+    policy.model.get_base_model().config.get_text_config().attention_dropout = 0.1
+    assert not shared(policy)

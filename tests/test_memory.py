@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import grpo.policy
 import grpo.update
 from grpo.forward import memory
 from grpo.forward.memory import Room, kept_bytes, room
-from grpo.policy import ModelError, Policy, free_bytes, load_base
+from grpo.free_memory import free_bytes, group_rooms, host_available
+from grpo.policy import ModelError, Policy, load_base
 from grpo.train import INPUT_ERRORS
 from grpo.types import Batch
 from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
@@ -194,3 +196,38 @@ def test_the_reference_is_tried_again_as_well(make_policy: Callable[..., Policy]
 
     assert fitting(run, make_policy(), batch, config_with(), Room(4, None, True)) == 5
     assert seen == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "mount", "files", "rooms"),
+    [
+        ("0::/a/b\n", "", {"a/b": ("500", "300", 40), "a": ("max", "900", 0), "": ("1000", "700", 100)}, [240, 400]),
+        ("0::/\n", "", {"": ("max", "900", 0)}, []),
+        ("0::/../elsewhere\n", "", {"": ("800", "300", 0)}, [500]),
+        ("5:cpu,memory:/x\n1:name=systemd:/y\n", "memory", {"x": ("500", "300", 40), "": (str(2**63), "1", 0)}, [240]),
+        ("0::/a\n", "", {"a": ("what", "300", 0)}, []),
+    ],
+)
+def test_a_control_group_leaves_what_it_has_left(
+    cgroup: str, mount: str, files: dict[str, tuple[str, str, int]], rooms: list[int], tmp_path: Path
+) -> None:
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "self" / "cgroup").write_text(cgroup)
+    limit, used, cached = (
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        if mount
+        else ("memory.max", "memory.current", "inactive_file")
+    )
+    for place, (most, now, files_cached) in files.items():
+        group = tmp_path / "sys" / "fs" / "cgroup" / mount / place
+        group.mkdir(parents=True, exist_ok=True)
+        (group / limit).write_text(most + "\n")
+        (group / used).write_text(now + "\n")
+        (group / "memory.stat").write_text(f"anon 5\n{cached} {files_cached}\n")
+    assert list(group_rooms(tmp_path)) == rooms
+
+
+def test_the_host_says_what_it_can_give(tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  300 kB\n")
+    assert host_available(tmp_path / "meminfo") == 300 * 1024
+    assert list(group_rooms(tmp_path)) == [] and host_available(tmp_path / "none") > 1 << 20

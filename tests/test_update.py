@@ -229,6 +229,32 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
     assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
 
 
+def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
+    make_policy: Callable[..., Policy],
+) -> None:
+    """Rows of no advantage have no backward pass: that must not be another rule for AdamW."""
+    config = config_with("loss.beta=0.0")
+
+    def moved(second: Callable[[Policy, Batch, Any], object]) -> dict[str, Tensor]:
+        policy = make_policy()
+        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+        batch = batch_of(policy, config)
+        update(policy, batch, config, optimizer, None, step=0)
+        before = adapter_copy(policy)
+        second(policy, dataclasses.replace(batch, advantages=torch.zeros_like(batch.advantages)), optimizer)
+        return {name: tensor - before[name] for name, tensor in adapter_copy(policy).items()}
+
+    def by_hand(policy: Policy, batch: Batch, optimizer: Any) -> None:
+        for p in policy.trainable().values():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+
+    ours = moved(lambda policy, batch, optimizer: update(policy, batch, config, optimizer, None, step=0))
+    theirs = moved(by_hand)
+    assert max(float(tensor.abs().max()) for tensor in ours.values()) > 1e-4
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_micro_batches_hold_every_row_once_and_longest_first(make_policy: Callable[..., Policy]) -> None:
     batch = batch_of(make_policy(), config_with())
     cuts = micro_batches(batch, Room(5, None, True), beta=0.1)

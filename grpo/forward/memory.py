@@ -10,7 +10,8 @@ from torch import Tensor
 from grpo.config import Optim
 from grpo.forward.modules import predicting_states_by_modules
 from grpo.forward.shared_prefix import predicting_states_shared, shared
-from grpo.policy import Policy, free_bytes
+from grpo.free_memory import free_bytes
+from grpo.policy import Policy
 from grpo.types import Batch
 
 SHARE = 0.6

@@ -50,10 +50,15 @@ class Layout:
 
 def shared(policy: Policy) -> bool:
     """Whether this pass knows the model: Qwen3.5's text layers, with one adapter at most and no dropout."""
-    return readable(policy) and all(
-        len(module.active_adapters) == 1 and all(getattr(d, "p", 0) == 0 for d in module.lora_dropout.values())
-        for module in policy.model.modules()
-        if hasattr(module, "lora_dropout")
+    config = policy.model.get_base_model().config.get_text_config()
+    return (
+        readable(policy)
+        and not config.attention_dropout
+        and all(
+            len(module.active_adapters) == 1 and all(getattr(d, "p", 0) == 0 for d in module.lora_dropout.values())
+            for module in policy.model.modules()
+            if hasattr(module, "lora_dropout")
+        )
     )
 
 
