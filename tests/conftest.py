@@ -1,6 +1,7 @@
 """Shared fixtures: a random Qwen3.5 in miniature, saved and loaded through the same path as the 9B model."""
 
 import os
+import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,10 @@ TEXTS = (
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))))
+
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:  # `nohup` and a shell's background hand that on to what tests start
+        signal.signal(number, usual)
 
 
 @pytest.fixture(scope="session")

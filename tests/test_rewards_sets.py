@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 import rewards
 from rewards import Reward, RewardError, View, dump_reward, load_reward
 from rewards import reward as reward_module
+from rewards import rules as rules_module
 from rewards.files import load_set, shipped_sets
 from rewards.parse import FORMATS
 from rewards.rules import NumberTrigger, PatternTimeout, PatternTrigger, find_trigger, levels
@@ -692,6 +693,23 @@ def test_a_catastrophic_pattern_ends_in_bounded_time_with_the_floor(tmp_path: Pa
         assert math.fsum(score.parts.values()) == score.total
     assert scores[0].answer.level == 2
     assert not reward.applies("seizure_missed", text, 1)
+
+
+def test_a_clock_that_jumps_once_is_not_the_patterns_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`regex` counts the processor time of the whole process, other threads' too."""
+    limits: list[float] = []
+
+    def jumps(trigger: PatternTrigger, text: str, timeout_s: float) -> tuple[int, int]:
+        limits.append(timeout_s)
+        if len(limits) < 2 or text == "slow":
+            raise TimeoutError
+        return 0, 9
+
+    monkeypatch.setitem(rules_module._FIND, "pattern", jumps)
+    trigger = PatternTrigger("intubat")
+    assert find_trigger(trigger, "quick", timeout_s=0.1) == (0, 9) and limits == [0.1, 0.4]
+    with pytest.raises(PatternTimeout, match="ran past 0.1 s, and again"):
+        find_trigger(trigger, "slow", timeout_s=0.1)
 
 
 def test_a_text_pays_for_a_timeout_once_however_many_texts_there_are(
