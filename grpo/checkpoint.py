@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +96,8 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     Raises:
         CheckpointError: there are checkpoints, and none is whole.
     """
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise CheckpointError(f"{folder}: expected a folder of checkpoints: move away what is there")
     found: list[str] = []
     for path in reversed(_saved(folder)):
         fault = damage(path)
@@ -110,13 +112,17 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
 
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, by its manifest; None where every file is what was written."""
+    if not path.is_dir():
+        return "is no folder"
     if not os.path.lexists(path / MANIFEST):
         return f"{MANIFEST} is missing"
     try:
         manifest = read_json(path / MANIFEST)
         version, files = manifest["version"], {name: dict(told) for name, told in manifest["files"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST} cannot be read ({type(error).__name__})"
+    except Unreadable as error:
+        return f"{MANIFEST} {error}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} does not list files with their bytes and sha256"
     if version != CHECKPOINT_VERSION or set(files) != set(FILES):
         return f"{MANIFEST} is not one of version {CHECKPOINT_VERSION}"
     for name, told in files.items():
@@ -142,7 +148,10 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     if fault := damage(path):
         raise CheckpointError(f"{path}: {fault}: cannot be continued from")
     try:
-        progress = Progress(**read_json(path / "state.json"))
+        told = read_json(path / "state.json")
+        if not isinstance(told, dict) or told.keys() != {field.name for field in fields(Progress)}:
+            raise ValueError("state.json does not say how far the run was")
+        progress = Progress(**told)
         if not all(type(count) is int and count >= 0 for count in asdict(progress).values()):
             raise ValueError("state.json counts what cannot be counted")
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")

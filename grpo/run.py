@@ -34,7 +34,7 @@ from grpo.durable import append_line, discard, make_folder, write_whole, writing
 from grpo.evaluation.rates import Verdict, row
 from grpo.ledger import cut_ledger
 from rewards import Reward, dump_reward
-from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, read_json
+from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
@@ -190,12 +190,15 @@ def continue_run(path: Path, progress: Progress, config: Config, inputs: Mapping
         RunError: an input is not what it was.
     """
     before = _record(path).get("inputs") or {}
+    if not isinstance(before, dict):
+        raise RunError(f"{path / 'config.json'}: inputs: expected what each key's files were, by sha256")
     if changed := sorted(key for key, sha256 in (inputs or {}).items() if before.get(key, sha256) != sha256):
         raise RunError(
             f"{path}: what {', '.join(changed)} names has changed since the run was started: put it back, or start a "
             f"new run with --out"
         )
     run, step = Run(path), progress.step
+    metrics, records = _metrics(run), evaluations(run)  # all that may be refused, before anything is touched
     with writing(path):
         path.chmod(0o700)
     prune(run.checkpoints, step=step, section=config.checkpoint)
@@ -203,12 +206,11 @@ def continue_run(path: Path, progress: Progress, config: Config, inputs: Mapping
     every = config.ledger.every
     _remark(run.ledger, set(range(every, step + 1, every) if every else ()) - set(recorded))
     if run.metrics.exists():
-        lines = run.metrics.read_bytes().decode("utf-8", "replace").splitlines()
-        kept = {_step(line): line for line in lines if _step(line) <= step}
+        kept = {number: line for number, line in metrics if number <= step}
         write_whole(run.metrics, "".join(line + "\n" for line in kept.values()))
         _remark(run.metrics, set(range(1, step + 1)) - set(kept))
     if run.evaluations.is_file():
-        write_json(run.evaluations, [record for record in evaluations(run) if record["step"] <= step])
+        write_json(run.evaluations, [record for record in records if record["step"] <= step])
     for answers in (path / "eval").glob("*"):
         found = re.fullmatch(r"step_(\d{6,})_.*\.jsonl|\..*\.partial", answers.name)
         if found and int(found[1] or step + 1) > step:
@@ -246,9 +248,12 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The records of ``eval.json``. Raises `RunError` where it holds anything else."""
-    records = _read_json(run.evaluations) if is_regular(run.evaluations) else []
-    if not isinstance(records, list) or not all(isinstance(one, dict) and one.keys() >= _KEYS for one in records):
-        raise RunError(f"{run.evaluations}: not the evaluations of a run")
+    records = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
+    if not isinstance(records, list):
+        raise RunError(f"{run.evaluations}: not the evaluations of a run: expected a list")
+    for number, one in enumerate(records, 1):
+        if key := _odd_key(one):
+            raise RunError(f"{run.evaluations}: not the evaluations of a run: {key} of record {number}")
     return records
 
 
@@ -307,19 +312,41 @@ def _read_json(path: Path) -> Any:
         raise RunError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
 
 
-_KEYS = {"step", "cases", "thinking"}
+_SHOWN = ("exact", "adjacent", "dangerous_under", "no_parse", "clipped_ratio")
+
+
+def _odd_key(record: object) -> str:
+    """The first key of an evaluation that is missing or no value of its kind, of those that are sorted or shown by."""
+    if not isinstance(record, dict):
+        return "the keys"
+    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "cases": (str,), "thinking": (str,), "n": (int,)}
+    for key, kind in {**kinds, **dict.fromkeys(_SHOWN, (int, float))}.items():
+        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+            return key
+    bounds = (record.get("intervals") or {"exact": []}) if isinstance(record.get("intervals", {}), dict) else {}
+    spans = bounds.get("exact")
+    return "" if isinstance(spans, list) and all(isinstance(b, int | float) for b in spans) else "intervals"
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:
     return record["step"], record["cases"], record["thinking"]
 
 
-def _step(line: str) -> float:
-    """Step of a metrics line; a line torn by a crash counts as after every checkpoint."""
+def _metrics(run: Run) -> list[tuple[float, str]]:
+    """(step, line) of ``metrics.jsonl``; a line torn by a crash counts as after every checkpoint."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return float("inf")
+        lines = list(raw_lines(run.metrics)) if os.path.lexists(run.metrics) else []
+    except Unreadable as error:
+        raise RunError(f"{run.metrics}: {error}") from None
+    return [(_step(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
+
+
+def _step(line: bytes) -> float:
+    try:
+        step = parse_json(line)["step"]
+    except (Unreadable, KeyError, TypeError, IndexError):
+        return math.inf
+    return step if type(step) is int else math.inf
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -40,10 +40,10 @@ from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha2
 from grpo.evaluation.rates import summarise
 from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import LEDGER_VERSION, write_step
-from grpo.model_card import write_model_card
+from grpo.model_card import CardError, write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
 from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, joined
-from grpo.recorded.terminal import error_lines, say_anyhow, visible
+from grpo.recorded.terminal import error_lines, say_anyhow, tell, visible
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
 from grpo.run import (
@@ -89,6 +89,7 @@ INPUT_ERRORS = (
     RewardError,
     UnsoundReward,
     RunError,
+    CardError,
     CheckpointError,
     NotFinite,
     OutOfMemory,
@@ -141,11 +142,11 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
             record = write_down(setup, run, done, {"rollout": sampled - started, "update": moved - sampled})
             bar.set_postfix_str(postfix(record, config))
         progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
-        check_finite(progress, groups, config)
-        if done.number % config.checkpoint.every == 0 or done.number == config.train.steps:
+        if is_due(progress, config):
             ranks.alike({"adapter": checksum(policy)})
             if ranks.leads:
                 save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
+        check_finite(progress, groups, config)
         standing(progress, evaluate_due, setup, run, done.number)
     if ranks.leads:
         with placed(run.adapter) as aside:
@@ -193,6 +194,12 @@ def write_down(setup: Setup, run: Run, done: Step, phases: dict[str, float]) -> 
     record |= cost(done, setup, phases | {"account": time.perf_counter() - started})
     add_metrics(run, record)
     return record
+
+
+def is_due(progress: Progress, config: Config) -> bool:
+    """Whether a checkpoint is: by the config, after the last step, and before the run ends for want of finite steps."""
+    asked = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
+    return asked or progress.skipped_in_a_row > config.train.max_skipped_steps
 
 
 def check_finite(progress: Progress, groups: Sequence[Group], config: Config) -> None:
@@ -498,7 +505,11 @@ def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
     for line in damaged:
         print(f"damaged   {line}", file=sys.stderr)
     progress = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else Progress()
-    print(f"resume    from {checkpoint or 'the start: no checkpoint was saved yet'}", flush=True)
+    if progress.step > setup.config.train.steps:
+        raise CheckpointError(
+            f"{checkpoint}: beyond the {setup.config.train.steps} steps of this run (train.steps): not its own"
+        )
+    tell(f"resume    from {checkpoint or 'the start: no checkpoint was saved yet'}")
     return continue_run(out, progress, setup.config, inputs(setup)), progress
 
 
@@ -538,7 +549,7 @@ def run_config(
         with ranks.together(*INPUT_ERRORS):
             if ranks.leads:
                 told = f"config    {source.path}\n{plan(setup)}"
-                print("\n".join(visible(line) for line in told.splitlines()), flush=True)
+                tell("\n".join(visible(line) for line in told.splitlines()))
                 if not was_there:  # a folder is made only now, when nothing can be wrong with the input any more
                     held.enter_context(locked(out))
                 check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
@@ -570,9 +581,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return say_stopped(error, stop, ranks, how_to_go_on(arguments, out))
     if not ranks.leads:
         return 0
-    print(f"\n{before_after(evaluations(run))}\n")
-    print(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
-    print(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
+    tell(f"\n{before_after(evaluations(run))}\n")
+    tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
+    tell(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
 
 

@@ -213,3 +213,12 @@ def test_what_a_crash_left_half_written_or_half_dropped_is_cleared(policy: Polic
     prune(folder, step=2, section=EVERY)
     assert steps(folder) == [1, 2]
     prune(folder / "nowhere", step=2, section=EVERY)
+
+
+def test_a_file_where_checkpoints_should_be_is_refused(policy: Policy, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(CheckpointError, match="expected a folder of checkpoints"):
+        latest_checkpoint(tmp_path / "file")
+    (folder / "step_000003").write_text("no folder")
+    path, told = latest_checkpoint(folder)
+    assert path == folder / "step_000002" and told == (f"{folder / 'step_000003'}: is no folder: not used",)

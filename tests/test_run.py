@@ -21,6 +21,8 @@ from rewards import load_reward
 from tests.recorded_runs import recorded
 
 TINY = "configs/tiny.toml"
+RATES = {"n": 0, "exact": 0.5, "adjacent": 0.5, "dangerous_under": 0.0, "no_parse": 0.0, "clipped_ratio": 0.0,
+         "intervals": {"exact": [0.1, 0.9]}}  # fmt: skip
 INPUTS = {"cases.train": "a" * 64, "reward.set": "b" * 64}
 
 
@@ -133,7 +135,7 @@ def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
 ) -> None:
     for step in (1, 2, 3):
         add_metrics(run, {"step": step, "loss": 0.5})
-        add_evaluation(run, {"step": step, "cases": "t", "thinking": "on"}, [])
+        add_evaluation(run, {"step": step, "cases": "t", "thinking": "on", **RATES}, [])
     before = (run.path / "eval.json").read_bytes(), run.metrics.read_bytes()
     with run.metrics.open("ab") as file:
         file.write(b'{"step": 4, "lo\xff')
@@ -163,3 +165,54 @@ def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run
     (run.path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(RunError, match=r"config\.json: cannot be read|other values of"):
         check_folder(run.path, made[0], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", '{"inputs": [1]}', "config.json: inputs: expected"),
+        ("config.json", '{"inputs": "x"}', "config.json: inputs: expected"),
+        ("eval.json", "{}", "eval.json: not the evaluations of a run: expected a list"),
+        ("eval.json", "[7]", "the keys of record 1"),
+        ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "step of record 1"),
+        ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "step of record 1"),
+        ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "n of record 1"),
+        (
+            "eval.json",
+            json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "exact": None}]),
+            "exact of rec",
+        ),
+        ("eval.json", json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "intervals": 7}]), "intervals"),
+        ("eval.json", None, "eval.json: cannot be read: expected a file, found a folder"),
+        ("metrics.jsonl", None, "metrics.jsonl: cannot be read: expected a file, found a folder"),
+        ("metrics.jsonl", "x" * (2 << 20), "metrics.jsonl: line 1: over 1,048,576 bytes"),
+    ],
+)
+def test_records_of_anything_are_one_error_and_nothing_is_touched(
+    made: tuple[Config, Source], run: Run, name: str, content: str | None, says: str
+) -> None:
+    add_metrics(run, {"step": 1, "loss": 0.5})
+    add_evaluation(run, {"step": 1, "cases": "t", "thinking": "on", **RATES}, [])
+    path = run.path / name
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    with pytest.raises(RunError) as told:
+        continue_run(run.path, Progress(0), made[0], INPUTS)
+    assert says in str(told.value)
+    assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1e999}', '{"step": 99999999999999999999}', '{"step": null}', "[1]", "[" * 9000, "\xff"]
+)
+def test_a_line_of_metrics_that_says_no_step_is_cut_off(made: tuple[Config, Source], run: Run, line: str) -> None:
+    add_metrics(run, {"step": 1, "loss": 0.5})
+    before = run.metrics.read_bytes()
+    with run.metrics.open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    continue_run(run.path, Progress(1), made[0], INPUTS)
+    assert run.metrics.read_bytes() == before

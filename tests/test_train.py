@@ -1,9 +1,12 @@
 """The whole loop on the embedded model: what it leaves, that it resumes to the bit, and how it refuses."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import stat
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -207,9 +210,61 @@ def test_a_torn_checkpoint_is_named(world: list[str], tmp_path: Path, capsys: py
 def test_too_many_updates_that_are_not_finite_stop_the_run(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train_module.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
-    assert run(world, tmp_path / "run", "--set", "train.max_skipped_steps=1") == 2
-    assert "step 2: 2 steps in a row had a loss or gradient that is not finite" in capsys.readouterr().err
+    out, settings = tmp_path / "run", ("--set", "train.max_skipped_steps=1", "--set", "checkpoint.every=100")
+    with monkeypatch.context() as broken:
+        broken.setattr(train_module.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
+        assert run(world, out, *settings) == 2
+        assert "step 2: 2 steps in a row had a loss or gradient that is not finite" in capsys.readouterr().err
+        assert [path.name for path in (out / "checkpoints").iterdir()] == ["step_000002"], (
+            "nothing that was done is lost"
+        )
+        assert run(world, out, *settings, "--resume") == 2
+        assert "step 3: 3 steps in a row" in capsys.readouterr().err, "counted across the resume"
+    assert run(world, out, *settings, "--resume") == 0
+    assert [json.loads(line)["skipped"] for line in (out / "metrics.jsonl").read_text().splitlines()][:4] == [
+        1,
+        1,
+        1,
+        0,
+    ]
+
+
+def test_a_checkpoint_from_beyond_the_run_is_refused(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(world, out, "--set", "train.steps=1") == 0
+    saved, later = (out / "checkpoints" / f"step_{step:06d}" for step in (1, 50))
+    saved.rename(later)
+    (later / "state.json").write_text('{"step": 50, "skipped_in_a_row": 0}\n')
+    manifest = json.loads((later / "manifest.json").read_text())
+    content = (later / "state.json").read_bytes()
+    manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (later / "manifest.json").write_text(json.dumps(manifest))
+    assert run(world, out, "--set", "train.steps=1", "--resume") == 2
+    assert "step_000050: beyond the 1 steps of this run" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(world: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "grpo.train",
+        TINY,
+        *world,
+        "--out",
+        str(tmp_path / "run"),
+        "--set",
+        "train.steps=1",
+    ]
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path / "run")], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read().decode()
+        assert process.wait() == 0, said
+    assert "Traceback" not in said and (tmp_path / "run" / "adapter").is_dir()
 
 
 def test_groups_without_variance_are_refilled(

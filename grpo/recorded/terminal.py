@@ -44,6 +44,14 @@ def _spelt(error: UnicodeError) -> tuple[str, int]:
     return "".join(SPELT.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in text), error.end
 
 
+def tell(text: str) -> None:
+    """Prints a text, if anybody still reads it: `| head` closes the pipe, and a run is not to end by that."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def visible(text: str) -> str:
     r"""The text with everything that a terminal would obey, or not show, as an escape.
 
