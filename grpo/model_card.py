@@ -90,7 +90,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
             "system_prompt": config["cases"]["system_prompt"],
             "max_new_tokens": config["evaluate"]["max_new_tokens"],
         }
-    except (KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise CardError(f"{run_folder}: its records are not those of a run: {type(error).__name__} {error}") from None
     return _environment().from_string(_template()).render(values)
 
@@ -215,7 +215,7 @@ def _share(record: Mapping[str, Any], key: str) -> str:
     rate, n = record[key], record[DENOMINATORS.get(key, "n")]
     if rate is None or not n:
         return "–"
-    low, high = (record.get("intervals") or {}).get(key) or wilson(round(rate * n), n)
+    low, high = (record.get("intervals") or {}).get(key) or wilson(min(n, round(rate * n)), n)
     return f"{100 * rate:.1f} % ({100 * low:.1f}–{100 * high:.1f})"
 
 

@@ -316,16 +316,25 @@ _SHOWN = ("exact", "adjacent", "dangerous_under", "no_parse", "clipped_ratio")
 
 
 def _odd_key(record: object) -> str:
-    """The first key of an evaluation that is missing or no value of its kind, of those that are sorted or shown by."""
+    """The first key that is missing or no value of its kind, of those that an evaluation is sorted or shown by."""
     if not isinstance(record, dict):
         return "the keys"
-    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "cases": (str,), "thinking": (str,), "n": (int,)}
-    for key, kind in {**kinds, **dict.fromkeys(_SHOWN, (int, float))}.items():
-        if not isinstance(record.get(key), kind) or isinstance(record[key], bool):
+    for key in ("cases", "thinking"):
+        if not isinstance(record.get(key), str):
             return key
-    bounds = (record.get("intervals") or {"exact": []}) if isinstance(record.get("intervals", {}), dict) else {}
-    spans = bounds.get("exact")
-    return "" if isinstance(spans, list) and all(isinstance(b, int | float) for b in spans) else "intervals"
+    for key in ("step", "n"):
+        if type(record.get(key)) is not int or record[key] < 0:
+            return key
+    for key in _SHOWN:
+        if not _is_share(record.get(key)):
+            return key
+    spans = record.get("intervals", {"exact": []})
+    spans = spans.get("exact") if isinstance(spans, dict) else None
+    return "" if isinstance(spans, list) and all(map(_is_share, spans)) else "intervals"
+
+
+def _is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:
