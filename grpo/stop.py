@@ -123,6 +123,22 @@ def listening() -> Iterator[Stop]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def by_default() -> Iterator[None]:
+    """Inside, a signal ends the process as if nobody listened: for a wait in which Python runs no handler. What is
+    ignored stays ignored."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def _say(text: str) -> None:
     """As a signal handler may: past Python's buffers, and where the terminal is gone not at all."""
     with contextlib.suppress(OSError):

@@ -8,7 +8,7 @@ import time
 import pytest
 
 from grpo import stop as stop_module
-from grpo.stop import SIGNALS, Stopped, listening
+from grpo.stop import SIGNALS, Stopped, by_default, listening
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -81,6 +81,18 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
     finally:
         signal.signal(signal.SIGHUP, before[signal.SIGHUP])
     assert before == {number: signal.getsignal(number) for number in before}
+
+
+def test_where_python_runs_no_handler_a_signal_ends_the_process() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        with by_default():
+            assert [signal.getsignal(number) for number in SIGNALS[:2]] == [signal.SIG_DFL] * 2
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        assert before == {number: signal.getsignal(number) for number in SIGNALS}
+    finally:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def test_in_another_thread_nothing_is_heard() -> None:
