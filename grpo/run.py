@@ -38,6 +38,9 @@ from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, pa
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
+FREE = {"model.shard", "train.rank_timeout_s"}
+"""Keys that a resume may change: nothing in a checkpoint depends on them."""
+
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked."""
@@ -96,7 +99,7 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
     except Unreadable as error:
         raise RunError(f"{path}: {error}") from None
     held = _record(path).get("config")
-    if changed := sorted(_differences(held, config.model_dump(mode="json"))):
+    if changed := sorted(_differences(held, config.model_dump(mode="json")) - FREE):
         raise RunError(
             f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
             f"config and --set it has, or start a new run with --out"
