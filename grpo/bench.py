@@ -29,6 +29,7 @@ from grpo.config import Config, Source, load_config
 from grpo.durable import DiskError
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy import Policy
+from grpo.ranks import require_alone
 from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import ENGINES
 from grpo.roofline import Floor, floor_of, now
@@ -283,6 +284,7 @@ def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Confi
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
+    require_alone("grpo.bench")
     parser = argparse.ArgumentParser(prog="python -m grpo.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")

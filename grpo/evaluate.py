@@ -34,6 +34,7 @@ from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_sampl
 from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
 from grpo.evaluation.scorecard import scorecard
 from grpo.policy import ModelError, adapter_swapped, load_policy
+from grpo.ranks import require_alone
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError
 from grpo.run import provenance, write_json
@@ -235,6 +236,7 @@ def _positive(text: str) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
+    require_alone("grpo.evaluate")
     arguments = parser().parse_args(argv)
     os.umask(0o077)  # answers may repeat what patients' notes say
     try:

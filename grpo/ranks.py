@@ -9,19 +9,25 @@ everything else it is told here.
 import contextlib
 import json
 import os
+import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from grpo.stop import by_default
+
 T = TypeVar("T")
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What ``torchrun`` puts into the environment of each process."""
+LOOK_S = 0.0005
+"""Between two looks whether the others have answered: only there does Python hear a signal."""
 
 
 class RankError(ValueError):
@@ -80,11 +86,20 @@ class Ranks:
         return found
 
     def alike(self, value: Mapping[str, Any]) -> None:
-        """Raises `RankError` if a rank holds another value than rank 0, naming the keys."""
-        first, *others = self.exchange(dict(value))
+        """All ranks hold the value of rank 0.
+
+        Raises:
+            RankError: on rank 0, names every other rank and its keys, dotted where mappings lie in mappings.
+            Elsewhere: on the others.
+        """
+        first, *others = self.exchange(_dotted(value))
+        apart: dict[str, list[int]] = {}
         for rank, other in enumerate(others, 1):
-            if apart := sorted(key for key in first if other.get(key) != first[key]):
-                raise RankError(f"rank {rank} is not at one with rank 0: another {', '.join(apart)}")
+            if keys := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+                apart.setdefault(", ".join(keys), []).append(rank)
+        if apart:
+            told = "; ".join(f"rank {', '.join(map(str, those))}: another {keys}" for keys, those in apart.items())
+            raise (RankError if self.leads else Elsewhere)(f"not at one with rank 0: {told}")
 
     @contextlib.contextmanager
     def together(self, *faults: type[Exception]) -> Iterator[None]:
@@ -117,12 +132,12 @@ class Ranks:
         sent[: flat.numel()] = flat
         parts = torch.empty_like(sent)
         with _answered():
-            dist.all_to_all_single(parts, sent)
+            _wait(dist.all_to_all_single(parts, sent, async_op=True))
         total = torch.zeros(share, dtype=torch.float64, device=flat.device)
         for part in parts.view(self.size, share):
             total += part
         with _answered():
-            dist.all_gather(list(sent.chunk(self.size)), total.to(flat.dtype))
+            _wait(dist.all_gather(list(sent.chunk(self.size)), total.to(flat.dtype), async_op=True))
         flat.copy_(sent[: flat.numel()])
 
     def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
@@ -144,18 +159,19 @@ class Ranks:
         with torch.no_grad(), _answered():
             for tensor in tensors:
                 there = tensor.detach().to(self.device).contiguous()
-                dist.broadcast(there, 0)
+                _wait(dist.broadcast(there, 0, async_op=True))
                 tensor.copy_(there)
 
     def _swap(self, payload: bytes) -> list[bytes]:
         with _answered():
             sizes = torch.zeros(self.size, dtype=torch.long, device=self.device)
-            dist.all_gather(list(sizes.chunk(self.size)), torch.tensor([len(payload)], device=self.device))
+            length = torch.tensor([len(payload)], device=self.device)
+            _wait(dist.all_gather(list(sizes.chunk(self.size)), length, async_op=True))
             longest = int(sizes.max())
             own = torch.zeros(longest, dtype=torch.uint8)
             own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             whole = torch.empty(self.size * longest, dtype=torch.uint8, device=self.device)
-            dist.all_gather(list(whole.chunk(self.size)), own.to(self.device))
+            _wait(dist.all_gather(list(whole.chunk(self.size)), own.to(self.device), async_op=True))
         rows = whole.view(self.size, longest).cpu().numpy()
         return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
 
@@ -186,7 +202,8 @@ def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
     if place.type == "cuda":
         torch.cuda.set_device(place)
     try:
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+        with by_default():  # it waits for the others in C++, and nothing has begun that a signal could spoil
+            dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
     except RuntimeError as error:
         raise RankError(
             f"rank {rank} of {size} found no others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
@@ -194,6 +211,41 @@ def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
         ) from None
     yield Ranks(rank, size, place)
     dist.destroy_process_group()  # after an error the process ends, and the others see that
+
+
+def expected() -> Ranks:
+    """This process before it has joined the others: for them the first on each host speaks."""
+    size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    return Ranks(int(local), int(size)) if size.isdecimal() and local.isdecimal() and int(size) > 1 else ALONE
+
+
+def require_alone(program: str) -> None:
+    """Exits with 2, and one line a host, where ``torchrun`` started more than one process of a program that is one."""
+    ranks = expected()
+    if ranks.size == 1:
+        return
+    if ranks.leads:
+        print(f"error: {program} is one process, not {ranks.size}: start it with python -m {program}", file=sys.stderr)
+    sys.exit(2)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process. Python's own end joins torch's threads, and one that waits for a rank that hangs would keep the
+    process for the rest of the timeout; by then it was killed. So where the ranks did not part, it ends without."""
+    if dist.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def launcher(ranks: Ranks) -> str:
+    """The start of a command line that starts as many ranks, up to the program's name."""
+    if ranks.size == 1:
+        return "python -m"
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    hosts = f"--nnodes {ranks.size // beside} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    return f"torchrun {'--standalone' if beside == ranks.size else hosts} --nproc-per-node {beside} -m"
 
 
 def _environment() -> tuple[int, int, int, int]:
@@ -227,6 +279,14 @@ def _place(device: str, size: int, local: int, beside: int) -> torch.device:
     return torch.device(device if ":" in device else f"cuda:{local}")
 
 
+def _wait(work: dist.Work | None) -> None:
+    """For the others, and where a card works, for the stream: raises what the collective met."""
+    assert work is not None  # None is for processes outside the group
+    while not work.is_completed():
+        time.sleep(LOOK_S)
+    work.wait()
+
+
 @contextlib.contextmanager
 def _answered() -> Iterator[None]:
     try:
@@ -244,6 +304,17 @@ def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in fields(value)}
     return dict(value)
+
+
+def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """
+    >>> _dotted({"torch": "2.9", "loss": {"beta": 0.1, "kl": "k3"}})
+    {'torch': '2.9', 'loss.beta': 0.1, 'loss.kl': 'k3'}
+    """
+    found: dict[str, Any] = {}
+    for key, inner in value.items():
+        found |= _dotted(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+    return found
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -42,7 +42,7 @@ from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import LEDGER_VERSION, write_step
 from grpo.model_card import CardError, write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
-from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, joined
+from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, expected, joined, launcher, leave
 from grpo.recorded.terminal import error_lines, say_anyhow, tell, visible
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
@@ -69,6 +69,8 @@ from rewards import Reward, RewardError, Score
 T = TypeVar("T")
 Sampled = tuple[tuple[Completion, ...], tuple[Score, ...]]
 """A group's completions and their scores."""
+CHECKED_AT_ONCE = 1 << 24
+"""Entries of a tensor; a copy of them takes 128 MB."""
 SAMPLED = TypeAdapter(list[Sampled])
 
 
@@ -133,7 +135,8 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
         sampled = time.perf_counter()
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(groups, rewards, config)
-        standing(progress, agree_to_go_on, ranks, stop)
+        with keeping(setup, run, progress):
+            agree_to_go_on(ranks, stop)
         with stop.within_grace(begun=True):
             updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
@@ -143,7 +146,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
             bar.set_postfix_str(postfix(record, config))
         progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
         if is_due(progress, config):
-            ranks.alike({"adapter": checksum(policy)})
+            standing(progress, ranks.alike, {"adapter": checksum(policy.trainable().values())})
             if ranks.leads:
                 save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
         check_finite(progress, groups, config)
@@ -156,9 +159,15 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
 
 def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: Callable[..., T], *given: Any) -> T:
     """What ``act`` returns, which leaves the policy as it is. A signal ends it at once, and ``progress`` is saved."""
+    with keeping(setup, run, progress), stop.at_once():
+        return act(*given)
+
+
+@contextlib.contextmanager
+def keeping(setup: Setup, run: Run, progress: Progress) -> Iterator[None]:
+    """What ends the run inside leaves the policy as it is, and ``progress`` is saved."""
     try:
-        with stop.at_once():
-            return act(*given)
+        yield
     except (Stopped, RankLost):
         saved = run.checkpoints / f"step_{progress.step:06d}"
         if setup.policy.ranks.leads and progress.step and damage(saved):
@@ -167,15 +176,19 @@ def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: 
 
 
 def agree_to_go_on(ranks: Ranks, stop: Stop) -> None:
-    """Raises `Stopped` where any rank was asked to stop: none begins an update that another has left."""
-    asked = [number for number in ranks.exchange(stop.requested) if number is not None]
+    """Raises `Stopped` where any rank was asked to stop: none begins an update that another has left. One that was
+    asked still says so, to those that were not; others that do not answer have its grace."""
+    with stop.within_grace(begun=True):
+        asked = [number for number in ranks.exchange(stop.requested) if number is not None]
     if asked:
         raise Stopped(asked[0])
 
 
-def checksum(policy: Policy) -> int:
-    """Of the adapter's bits."""
-    return sum(int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in policy.trainable().values())
+def checksum(tensors: Iterable[Tensor]) -> int:
+    """Of their bits, without a copy of a whole tensor: torch sums integers in a wider copy."""
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = (tensor.detach().reshape(-1).view(integers[tensor.element_size()]) for tensor in tensors)
+    return sum(int(part.sum(dtype=torch.int64)) for whole in flat for part in whole.split(CHECKED_AT_ONCE))
 
 
 def write_down(setup: Setup, run: Run, done: Step, phases: dict[str, float]) -> dict[str, Any]:
@@ -513,15 +526,18 @@ def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
     return continue_run(out, progress, setup.config, inputs(setup)), progress
 
 
-def start_alike(setup: Setup, progress: Progress) -> Progress:
-    """Adapter, optimiser and progress of rank 0, which alone has read the run folder, on every rank.
+def check_alike(setup: Setup) -> None:
+    """Raises `RankError` where a rank has other inputs than rank 0 or another base; of one that is sharded, what is
+    whole on every rank is compared."""
+    policy = setup.policy
+    frozen = [p for p in policy.model.parameters() if not p.requires_grad and not hasattr(p, "to_local")]
+    sums = [checksum([p]) for p in frozen] if policy.ranks.size > 1 else []
+    policy.ranks.alike(inputs(setup) | {"model.name's weights": sums})
 
-    Raises:
-        RankError: a rank has another program, config or input.
-    """
+
+def start_alike(setup: Setup, progress: Progress) -> Progress:
+    """Adapter, optimiser and progress of rank 0, which alone has read the run folder, on every rank."""
     ranks, optimizer = setup.policy.ranks, setup.optimizer
-    versions = {"torch": torch.__version__, "ledger": LEDGER_VERSION}
-    ranks.alike(versions | {"config": setup.config.model_dump(mode="json")} | inputs(setup))
     parameters = list(setup.policy.trainable().values())
     ranks.copy_(parameters)
     if ranks.told(bool(optimizer.state)):
@@ -538,14 +554,19 @@ def run_config(
 ) -> Run:
     """The whole run, in a folder that is rank 0's alone."""
     with contextlib.ExitStack() as held:
+        versions = {"torch": torch.__version__, "ledger": LEDGER_VERSION}
+        with stop.at_once():  # before the base is loaded, which ranks of different configs do not do in step
+            ranks.alike(versions | config.model_dump(mode="json"))
         was_there, progress, run = out.is_dir(), Progress(), Run(out)
         with ranks.together(*INPUT_ERRORS):
             if ranks.leads:
                 check_folder(out, config, resume=arguments.resume)
                 if was_there:
                     held.enter_context(locked(out))
-        with ranks.together(*INPUT_ERRORS), stop.at_once():
+        with stop.at_once(), ranks.together(*INPUT_ERRORS):
             setup = build(config, ranks)
+        with stop.at_once():
+            check_alike(setup)
         with ranks.together(*INPUT_ERRORS):
             if ranks.leads:
                 told = f"config    {source.path}\n{plan(setup)}"
@@ -554,7 +575,9 @@ def run_config(
                     held.enter_context(locked(out))
                 check_folder(out, config, resume=arguments.resume)  # since then another process may have been here
                 run, progress = open_run(out, setup, source)
-        train(setup, run, stop, start_alike(setup, progress))
+        with stop.at_once():
+            progress = start_alike(setup, progress)
+        train(setup, run, stop, progress)
         return run
 
 
@@ -563,7 +586,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     say_anyhow()
     arguments = parser().parse_args(argv)
     os.umask(0o077)  # narratives may be patients' data: what a run writes is its owner's alone
-    out, stop, ranks = None, Stop(), ALONE
+    out, stop, ranks = None, Stop(), None
     try:
         with listening() as stop:
             config, source = load_config(arguments.config, arguments.set)
@@ -571,20 +594,30 @@ def main(argv: Sequence[str] | None = None) -> int:
             with joined(config.model.device, timeout_s=config.train.rank_timeout_s) as ranks:
                 run = run_config(arguments, out, config, source, stop, ranks)
     except INPUT_ERRORS as error:
-        if ranks.leads or not isinstance(error, (Elsewhere, NotFinite)):
-            print(error_lines(error if ranks.leads else RankError(f"rank {ranks.rank}: {error}")), file=sys.stderr)
+        say_refused(error, ranks)
         return 2
     except DiskError as error:
-        print(f"error: {error}\n       {how_to_go_on(arguments, out)}", file=sys.stderr)
+        print(f"error: {error}\n       {how_to_go_on(arguments, out, ranks or expected())}", file=sys.stderr)
         return 3
     except (Stopped, KeyboardInterrupt, RankLost) as error:
-        return say_stopped(error, stop, ranks, how_to_go_on(arguments, out))
+        ranks = ranks or expected()
+        return say_stopped(error, stop, ranks, how_to_go_on(arguments, out, ranks))
     if not ranks.leads:
         return 0
     tell(f"\n{before_after(evaluations(run))}\n")
     tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
     tell(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
+
+
+def say_refused(error: Exception, ranks: Ranks | None) -> None:
+    """One line in all where it can be. Before the ranks have joined (None), the first on each host speaks; then rank 0,
+    and another for what it alone has met."""
+    leads = (ranks or expected()).leads
+    if leads or (isinstance(error, RankError) if ranks is None else not isinstance(error, (Elsewhere, NotFinite))):
+        print(
+            error_lines(error if leads or ranks is None else RankError(f"rank {ranks.rank}: {error}")), file=sys.stderr
+        )
 
 
 def say_stopped(error: BaseException, stop: Stop, ranks: Ranks, go_on: str) -> int:
@@ -597,11 +630,13 @@ def say_stopped(error: BaseException, stop: Stop, ranks: Ranks, go_on: str) -> i
     stopped = error if isinstance(error, Stopped) else Stopped(stop.requested or signal.SIGINT)
     with contextlib.suppress(OSError):  # after SIGHUP there may be nobody to tell
         if ranks.leads:
-            print(f"\nstopped by {stopped.name}; {go_on}", file=sys.stderr)
+            torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
+            why = " (torchrun sends it when another rank has ended)" if torchrun else ""
+            print(f"\nstopped by {stopped.name}{why}; {go_on}", file=sys.stderr)
     return stopped.exit_code
 
 
-def how_to_go_on(arguments: argparse.Namespace, out: Path | None) -> str:
+def how_to_go_on(arguments: argparse.Namespace, out: Path | None, ranks: Ranks) -> str:
     """For a person whose run was stopped: what is kept, and the command that continues."""
     if out is None or not is_started(out):
         return "nothing was started yet"
@@ -612,8 +647,8 @@ def how_to_go_on(arguments: argparse.Namespace, out: Path | None) -> str:
     kept = f"kept up to {checkpoint.name}" if checkpoint else "no step is kept yet"
     overrides = [part for override in arguments.set for part in ("--set", override)]
     again = shlex.join([arguments.config, *(["--out", str(out)] if arguments.out else []), *overrides, "--resume"])
-    return f"{kept}; go on with: python -m grpo.train {again}"
+    return f"{kept}; go on with: {launcher(ranks)} grpo.train {again}"
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

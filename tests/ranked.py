@@ -7,6 +7,7 @@ import dataclasses
 import faulthandler
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import time
@@ -27,7 +28,7 @@ from grpo import train as train_module
 from grpo import update as update_module
 from grpo.batch import make_batch
 from grpo.policy import Policy
-from grpo.ranks import Ranks, joined
+from grpo.ranks import Ranks, joined, leave
 from grpo.rollout import rollout
 from grpo.train import main
 from grpo.types import Batch, Completion, Group
@@ -163,6 +164,32 @@ def train_slowly(argv: list[str], seconds: float) -> int:
     return main(argv)
 
 
+def train_otherwise(argv: list[str], overrides: list[str], fault: str = "") -> int:
+    """A whole run, of which rank 1 has other overrides or a planted fault."""
+    if os.environ["RANK"] != "1":
+        return main(argv)
+    with FAULTS[fault]():
+        return main([*argv, *overrides])
+
+
+def train_and_leave(argv: list[str], fault: str) -> None:
+    """As `train_otherwise`, and then the end of the process."""
+    leave(train_otherwise(argv, [], fault))
+
+
+def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
+    """What `Ranks.sum_` makes of each rank's values, and what a rank is told that is not alike."""
+    with joined("cpu", timeout_s=60) as ranks:
+        flat = torch.tensor(values[ranks.rank])
+        ranks.sum_(flat)
+        ranks.alike({"same": {"on": "all"}})
+        try:
+            ranks.alike({"torch": "2", "rollout": {"n": min(ranks.rank, 1), "t": 1.0}, "base": [ranks.rank == 3]})
+        except ranks_module.RankError as error:
+            return flat.tolist(), type(error).__name__, str(error)
+        return flat.tolist(), "", ""
+
+
 def hang(seconds: float) -> str:
     """Rank 1 stops answering; what rank 0 is told."""
     with joined("cpu", timeout_s=2) as ranks:
@@ -221,6 +248,62 @@ def _all_rows_everywhere(true: Any) -> Any:
     return lambda policy, batch, config: range(len(batch.completion_ids))
 
 
+def _stops_in(step: int) -> Callable[[Any], Any]:
+    def sample_step(true: Any) -> Any:
+        def stops(setup: Any, now: int) -> Any:
+            if now == step:
+                os.kill(os.getpid(), signal.SIGSTOP)
+            return true(setup, now)
+
+        return stops
+
+    return sample_step
+
+
+def _signalled_before_update(update: int) -> Callable[[Any], Any]:
+    def make_batch(true: Any) -> Any:
+        made: list[Any] = []
+
+        def signalled(*given: Any) -> Any:
+            made.append(true(*given))
+            if len(made) == update:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return made[-1]
+
+        return signalled
+
+    return make_batch
+
+
+def _one_weight_off(true: Any) -> Any:
+    def load(*given: Any, **named: Any) -> Policy:
+        policy: Policy = true(*given, **named)
+        with torch.no_grad():
+            next(p for p in policy.model.parameters() if not p.requires_grad).view(-1)[-1] += 0.5
+        return policy
+
+    return load
+
+
+def _drifting(true: Any) -> Any:
+    def update(policy: Policy, *given: Any, **named: Any) -> Any:
+        done = true(policy, *given, **named)
+        with torch.no_grad():
+            next(iter(policy.trainable().values())).view(-1)[0] += 1e-6
+        return done
+
+    return update
+
+
+def _dies_at_the_checkpoint(true: Any) -> Any:
+    def alike(ranks: Ranks, value: Any) -> None:
+        if "adapter" in value:
+            os._exit(1)
+        true(ranks, value)
+
+    return alike
+
+
 FAULTS: dict[str, Callable[[], _Patched]] = {
     "": _Patched,
     "summed twice": lambda: _Patched(Ranks, "sum_", _summed_twice),
@@ -228,4 +311,11 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "gradients not summed": lambda: _Patched(Ranks, "sum_gradients", _unshared),
     "a row forgotten": lambda: _Patched(update_module, "own_rows", _last_rows_forgotten),
     "every rank trains all rows": lambda: _Patched(update_module, "own_rows", _all_rows_everywhere),
+    "stopped in the second rollout": lambda: _Patched(train_module, "sample_step", _stops_in(1)),
+    "signalled before the second update": lambda: _Patched(train_module, "make_batch", _signalled_before_update(2)),
+    "another base": lambda: _Patched(train_module, "load_policy", _one_weight_off),
+    "another adapter": lambda: _Patched(train_module, "update", _drifting),
+    "dies at the checkpoint": lambda: _Patched(Ranks, "alike", _dies_at_the_checkpoint),
 }
+WRONG_SUMS = tuple(FAULTS)[:6]
+"""Those that spoil a gradient; the others are for one rank of a run."""

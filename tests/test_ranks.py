@@ -6,9 +6,11 @@ The ranks are processes on this machine that speak Gloo; see `tests.ranked`.
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo import bench, evaluate
+from grpo.checkpoint import damage
 from grpo.config import EMBEDDED, ConfigError, load_config
+from grpo.lab import __main__ as lab
 from grpo.ledger import read_step
-from grpo.ranks import ALONE, TORCHRUN, RankError, Ranks, joined
+from grpo.ranks import ALONE, TORCHRUN, RankError, Ranks, joined, launcher
 from tests import ranked
 from tests.ranked import on_ranks
 
@@ -77,7 +82,7 @@ def test_the_comparison_sees_a_gradient(one_rank: dict[str, Any]) -> None:
 
 
 def test_planted_faults_are_seen(random_base: Path, one_rank: dict[str, Any]) -> None:
-    asked = [(ASKED[0][0], fault) for fault in ranked.FAULTS]
+    asked = [(ASKED[0][0], fault) for fault in ranked.WRONG_SUMS]
     found = on_ranks(2, ranked.one_step, random_base, asked)[0]
     off = {fault: apart(done, one_rank["updates"][0]) for (_, fault), done in zip(asked, found["updates"], strict=True)}
     assert off.pop("") < BOUND
@@ -96,6 +101,16 @@ def test_a_sharded_base_gives_the_same_gradients(random_base: Path, one_rank: di
 def test_a_rank_that_hangs_is_lost(tmp_path: Path) -> None:
     told = on_ranks(2, ranked.hang, 6.0)[0]
     assert told.startswith("another rank did not answer within train.rank_timeout_s")
+
+
+def test_sums_are_exact_and_what_is_not_alike_is_named_once_for_all_ranks() -> None:
+    tiny = 2.0**-24
+    values = [[1.0, tiny, 1e8], [tiny, tiny, 1.0], [tiny, 1.0, -1e8], [tiny, tiny, 1.0]]
+    assert sum(np.float32(row[0]) for row in values) == 1, "in float32 and in this order the small ones are lost"
+    exact = [1 + 2.0**-22, 1 + 2.0**-22, 2.0]
+    says = "not at one with rank 0: rank 1, 2: another rollout.n; rank 3: another base, rollout.n"
+    kinds = ["RankError", "Elsewhere", "Elsewhere", "Elsewhere"]
+    assert on_ranks(4, ranked.told_apart, values) == [(exact, kind, says) for kind in kinds]
 
 
 def test_alone_every_operation_is_the_identity() -> None:
@@ -187,9 +202,13 @@ def lines(path: Path) -> list[dict[str, Any]]:
 
 
 def wait_for(path: Path) -> None:
+    wait_until(path.exists)
+
+
+def wait_until(seen: Callable[[], bool]) -> None:
     deadline = time.monotonic() + ranked.PATIENCE_S
-    while not path.exists():
-        assert time.monotonic() < deadline, f"no {path}"
+    while not seen():
+        assert time.monotonic() < deadline, "it does not happen"
         time.sleep(0.05)
 
 
@@ -218,7 +237,8 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_one_and_then_with_two(
     wait_for(out / "checkpoints" / "step_000002")
     os.kill(one.pid(0), signal.SIGTERM)
     assert one.results() in ([143], [0])
-    assert on_ranks(2, ranked.train, [*argv, "--resume"], log=tmp_path) == [0, 0]
+    others = ["--set", "train.rank_timeout_s=100"]  # no checkpoint depends on it
+    assert on_ranks(2, ranked.train, [*argv, *others, "--resume"], log=tmp_path) == [0, 0]
     assert_same_run(out, whole)
 
 
@@ -226,6 +246,118 @@ def test_what_is_wrong_on_one_rank_stops_all_with_one_line(world: list[str], who
     assert on_ranks(2, ranked.train, [TINY, *world, "--out", str(whole)], log=tmp_path) == [2, 2]
     said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert said[0].count("error: ") == 1 and "a run is never overwritten" in said[0] and "error" not in said[1]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "fault", "says"),
+    [
+        (["--set", "rollout.temperature=0.9", "--set", "optim.beta1=0.8"], "", "optim.beta1, rollout.temperature"),
+        ([], "another base", "model.name's weights"),
+    ],
+)
+def test_a_rank_of_another_run_is_refused_before_the_folder_is_made(
+    world: list[str], tmp_path: Path, overrides: list[str], fault: str, says: str
+) -> None:
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--out", str(out)]
+    assert on_ranks(2, ranked.train_otherwise, argv, overrides, fault, log=tmp_path) == [2, 2]
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert said[0].count("error: ") == 1 and said[0].endswith(f"rank 1: another {says}\n") and "error" not in said[1]
+    assert not out.exists()
+
+
+def test_adapters_that_drift_apart_are_not_saved(world: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--out", str(out)]
+    assert on_ranks(2, ranked.train_otherwise, argv, [], "another adapter", log=tmp_path) == [2, 2]
+    said = (tmp_path / "rank0.log").read_text()
+    assert said.count("error: ") == 1 and "rank 1: another adapter" in said and not (out / "checkpoints").exists()
+
+
+def test_a_rank_that_is_lost_before_a_save_does_not_take_the_step_with_it(world: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--out", str(out)]
+    assert on_ranks(2, ranked.train_otherwise, argv, [], "dies at the checkpoint", log=tmp_path) == [4, None]
+    assert not damage(out / "checkpoints" / "step_000001")
+
+
+def test_a_signal_at_one_rank_stops_both_before_the_same_update(world: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--set", "checkpoint.every=100", "--out", str(out)]
+    fault = "signalled before the second update"
+    assert on_ranks(2, ranked.train_otherwise, argv, [], fault, log=tmp_path) == [143, 143]
+    assert not damage(out / "checkpoints" / "step_000001")
+    assert len(lines(out / "metrics.jsonl")) == 1
+
+
+def test_a_signal_ends_the_wait_for_a_rank_that_hangs_and_the_step_is_kept(world: list[str], tmp_path: Path) -> None:
+    """In processes that end as Python ends them: torch's threads still wait then."""
+    out = tmp_path / "run"
+    argv = [TINY, *world, "--set", "checkpoint.every=100", "--out", str(out)]
+    code = "import sys; from tests import ranked; ranked.train_and_leave(sys.argv[1:], 'stopped in the second rollout')"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        started = STARTED | {"MASTER_PORT": str(free.getsockname()[1])}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, *argv],
+            env={**os.environ, **started, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            cwd=Path(__file__).parent.parent,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        wait_until(lambda: stopped(processes[1].pid))
+        time.sleep(2)  # rank 0 has done its own share
+        processes[0].terminate()
+        _, said = processes[0].communicate(timeout=20)
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert processes[0].returncode == 143, said
+    assert "SIGTERM (torchrun sends it when another rank has ended); kept up to step_000001" in said
+    assert "go on with: torchrun --standalone --nproc-per-node 2 -m grpo.train" in said
+    assert not damage(out / "checkpoints" / "step_000001")
+
+
+def stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_what_is_wrong_before_the_ranks_have_joined_is_said_once(tmp_path: Path) -> None:
+    assert on_ranks(2, ranked.train, [TINY, "--set", "loss.betta=1"], log=tmp_path) == [2, 2]
+    said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
+    assert said[0].count("error: ") == 1 and not said[1]
+
+
+@pytest.mark.parametrize("program", [evaluate, bench, lab])
+def test_programs_of_one_process_refuse_more(
+    program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, count in ((0, 1), (1, 0)):
+        for name, value in (STARTED | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as ended:
+            program.main([])
+        assert ended.value.code == 2 and capsys.readouterr().err.count("is one process, not 2: start it with") == count
+
+
+@pytest.mark.parametrize(
+    ("size", "beside", "starts"),
+    [
+        (1, "1", "python -m"),
+        (2, "2", "torchrun --standalone --nproc-per-node 2 -m"),
+        (16, "8", "torchrun --nnodes 2 --rdzv-backend c10d --rdzv-endpoint HOST:PORT --nproc-per-node 8 -m"),
+    ],
+)
+def test_the_command_that_goes_on_starts_as_many_ranks(
+    size: int, beside: str, starts: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
+    assert launcher(Ranks(0, size)) == starts
 
 
 def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> None:

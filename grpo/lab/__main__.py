@@ -16,6 +16,7 @@ from grpo.lab.plan import PlanError, chosen
 from grpo.lab.record import lab_record
 from grpo.lab.runner import Job, LabError, cost_of, jobs, work
 from grpo.lab.seen import Seen, read_seen
+from grpo.ranks import require_alone
 from grpo.recorded.terminal import say_anyhow
 from grpo.report.__main__ import write
 from grpo.report.gather import ReportError
@@ -47,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
+    require_alone("grpo.lab")
     arguments = parser().parse_args(argv)
     os.umask(0o077)
     try:
