@@ -29,6 +29,10 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 LOOK_S = 0.0005
 """Between two looks whether the others have answered: only there does Python hear a signal."""
 
+HUSH_S = 2.0
+"""A rank that ends without a word leaves this to the one that speaks: ``torchrun`` ends the others 0.1 s after the
+first that ended."""
+
 
 class RankError(ValueError):
     """Processes that cannot be one run: says what to change."""
@@ -226,7 +230,14 @@ def require_alone(program: str) -> None:
         return
     if ranks.leads:
         print(f"error: {program} is one process, not {ranks.size}: start it with python -m {program}", file=sys.stderr)
+    else:
+        hush()
     sys.exit(2)
+
+
+def hush() -> None:
+    """Before the end of a rank for which another speaks."""
+    time.sleep(HUSH_S)
 
 
 def leave(code: int) -> NoReturn:

@@ -42,7 +42,7 @@ from grpo.examine import UnsoundReward, check_reward, examine, gather
 from grpo.ledger import LEDGER_VERSION, write_step
 from grpo.model_card import CardError, write_model_card
 from grpo.policy import ModelError, Policy, adapter_copy, load_policy, missing_parts, render_prompt, save_adapter
-from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, expected, joined, launcher, leave
+from grpo.ranks import ALONE, Elsewhere, RankError, RankLost, Ranks, expected, hush, joined, launcher, leave
 from grpo.recorded.terminal import error_lines, say_anyhow, tell, visible
 from grpo.rollout import PromptError, check_length, rollout
 from grpo.roofline import Costs, Rates, costs_of, floor_of, measure_rates, weights_read
@@ -615,9 +615,10 @@ def say_refused(error: Exception, ranks: Ranks | None) -> None:
     and another for what it alone has met."""
     leads = (ranks or expected()).leads
     if leads or (isinstance(error, RankError) if ranks is None else not isinstance(error, (Elsewhere, NotFinite))):
-        print(
-            error_lines(error if leads or ranks is None else RankError(f"rank {ranks.rank}: {error}")), file=sys.stderr
-        )
+        told = error if leads or ranks is None else RankError(f"rank {ranks.rank}: {error}")
+        print(error_lines(told), file=sys.stderr)
+    else:
+        hush()
 
 
 def say_stopped(error: BaseException, stop: Stop, ranks: Ranks, go_on: str) -> int:

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file
 
 from grpo import bench, evaluate
+from grpo import ranks as ranks_module
 from grpo.checkpoint import damage
 from grpo.config import EMBEDDED, ConfigError, load_config
 from grpo.lab import __main__ as lab
@@ -328,15 +329,19 @@ def stopped(pid: int) -> bool:
 
 
 def test_what_is_wrong_before_the_ranks_have_joined_is_said_once(tmp_path: Path) -> None:
+    """And the rank that is silent ends last: the first end of one is the end of all."""
+    started = time.monotonic()
     assert on_ranks(2, ranked.train, [TINY, "--set", "loss.betta=1"], log=tmp_path) == [2, 2]
     said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert said[0].count("error: ") == 1 and not said[1]
+    assert time.monotonic() - started >= ranks_module.HUSH_S
 
 
 @pytest.mark.parametrize("program", [evaluate, bench, lab])
 def test_programs_of_one_process_refuse_more(
     program: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(ranks_module, "HUSH_S", 0.0)
     for rank, count in ((0, 1), (1, 0)):
         for name, value in (STARTED | {"RANK": str(rank), "LOCAL_RANK": str(rank)}).items():
             monkeypatch.setenv(name, value)
