@@ -371,6 +371,26 @@ def test_a_lab_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureF
     assert times == {file: file.stat().st_mtime_ns for file in times}, "a finished run is not touched again"
     assert main(call(tmp_path, "--set", "train.steps=3")) == 2
     assert "was trained with other settings" in capsys.readouterr().err
+    whole = (tmp_path / "lab" / "lab.json").read_bytes()
+    assert main(call(tmp_path, runs="v46")) == 2
+    assert "holds 1 finished runs that are not asked for (v49 seed-7)" in capsys.readouterr().err
+    assert whole == (tmp_path / "lab" / "lab.json").read_bytes(), "no record is lost to a smaller one"
+    folder = tmp_path / "lab" / "runs" / "v49" / "seed-7"
+    for name in ("config.json", "eval.json", "eval", "adapter", "lab.json"):
+        kept = tmp_path / "kept"
+        (folder / name).rename(kept)
+        if name in ("config.json", "lab.json"):
+            (folder / name).write_text(
+                kept.read_text().replace('"learning_rate": ', '"learning_rate": 1') + "{" * (name[0] == "l")
+            )
+        assert main(call(tmp_path)) == 2, name
+        told = capsys.readouterr().err
+        wanted = "other values of optim.learning_rate" if name == "config.json" else "not whole any more"
+        assert told.count("error: ") == 1 and str(folder) in told and wanted in told, told
+        if (folder / name).exists():
+            (folder / name).unlink()
+        kept.rename(folder / name)
+    assert main(call(tmp_path)) == 0
 
 
 @pytest.mark.slow
@@ -382,8 +402,8 @@ def test_an_interrupted_lab_goes_on_where_it_was(tmp_path: Path) -> None:
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (folder / "checkpoints" / "step_000002").exists():
         time.sleep(0.1)
-    os.kill(started.pid, signal.SIGINT)
-    assert started.wait(60) == 130
+    os.kill(started.pid, signal.SIGTERM)
+    assert started.wait(60) == 143
     done = len((folder / "metrics.jsonl").read_text().splitlines())
     assert 2 <= done < 400, "the worker stopped with the lab"
     job = jobs(chosen(["v46"]), [7], tmp_path / "lab", laid)[0]
@@ -426,6 +446,8 @@ def test_a_worker_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
         (["--seeds", "x"], "--seeds x: expected distinct whole numbers"),
         (["--jobs", "0"], "--jobs 0: expected a whole number from 1"),
         (["--set", "train.stesp=1"], "did you mean steps?"),
+        (["--set", "train.seed=7"], "--set train.seed: the lab sets it for each run itself"),
+        (["--set", "evaluate.ends={}"], "names no set 'lab'"),
     ],
 )
 def test_bad_input_is_one_error(
@@ -433,6 +455,12 @@ def test_bad_input_is_one_error(
 ) -> None:
     assert main(["--out", str(tmp_path / "lab"), *more]) == 2
     assert said in capsys.readouterr().err and not (tmp_path / "lab").exists()
+
+
+def test_a_place_that_is_no_folder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "lab").write_text("a file")
+    assert main(["--out", str(tmp_path / "lab")]) == 2
+    assert "cannot be made: File exists" in capsys.readouterr().err
 
 
 # ---- the page -------------------------------------------------------------------------------------------------------

@@ -1,26 +1,32 @@
 """``python -m grpo.lab``: train the series, judge its claims, write one page and one record.
 
-Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted: the same command goes on.
+Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 (143, 129) interrupted: the same command goes on.
 """
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from grpo.config import ConfigError, load_config
+from grpo.config import Config, ConfigError, load_config
+from grpo.lab.claims import LAB
 from grpo.lab.page import render
 from grpo.lab.plan import PlanError, chosen
 from grpo.lab.record import lab_record
-from grpo.lab.runner import Job, LabError, cost_of, jobs, work
+from grpo.lab.runner import Job, LabError, check_place, cost_of, damaged, jobs, work
 from grpo.lab.seen import Seen, read_seen
 from grpo.ranks import require_alone
 from grpo.recorded.terminal import say_anyhow
 from grpo.report.__main__ import write
 from grpo.report.gather import ReportError
 from grpo.run import provenance, write_json
+from rewards.reading import read_json
 
 SEEDS = (42, 43, 44)
 
@@ -30,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m grpo.lab",
         description="Run the series of the model card again on the embedded world, and say what was reproduced.",
-        epilog="Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 interrupted: the same command goes on.",
+        epilog="Exit codes: 0 done, 1 some runs failed, 2 bad input, 130 (143, 129) stopped: the same command goes on.",
     )
     made.add_argument(
         "--runs", default="all", help="comma-separated: names, series, contrast, ablation, all (default: %(default)s)"
@@ -52,16 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     os.umask(0o077)
     try:
-        entries = chosen(("series" if arguments.short and arguments.runs == "all" else arguments.runs).split(","))
+        entries = chosen(
+            ("series" if arguments.short and arguments.runs == "all" else arguments.runs).replace(" ", "").split(",")
+        )
         seeds = _seeds(arguments.seeds)[: 1 if arguments.short else None]
         if arguments.jobs < 1:
             raise PlanError(f"--jobs {arguments.jobs}: expected a whole number from 1")
         configs = {e.name: load_config(e.config, [*e.overrides, *arguments.set])[0] for e in entries}
+        check_overrides(arguments.set, configs)
         todo = jobs(entries, seeds, arguments.out, arguments.set)
+        check_place(arguments.out, todo)
         print(
             f"lab       {len(entries)} recipes × {len(seeds)} seeds, {sum(job.done for job in todo)} done", flush=True
         )
-        failed = work(todo, at_once=arguments.jobs, tell=lambda line: print(line, flush=True))
+        with workers_ended():
+            failed = work(todo, at_once=arguments.jobs, tell=lambda line: print(line, flush=True))
         runs = [seen(job) for job in todo if job not in failed]
         if not runs:
             raise LabError("no run was finished:\n" + "\n".join(f"{j.name}: {why}" for j, why in failed.items()))
@@ -69,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "command": " ".join(["python -m grpo.lab", *(argv if argv is not None else sys.argv[1:])]),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             **provenance(f"cpu, {arguments.jobs} runs at once, 1 thread each"),
+            "commits_of_runs": commits(todo),
             **lab_record(entries, configs, runs),
             "failed": {job.name: why for job, why in failed.items()},
         }
@@ -88,10 +100,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
+def check_overrides(overrides: Sequence[str], configs: Mapping[str, Config]) -> None:
+    """Refuses what the lab sets itself, and runs that would not be evaluated on what it judges them by.
+
+    Raises:
+        PlanError: says which.
+    """
+    for override in overrides:
+        if (key := override.partition("=")[0].strip()) in ("train.seed", "lora.warm_start"):
+            raise PlanError(f"--set {key}: the lab sets it for each run itself: see --seeds and grpo/lab/plan.py")
+    if without := [name for name, config in configs.items() if LAB not in config.evaluate.ends]:
+        raise PlanError(f"evaluate.ends of {', '.join(without)} names no set {LAB!r}, by which the lab judges")
+
+
+def commits(todo: Sequence[Job]) -> dict[str, int]:
+    """Commit → how many of the runs were started with it; another than the record's where the lab was continued."""
+    files = [job.folder / "config.json" for job in todo]
+    return dict(Counter(str(read_json(file).get("commit")) for file in files if file.is_file()))
+
+
 def seen(job: Job) -> Seen:
+    """What a finished run shows. Raises `LabError` where its folder is not whole any more."""
     cost = cost_of(job)
     assert cost is not None
-    return read_seen(job.folder, job.entry.name, job.seed, seconds=cost.seconds, cpu_s=cost.cpu_s)
+    try:
+        found = read_seen(job.folder, job.entry.name, job.seed, seconds=cost.seconds, cpu_s=cost.cpu_s)
+        if not (found.before and found.after):
+            raise ValueError("it holds no evaluations")
+        return found
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, IndexError) as error:
+        raise damaged(job, error) from None
+
+
+@contextlib.contextmanager
+def workers_ended() -> Iterator[None]:
+    """SIGTERM and SIGHUP leave by way of what ends the workers, with the customary exit code."""
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    here = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, leave) for number in numbers if here}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _seeds(text: str) -> list[int]:

@@ -1,5 +1,6 @@
 """Trains the lab's runs: single-threaded workers, a run a worker, each run finished once and never again."""
 
+import itertools
 import json
 import os
 import resource
@@ -12,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from grpo.config import load_config
 from grpo.lab.plan import Entry
-from grpo.run import write_json
+from grpo.run import RunError, check_folder, write_json
+from rewards.reading import Unreadable, read_json
 
 DONE = "lab.json"
 """In a run's folder: the lab's own mark that it is finished, with its seconds."""
@@ -102,13 +105,55 @@ def cost_of(job: Job) -> Cost | None:
     mark = job.folder / DONE
     if not mark.is_file():
         return None
-    told = json.loads(mark.read_text(encoding="utf-8"))
-    if told["command"] != list(job.command[1:]):
+    try:
+        told = read_json(mark)
+        cost, command = Cost(told["seconds"], told["cpu_s"], told["resumed"]), list(told["command"])
+        if not (job.folder / "adapter").is_dir():
+            raise ValueError("its adapter is gone")
+    except (Unreadable, ValueError, KeyError, TypeError) as error:
+        raise damaged(job, error) from None
+    if command != list(job.command[1:]):
         raise LabError(
-            f"{job.folder}: was trained with other settings: `{' '.join(told['command'])}`; name another --out, or "
+            f"{job.folder}: was trained with other settings: `{' '.join(map(str, command))}`; name another --out, or "
             f"delete that folder"
         )
-    return Cost(told["seconds"], told["cpu_s"], told["resumed"])
+    return cost
+
+
+def damaged(job: Job, error: Exception) -> LabError:
+    """What to say of a finished run whose folder is not whole any more."""
+    what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    return LabError(
+        f"{job.folder}: finished, but not whole any more ({what}): delete it, and the same command trains it"
+    )
+
+
+def check_place(out: Path, todo: Sequence[Job]) -> None:
+    """Refuses a folder that cannot be made, one that holds finished runs which this lab was not asked for (its record
+    would lose them), and runs whose config has changed since.
+
+    Raises:
+        LabError: says which, and what to do.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LabError(f"--out {out}: cannot be made: {error.strerror}") from None
+    asked = {job.folder for job in todo}
+    if others := sorted(mark.parent for mark in out.glob(f"runs/*/seed-*/{DONE}") if mark.parent not in asked):
+        named = ", ".join(f"{folder.parent.name} {folder.name}" for folder in others[:5])
+        raise LabError(
+            f"{out}: holds {len(others)} finished runs that are not asked for ({named}{', …' * (len(others) > 5)}): "
+            f"its record would lose them; ask for them as well, or name another --out"
+        )
+    for job in todo:
+        cost_of(job)
+        if (job.folder / "config.json").is_file():
+            laid = [text for flag, text in itertools.pairwise(job.command) if flag == "--set"]
+            try:
+                check_folder(job.folder, load_config(job.entry.config, laid)[0], resume=True)
+            except RunError as error:
+                raise LabError(str(error)) from None
 
 
 def work(todo: Sequence[Job], *, at_once: int, tell: Callable[[str], None]) -> dict[Job, str]:
