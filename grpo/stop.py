@@ -61,19 +61,12 @@ class Stop:
             self._interruptible = False
 
     @contextlib.contextmanager
-    def within_grace(self, *, begun: bool = False) -> Iterator[None]:
-        """Inside, what has begun may finish: `Stopped` is raised `GRACE_S` after the signal.
-
-        Args:
-            begun: it has, on other ranks: a signal that came before leaves it its grace as well.
-        """
-        if not begun:
-            self.check()
+    def within_grace(self) -> Iterator[None]:
+        """Inside, what has begun may finish: `Stopped` is raised `GRACE_S` after the signal. On other ranks it has
+        begun before this one looks, so a signal that came before leaves it its grace as well."""
         self._timed = True
         try:
-            if not begun:
-                self.check()
-            elif self.requested is not None:
+            if self.requested is not None:
                 signal.setitimer(signal.ITIMER_REAL, GRACE_S)
             yield
         finally:

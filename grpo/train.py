@@ -137,7 +137,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
         batch = make_batch(groups, rewards, config)
         with keeping(setup, run, progress):
             agree_to_go_on(ranks, stop)
-        with stop.within_grace(begun=True):
+        with stop.within_grace():
             updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
         done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
@@ -178,7 +178,7 @@ def keeping(setup: Setup, run: Run, progress: Progress) -> Iterator[None]:
 def agree_to_go_on(ranks: Ranks, stop: Stop) -> None:
     """Raises `Stopped` where any rank was asked to stop: none begins an update that another has left. One that was
     asked still says so, to those that were not; others that do not answer have its grace."""
-    with stop.within_grace(begun=True):
+    with stop.within_grace():
         asked = [number for number in ranks.exchange(stop.requested) if number is not None]
     if asked:
         raise Stopped(asked[0])

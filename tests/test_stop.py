@@ -33,8 +33,6 @@ def test_what_writes_is_waited_for_and_what_comes_next_is_not_begun() -> None:
         done.append("written")
         with pytest.raises(Stopped), stop.at_once():
             done.append("begun")
-        with pytest.raises(Stopped), stop.within_grace():
-            done.append("begun")
     assert done == ["written"]
 
 
@@ -52,6 +50,20 @@ def test_what_has_begun_has_its_grace_and_no_more(monkeypatch: pytest.MonkeyPatc
         while time.monotonic() - started < 10:
             time.sleep(0.01)
     assert told.value.midway and time.monotonic() - started < 5
+
+
+def test_a_signal_that_came_before_leaves_what_others_began_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stop_module, "GRACE_S", 0.2)
+    done = []
+    with listening() as stop:
+        send()
+        with stop.within_grace():
+            done.append("finished")
+        started = time.monotonic()
+        with pytest.raises(Stopped) as told, stop.within_grace():
+            while time.monotonic() - started < 10:
+                time.sleep(0.01)
+    assert done == ["finished"] and told.value.midway and 0.1 < time.monotonic() - started < 5
 
 
 def test_the_grace_ends_with_what_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
