@@ -530,9 +530,10 @@ def check_alike(setup: Setup) -> None:
     """Raises `RankError` where a rank has other inputs than rank 0 or another base; of one that is sharded, what is
     whole on every rank is compared."""
     policy = setup.policy
+    if policy.ranks.size == 1:
+        return  # there is nobody to differ from, and inputs are read to be hashed
     frozen = [p for p in policy.model.parameters() if not p.requires_grad and not hasattr(p, "to_local")]
-    sums = [checksum([p]) for p in frozen] if policy.ranks.size > 1 else []
-    policy.ranks.alike(inputs(setup) | {"model.name's weights": sums})
+    policy.ranks.alike(inputs(setup) | {"model.name's weights": [checksum([p]) for p in frozen]})
 
 
 def start_alike(setup: Setup, progress: Progress) -> Progress:
@@ -623,17 +624,22 @@ def say_refused(error: Exception, ranks: Ranks | None) -> None:
 
 def say_stopped(error: BaseException, stop: Stop, ranks: Ranks, go_on: str) -> int:
     """Says once what ended a run that nothing was wrong with; the exit code. Where a signal was heard, a rank that is
-    lost is one that heard it too. Rank 0 speaks for all, and rank 1 when it may be rank 0 that is lost."""
-    if isinstance(error, RankLost) and stop.requested is None:
+    lost is one that heard it too. Rank 0 speaks for all, and rank 1 when it may be rank 0 that is lost: without a
+    signal, or with the one that torchrun sends then."""
+    lost = isinstance(error, RankLost)
+    mend = "if it said why, mend that first"
+    if lost and stop.requested is None:
         if ranks.rank < 2:
-            print(f"\nerror: rank {ranks.rank}: {error}; {go_on}", file=sys.stderr)
+            print(f"\nerror: rank {ranks.rank}: {error}; {mend}; {go_on}", file=sys.stderr)
         return 4
     stopped = error if isinstance(error, Stopped) else Stopped(stop.requested or signal.SIGINT)
+    torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
     with contextlib.suppress(OSError):  # after SIGHUP there may be nobody to tell
-        if ranks.leads:
-            torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
+        if ranks.leads or (ranks.rank == 1 and lost and torchrun):
+            who = "" if ranks.leads else f"rank {ranks.rank}: "
             why = " (torchrun sends it when another rank has ended)" if torchrun else ""
-            print(f"\nstopped by {stopped.name}{why}; {go_on}", file=sys.stderr)
+            what = f"; {mend}" if lost and torchrun else ""
+            print(f"\n{who}stopped by {stopped.name}{why}{what}; {go_on}", file=sys.stderr)
     return stopped.exit_code
 
 

@@ -12,7 +12,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,11 +22,14 @@ from safetensors.torch import load_file
 
 from grpo import bench, evaluate
 from grpo import ranks as ranks_module
+from grpo import train as train_module
 from grpo.checkpoint import damage
 from grpo.config import EMBEDDED, ConfigError, load_config
 from grpo.lab import __main__ as lab
 from grpo.ledger import read_step
-from grpo.ranks import ALONE, TORCHRUN, RankError, Ranks, joined, launcher
+from grpo.ranks import ALONE, TORCHRUN, RankError, RankLost, Ranks, joined, launcher
+from grpo.stop import Stop, Stopped
+from grpo.train import Setup, check_alike, say_stopped
 from tests import ranked
 from tests.ranked import on_ranks
 
@@ -232,7 +236,8 @@ def test_a_rank_is_killed_and_the_run_goes_on_with_one_and_then_with_two(
     os.kill(two.pid(1), signal.SIGKILL)
     assert two.results() == [4, None]
     said = (tmp_path / "rank0.log").read_text()
-    assert said.count("error: ") == 1 and "another rank ended" in said and "kept up to step_00000" in said
+    assert said.count("error: ") == 1 and "another rank ended" in said
+    assert "; if it said why, mend that first; kept up to step_00000" in said
 
     one = ranked.Job(1, ranked.train_slowly, [*argv, "--resume"], 1.0, log=tmp_path)
     wait_for(out / "checkpoints" / "step_000002")
@@ -322,6 +327,40 @@ def test_a_signal_ends_the_wait_for_a_rank_that_hangs_and_the_step_is_kept(world
     assert "SIGTERM (torchrun sends it when another rank has ended); kept up to step_000001" in said
     assert "go on with: torchrun --standalone --nproc-per-node 2 -m grpo.train" in said
     assert not damage(out / "checkpoints" / "step_000001")
+
+
+@pytest.mark.parametrize(
+    ("rank", "error", "heard", "code", "says"),
+    [
+        (0, RankLost("another rank ended"), None, 4, "\nerror: rank 0: another rank ended; {mend}; go on\n"),
+        (1, RankLost("another rank ended"), None, 4, "\nerror: rank 1: another rank ended; {mend}; go on\n"),
+        (2, RankLost("another rank ended"), None, 4, ""),
+        (0, RankLost("another rank ended"), signal.SIGTERM, 143, "\nstopped by SIGTERM{torchrun}; {mend}; go on\n"),
+        (1, RankLost("x"), signal.SIGTERM, 143, "\nrank 1: stopped by SIGTERM{torchrun}; {mend}; go on\n"),
+        (2, RankLost("another rank ended"), signal.SIGTERM, 143, ""),
+        (0, RankLost("another rank ended"), signal.SIGINT, 130, "\nstopped by SIGINT; go on\n"),
+        (1, RankLost("another rank ended"), signal.SIGINT, 130, ""),
+        (0, Stopped(signal.SIGTERM), signal.SIGTERM, 143, "\nstopped by SIGTERM{torchrun}; go on\n"),
+        (1, Stopped(signal.SIGTERM), signal.SIGTERM, 143, ""),
+    ],
+)
+def test_somebody_says_how_to_go_on_when_a_rank_is_lost(
+    rank: int, error: BaseException, heard: int | None, code: int, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also when it is rank 0 that is gone."""
+    stop = Stop()
+    stop.requested = heard
+    assert say_stopped(error, stop, Ranks(rank, 3), "go on") == code
+    wanted = says.format(
+        mend="if it said why, mend that first", torchrun=" (torchrun sends it when another rank has ended)"
+    )
+    assert capsys.readouterr().err == wanted
+
+
+def test_one_rank_hashes_nothing_to_be_at_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_module, "inputs", lambda setup: pytest.fail("the inputs were read"))
+    policy = SimpleNamespace(ranks=ALONE, model=torch.nn.Linear(1, 1))
+    check_alike(cast(Setup, SimpleNamespace(policy=policy)))
 
 
 def stopped(pid: int) -> bool:
