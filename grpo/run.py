@@ -26,7 +26,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from grpo.checkpoint import Progress, prune
 from grpo.config import Config, Source
@@ -44,6 +46,37 @@ FREE = {"model.shard", "train.rank_timeout_s"}
 
 class RunError(ValueError):
     """A run folder that cannot be used as asked."""
+
+
+_Count = Annotated[int, Field(ge=0)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Intervals(BaseModel):
+    model_config = ConfigDict(strict=True)
+
+    exact: Annotated[list[_Share], FailFast()]
+
+
+class _Evaluation(BaseModel):
+    """What a record of ``eval.json`` is sorted and shown by; what else it holds is kept as it is."""
+
+    model_config = ConfigDict(strict=True)
+
+    cases: str
+    thinking: str
+    step: _Count
+    n: _Count
+    exact: _Share
+    adjacent: _Share
+    dangerous_under: _Share
+    no_parse: _Share
+    clipped_ratio: _Share
+    intervals: _Intervals = _Intervals(exact=[])
+    """A record written before there were any has none."""
+
+
+_EVALUATIONS = TypeAdapter(Annotated[list[_Evaluation], FailFast()])
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,12 +284,13 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The records of ``eval.json``. Raises `RunError` where it holds anything else."""
-    records = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
-    if not isinstance(records, list):
-        raise RunError(f"{run.evaluations}: not the evaluations of a run: expected a list")
-    for number, one in enumerate(records, 1):
-        if key := _odd_key(one):
-            raise RunError(f"{run.evaluations}: not the evaluations of a run: {key} of record {number}")
+    records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
+    try:
+        _EVALUATIONS.validate_python(records)
+    except ValidationError as error:
+        where = error.errors(include_input=False, include_url=False)[0]["loc"]
+        odd = f"{(*where, 'the keys')[1]} of record {int(where[0]) + 1}" if where else "expected a list"
+        raise RunError(f"{run.evaluations}: not the evaluations of a run: {odd}") from None
     return records
 
 
@@ -313,31 +347,6 @@ def _read_json(path: Path) -> Any:
         return read_json(path, most=64 * MEBIBYTE)
     except Unreadable as error:
         raise RunError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
-
-
-_SHOWN = ("exact", "adjacent", "dangerous_under", "no_parse", "clipped_ratio")
-
-
-def _odd_key(record: object) -> str:
-    """The first key that is missing or no value of its kind, of those that an evaluation is sorted or shown by."""
-    if not isinstance(record, dict):
-        return "the keys"
-    for key in ("cases", "thinking"):
-        if not isinstance(record.get(key), str):
-            return key
-    for key in ("step", "n"):
-        if type(record.get(key)) is not int or record[key] < 0:
-            return key
-    for key in _SHOWN:
-        if not _is_share(record.get(key)):
-            return key
-    spans = record.get("intervals", {"exact": []})
-    spans = spans.get("exact") if isinstance(spans, dict) else None
-    return "" if isinstance(spans, list) and all(map(_is_share, spans)) else "intervals"
-
-
-def _is_share(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1  # type: ignore[operator]
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:

@@ -15,7 +15,17 @@ from grpo.config import Config, Source, load_config
 from grpo.inspect import main as inspect
 from grpo.replay import main as replay
 from grpo.report.__main__ import main as report
-from grpo.run import Run, RunError, add_evaluation, add_metrics, check_folder, continue_run, is_started, locked
+from grpo.run import (
+    Run,
+    RunError,
+    add_evaluation,
+    add_metrics,
+    check_folder,
+    continue_run,
+    evaluations,
+    is_started,
+    locked,
+)
 from grpo.run import start_run as start
 from rewards import load_reward
 from tests.recorded_runs import recorded
@@ -204,6 +214,23 @@ def test_records_of_anything_are_one_error_and_nothing_is_touched(
         continue_run(run.path, Progress(0), made[0], INPUTS)
     assert says in str(told.value)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+
+def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted(run: Run) -> None:
+    right = {"step": 1, "cases": "t", "thinking": "on", **RATES, "more": {"secret": [None]}}
+    run.evaluations.write_text(json.dumps([right, {k: v for k, v in right.items() if k != "intervals"}]))
+    assert evaluations(run)[0] == right, "what is not checked is kept"
+    odd: list[tuple[str, object]] = [
+        ("cases", 7), ("thinking", None), ("thinking", ["secret" * 1000]), ("step", -1), ("step", 1.0), ("n", "secret"),
+        ("n", True), ("exact", "0.5"), ("exact", True), ("adjacent", 1.1), ("no_parse", -0.1), ("clipped_ratio", {}),
+        ("intervals", None), ("intervals", {}), ("intervals", {"exact": None}), ("intervals", {"exact": [0.1, 2]}),
+        ("intervals", {"exact": ["secret"]}), ("dangerous_under", ["secret"]),
+    ]  # fmt: skip
+    for key, value in odd:
+        run.evaluations.write_text(json.dumps([right, right | {key: value}, {"secret": value}]))
+        with pytest.raises(RunError) as told:
+            evaluations(run)
+        assert str(told.value) == f"{run.evaluations}: not the evaluations of a run: {key} of record 2", value
 
 
 @pytest.mark.parametrize(
