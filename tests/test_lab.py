@@ -5,11 +5,12 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -351,6 +352,51 @@ def call(tmp_path: Path, *more: str, runs: str = "v49") -> list[str]:
     return ["--runs", runs, "--seeds", "7", "--out", str(tmp_path / "lab"), *laid, *more]
 
 
+WEIGHTS = "adapter_model.safetensors"
+ANSWERS = "step_000002_lab_on.jsonl"
+
+
+def gone(name: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+def written(name: str, change: Callable[[str], str]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        text = (folder / name).read_text("latin-1")
+        (folder / name).write_text(change(text), "latin-1")
+
+    return damage
+
+
+def a_line_short(name: str) -> Callable[[Path], None]:
+    return written(name, lambda text: "".join(text.splitlines(keepends=True)[:-1]))
+
+
+DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
+    "another config": (
+        written("config.json", lambda text: text.replace('"learning_rate": ', '"learning_rate": 1')),
+        "…was started with other values of optim.learning_rate: resume with the config and --set it has, or start a "
+        "new run with --out; or delete ",
+    ),
+    "no evaluations": (gone("eval.json"), "ValueError: it holds no evaluations"),
+    "no answers": (gone("eval"), "FileNotFoundError: "),
+    "answers cut": (a_line_short(f"eval/{ANSWERS}"), f"ReportError: eval/{ANSWERS}: holds 5 of 6 answers"),
+    "no metrics": (gone("metrics.jsonl"), "ReportError: metrics.jsonl: holds 0 of 2 steps"),
+    "metrics cut": (a_line_short("metrics.jsonl"), "ReportError: metrics.jsonl: holds 1 of 2 steps"),
+    "metrics torn": (written("metrics.jsonl", lambda text: text[:-9]), "ReportError: metrics.jsonl: holds 1 of 2"),
+    "ledger cut": (a_line_short("ledger/index.jsonl"), "ReportError: ledger/index.jsonl: holds 1 of 2 steps"),
+    "no adapter": (gone("adapter"), "ValueError: its adapter is gone"),
+    "an adapter without weights": (gone(f"adapter/{WEIGHTS}"), "ValueError: its adapter is gone"),
+    "an adapter of no bytes": (written(f"adapter/{WEIGHTS}", lambda text: ""), "ValueError: its adapter is gone"),
+    "a torn mark": (written("lab.json", lambda text: text + "{"), "Unreadable: not valid JSON"),
+}
+"""What happened to a finished run's folder, and what is said of it."""
+
+
 @pytest.mark.slow
 def test_a_lab_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(call(tmp_path)) == 0
@@ -376,20 +422,17 @@ def test_a_lab_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureF
     assert "holds 1 finished runs that are not asked for (v49 seed-7)" in capsys.readouterr().err
     assert whole == (tmp_path / "lab" / "lab.json").read_bytes(), "no record is lost to a smaller one"
     folder = tmp_path / "lab" / "runs" / "v49" / "seed-7"
-    for name in ("config.json", "eval.json", "eval", "adapter", "lab.json"):
+    for name, (damage, says) in DAMAGES.items():
         kept = tmp_path / "kept"
-        (folder / name).rename(kept)
-        if name in ("config.json", "lab.json"):
-            (folder / name).write_text(
-                kept.read_text().replace('"learning_rate": ', '"learning_rate": 1') + "{" * (name[0] == "l")
-            )
+        shutil.copytree(folder, kept)
+        damage(folder)
         assert main(call(tmp_path)) == 2, name
         told = capsys.readouterr().err
-        wanted = "other values of optim.learning_rate" if name == "config.json" else "not whole any more"
-        assert told.count("error: ") == 1 and str(folder) in told and wanted in told, told
-        if (folder / name).exists():
-            (folder / name).unlink()
-        kept.rename(folder / name)
+        assert told.count("error: ") == told.count("\n") == 1 and told.count(str(folder)) <= 2, name
+        wanted = f"{folder}: finished, but not whole any more ({says}" if says[0] != "…" else says[1:]
+        assert wanted in told and str(folder) in told, (name, told)
+        shutil.rmtree(folder)
+        kept.rename(folder)
     assert main(call(tmp_path)) == 0
 
 
@@ -446,7 +489,16 @@ def test_a_worker_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
         (["--seeds", "x"], "--seeds x: expected distinct whole numbers"),
         (["--jobs", "0"], "--jobs 0: expected a whole number from 1"),
         (["--set", "train.stesp=1"], "did you mean steps?"),
-        (["--set", "train.seed=7"], "--set train.seed: the lab sets it for each run itself"),
+        *(
+            (["--set", f"{key}={value}"], f"--set {key}: the lab sets the seed and the warm start of each run itself")
+            for key, value in (
+                ("train.seed", "7"),
+                ("lora.warm_start", "x"),
+                ("train", "{steps=2, seed=1, max_skipped_steps=3}"),
+                ("lora", '{r=4, alpha=4, dropout=0, target_modules=["q_proj"], warm_start="embedded:v43"}'),
+            )
+        ),
+        (["--set", "train . seed=7"], "--set train.seed: the lab sets"),
         (["--set", "evaluate.ends={}"], "names no set 'lab'"),
     ],
 )
@@ -472,6 +524,7 @@ def made_record(**more: Any) -> dict[str, Any]:
     runs = [run for seed in (1, 2) for run in all_of({}, seed)]
     runs += [replace(made_up("v49", seed, {}), name="no-kl") for seed in (1, 2)]
     facts = {"command": "python -m grpo.lab", "finished": "2026-01-01T00:00:00+00:00", "commit": None}
+    facts |= {"commits_of_runs": {"a" * 40: 8, "unknown": 2}}
     facts |= {"machine": {"platform": "a machine"}, "versions": {"torch": "2.13"}, "failed": {}}
     return {**facts, **lab_record(entries, configs, runs), **more}
 
@@ -483,6 +536,8 @@ def test_the_page_says_what_was_reproduced() -> None:
     for claim in CLAIMS:
         assert claim.says in page
     assert page.count("<svg") == 2 and "no-kl" in page and "98.0 %" in page
+    assert f"<dt>Runs</dt><dd>8 with commit {'a' * 12}; 2 with commit unknown</dd>" in page
+    assert "all but from-base start from v46" in page and "same starts" not in page
     assert json.loads(json.dumps(record, allow_nan=False)) == json.loads(json.dumps(record))
 
 

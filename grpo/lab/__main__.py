@@ -107,8 +107,12 @@ def check_overrides(overrides: Sequence[str], configs: Mapping[str, Config]) -> 
         PlanError: says which.
     """
     for override in overrides:
-        if (key := override.partition("=")[0].strip()) in ("train.seed", "lora.warm_start"):
-            raise PlanError(f"--set {key}: the lab sets it for each run itself: see --seeds and grpo/lab/plan.py")
+        key = ".".join(part.strip() for part in override.partition("=")[0].split("."))
+        if key in ("train.seed", "lora.warm_start", "train", "lora"):  # a whole table would replace them
+            raise PlanError(
+                f"--set {key}: the lab sets the seed and the warm start of each run itself: see --seeds and "
+                f"grpo/lab/plan.py"
+            )
     if without := [name for name, config in configs.items() if LAB not in config.evaluate.ends]:
         raise PlanError(f"evaluate.ends of {', '.join(without)} names no set {LAB!r}, by which the lab judges")
 
@@ -116,7 +120,7 @@ def check_overrides(overrides: Sequence[str], configs: Mapping[str, Config]) -> 
 def commits(todo: Sequence[Job]) -> dict[str, int]:
     """Commit → how many of the runs were started with it; another than the record's where the lab was continued."""
     files = [job.folder / "config.json" for job in todo]
-    return dict(Counter(str(read_json(file).get("commit")) for file in files if file.is_file()))
+    return dict(Counter(str(read_json(file).get("commit") or "unknown") for file in files if file.is_file()))
 
 
 def seen(job: Job) -> Seen:

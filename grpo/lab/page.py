@@ -169,7 +169,10 @@ def parts(record: Mapping[str, Any]) -> Iterator[Part]:
         )
     if table := ablations(record):
         yield Part(
-            "ablations", "What carries the result", "One change each, against v49; same seeds, same starts.", table
+            "ablations",
+            "What carries the result",
+            "One change each, against v49; same seeds; all but from-base start from v46.",
+            table,
         )
     if table := generalisation(record):
         yield Part(
@@ -311,6 +314,7 @@ def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     if record["commit"]:
         yield "Commit", record["commit"][:12]
+    yield "Runs", "; ".join(f"{count} with commit {commit[:12]}" for commit, count in record["commits_of_runs"].items())
 
 
 def share(rate: Mapping[str, Any] | None) -> str:

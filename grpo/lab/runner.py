@@ -16,7 +16,7 @@ from typing import IO
 from grpo.config import load_config
 from grpo.lab.plan import Entry
 from grpo.run import RunError, check_folder, write_json
-from rewards.reading import Unreadable, read_json
+from rewards.reading import Unreadable, is_regular, read_json
 
 DONE = "lab.json"
 """In a run's folder: the lab's own mark that it is finished, with its seconds."""
@@ -108,7 +108,8 @@ def cost_of(job: Job) -> Cost | None:
     try:
         told = read_json(mark)
         cost, command = Cost(told["seconds"], told["cpu_s"], told["resumed"]), list(told["command"])
-        if not (job.folder / "adapter").is_dir():
+        adapter = job.folder / "adapter" / "adapter_model.safetensors"
+        if not (is_regular(adapter) and adapter.stat().st_size):
             raise ValueError("its adapter is gone")
     except (Unreadable, ValueError, KeyError, TypeError) as error:
         raise damaged(job, error) from None
@@ -122,7 +123,8 @@ def cost_of(job: Job) -> Cost | None:
 
 def damaged(job: Job, error: Exception) -> LabError:
     """What to say of a finished run whose folder is not whole any more."""
-    what = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+    told = str(error).replace(f"{job.folder}{os.sep}", "")  # which folder, the line says once
+    what = f"{type(error).__name__}: {told}".splitlines()[0][:200]
     return LabError(
         f"{job.folder}: finished, but not whole any more ({what}): delete it, and the same command trains it"
     )
@@ -153,7 +155,7 @@ def check_place(out: Path, todo: Sequence[Job]) -> None:
             try:
                 check_folder(job.folder, load_config(job.entry.config, laid)[0], resume=True)
             except RunError as error:
-                raise LabError(str(error)) from None
+                raise LabError(f"{error}; or delete {job.folder}, to have it trained again") from None
 
 
 def work(todo: Sequence[Job], *, at_once: int, tell: Callable[[str], None]) -> dict[Job, str]:

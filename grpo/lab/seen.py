@@ -10,7 +10,7 @@ from grpo.cases import load_jsonl
 from grpo.evaluation.agreement import clustered_wilson, mcnemar
 from grpo.evaluation.rates import RATES, RateTest
 from grpo.ledger import ledger_steps, read_step
-from grpo.report.gather import Metrics, RunRecord, read_run
+from grpo.report.gather import Metrics, ReportError, RunRecord, read_run
 
 MODES = ("on", "off")
 Interval = tuple[float, float]
@@ -138,9 +138,10 @@ def read_seen(folder: Path, name: str, seed: int, *, seconds: float, cpu_s: floa
     """What a finished run's folder holds.
 
     Raises:
-        ReportError: a damaged folder.
+        ReportError: a damaged folder; a file cut at a line's end is one, whose figures would be over fewer cases.
     """
     run = read_run(folder)
+    _require(folder / "metrics.jsonl", len(run.metrics), run.config.train.steps, "steps")
     tags = tags_of(run)
     answers: dict[tuple[str, Place], tuple[Said, ...]] = {}
     steps = {(e.cases, e.thinking): e.step for e in run.evaluations}  # the last of each place
@@ -148,12 +149,14 @@ def read_seen(folder: Path, name: str, seed: int, *, seconds: float, cpu_s: floa
         when = "after" if e.step == steps[e.cases, e.thinking] else "before" if e.step == 0 else ""
         if when:
             file = folder / "eval" / f"step_{e.step:06d}_{e.cases}_{e.thinking}.jsonl"
-            answers[when, (e.cases, e.thinking)] = _read(file)
+            answers[when, (e.cases, e.thinking)] = said = _read(file)
+            _require(file, len(said), e.n, "answers")
     found = {
         when: {place: rates(said, tags) for (then, place), said in answers.items() if then == when}
         for when in ("before", "after")
     }
     more = {row["step"]: row for row in rolled(folder)}
+    _require(folder / "ledger" / "index.jsonl", len(more), run.config.train.steps // run.config.ledger.every, "steps")
     metrics = tuple(row | more.get(row["step"], {}) for row in run.metrics)
     return Seen(name, seed, found["before"], found["after"], metrics, seconds, cpu_s, answers)
 
@@ -177,6 +180,11 @@ def tags_of(run: RunRecord) -> dict[str, tuple[str, ...]]:
     """Case id → tags, over the sets that the run was evaluated on."""
     files = {**run.config.evaluate.ends, **run.config.evaluate.during}
     return {case.id: case.tags for file in files.values() for case in load_jsonl(file)}
+
+
+def _require(file: Path, held: int, due: int, what: str) -> None:
+    if held != due:
+        raise ReportError(f"{file}: holds {held} of {due} {what}")
 
 
 def _read(file: Path) -> tuple[Said, ...]:
