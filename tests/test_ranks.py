@@ -29,7 +29,8 @@ from grpo.lab import __main__ as lab
 from grpo.ledger import read_step
 from grpo.ranks import ALONE, TORCHRUN, RankError, RankLost, Ranks, joined, launcher
 from grpo.stop import Stop, Stopped
-from grpo.train import Setup, check_alike, say_stopped
+from grpo.train import Setup, check_alike, say_refused, say_stopped
+from grpo.update import OutOfMemory
 from tests import ranked
 from tests.ranked import on_ranks
 
@@ -355,6 +356,12 @@ def test_somebody_says_how_to_go_on_when_a_rank_is_lost(
         mend="if it said why, mend that first", torchrun=" (torchrun sends it when another rank has ended)"
     )
     assert capsys.readouterr().err == wanted
+
+
+def test_a_rank_out_of_memory_says_so_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    """As the README has it; what rank 0 has said already is said once."""
+    say_refused(OutOfMemory("a micro-batch of 4 rows does not fit"), Ranks(1, 2))
+    assert capsys.readouterr().err == "error: rank 1: a micro-batch of 4 rows does not fit\n"
 
 
 def test_one_rank_hashes_nothing_to_be_at_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
