@@ -307,6 +307,24 @@ def token_weights(
     return weights.to(torch.float32)
 
 
+def silent_rows(advantages: Tensor, token_weights: Tensor, *, beta: float) -> Tensor:
+    """Completions whose gradient is zero whatever the policy, [N] bool: no token of theirs weighs anything, or they
+    have no advantage and there is no KL.
+
+    Args:
+        advantages: [N].
+        token_weights: [N,T].
+        beta: >= 0, the weight of the KL term.
+
+    >>> silent_rows(torch.tensor([1.0, 0.0]), torch.tensor([[0.0, 0.0], [0.5, 0.0]]), beta=0.1).tolist()
+    [True, False]
+    >>> silent_rows(torch.tensor([1.0, 0.0]), torch.tensor([[0.5, 0.5], [0.5, 0.0]]), beta=0.0).tolist()
+    [False, True]
+    """
+    weightless = (token_weights == 0).all(dim=1)
+    return weightless if beta > 0 else weightless | (advantages == 0)
+
+
 # --- the loss ---------------------------------------------------------------------------------------------
 
 

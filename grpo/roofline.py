@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from grpo.config import Config
+from grpo.loss import silent_rows
 from grpo.types import Step
 
 SCAN_FLOPS = 8
@@ -204,14 +205,14 @@ def columns_seen(tokens: int, window: int | None) -> int:
 
 
 def work_of(step: Step, config: Config) -> Work:
-    """The tokens of a step that was taken. Rows without an advantage need no backward pass if beta is 0."""
+    """The tokens of a step that was taken. Rows that cannot move the policy need no backward pass."""
     groups = step.groups
-    signal = (step.batch.advantages != 0).tolist()
+    silent = silent_rows(step.batch.advantages, step.batch.token_weights, beta=config.loss.beta).tolist()
     return Work(
         prompts=tuple(len(group.prompt.ids) for group in groups),
         owners=tuple(b for b, group in enumerate(groups) for _ in group.completions),
         lengths=tuple(len(completion.ids) for group in groups for completion in group.completions),
-        trained=tuple(config.loss.beta > 0 or one for one in signal),
+        trained=tuple(not one for one in silent),
     )
 
 

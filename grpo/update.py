@@ -7,7 +7,8 @@
 Rows of one prompt stay together, so that it is computed once; the long ones come first, so that memory that does not
 suffice is missed at once. Since the loss is a plain sum, the cut changes nothing but memory. Old log-probabilities are
 the first epoch's own: the policy has not moved before its first optimiser step, so they cost no forward pass and the
-ratio is exactly 1 there. Rows that cannot move the policy (no advantage, and no KL) are scored without a backward pass.
+ratio is exactly 1 there. Rows that cannot move the policy (no weight, or no advantage and no KL) are scored without a
+backward pass.
 """
 
 import gc
@@ -26,7 +27,7 @@ from grpo.forward.memory import Room, room
 from grpo.forward.modules import predicting_states_by_modules
 from grpo.forward.shared_prefix import predicting_states_shared, shared
 from grpo.logprobs import spread, token_logprobs
-from grpo.loss import LossTerms, grpo_loss
+from grpo.loss import LossTerms, grpo_loss, silent_rows
 from grpo.policy import Policy, adapter_swapped
 from grpo.types import Batch, TokenRecord
 
@@ -251,7 +252,8 @@ def micro_batches(batch: Batch, space: Room, *, beta: float, rows: Sequence[int]
     """The rows, cut into pieces that fit ``space``; rows of one prompt stand together, the longest first.
 
     Args:
-        beta: with 0, rows of no advantage are silent and come last, in pieces of their own.
+        beta: of the KL, which moves rows of no advantage too. Rows that are silent (`grpo.loss.silent_rows`) come last,
+            in pieces of their own.
         rows: None for all.
     """
     prompts = batch.prompt_ids
@@ -261,7 +263,7 @@ def micro_batches(batch: Batch, space: Room, *, beta: float, rows: Sequence[int]
         longest[prompt] = max(length, longest.get(prompt, 0))
     every = range(len(lengths)) if rows is None else rows
     order = sorted(every, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
-    silent = [beta == 0 and float(a) == 0 for a in batch.advantages]
+    silent = silent_rows(batch.advantages, batch.token_weights, beta=beta).tolist()
     cuts: list[Cut] = []
     for kind in (False, True):
         piece: list[int] = []

@@ -28,6 +28,7 @@ def with_lengths(batch: Batch, lengths: list[int]) -> Batch:
         prompt_ids=tuple(prompts[i % 2] for i in range(len(lengths))),
         completion_ids=tuple((7,) * n for n in lengths),
         advantages=torch.arange(len(lengths), dtype=torch.float64) % 3,
+        token_weights=(torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).float(),
     )
 
 
@@ -57,6 +58,49 @@ def test_rows_without_signal_come_last_unless_the_kl_moves_them(batch: Batch) ->
     cuts = micro_batches(batch, Room(9, None, True), beta=0.0)
     assert [(cut.rows.tolist(), cut.silent) for cut in cuts] == [([5, 1, 4, 2], False), ([3, 0], True)]
     assert not any(cut.silent for cut in micro_batches(batch, Room(9, None, True), beta=0.1))
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.1])
+def test_rows_without_weight_are_silent_whatever_moves_the_others(batch: Batch, beta: float) -> None:
+    batch.token_weights[[1, 5]] = 0
+    cuts = micro_batches(batch, Room(9, None, True), beta=beta)
+    assert [sorted(cut.rows.tolist()) for cut in cuts if cut.silent] == [[1, 5] if beta else [0, 1, 3, 5]]
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.4])
+def test_masked_rows_cost_no_backward_and_change_nothing(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, beta: float
+) -> None:
+    """Nor what is recorded of them."""
+    policy, config = make_policy(), config_with(f"loss.beta={beta}", "optim.inner_epochs=2")
+    batch = batch_of(policy, config)
+    masked = [0, 5, 6, 10]
+    weights = batch.token_weights.clone()
+    weights[masked] = 0
+    batch = replace(batch, token_weights=weights)
+    trained: set[int] = set()
+    plain = grpo.update.score
+
+    def watched(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+        if torch.is_grad_enabled():
+            trained.update(cut.rows.tolist())
+        return plain(policy, batch, cut, temperature)
+
+    monkeypatch.setattr(grpo.update, "score", watched)
+    done: list[Any] = []
+
+    def keeping(*args: Any, **kwargs: Any) -> None:
+        done.append(update(*args, **kwargs))
+
+    skipped = gradients(policy, batch, config, run=keeping)
+    assert trained == set(range(12 if beta else 8)) - set(masked), "the third group has no advantage"
+    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (Cut(torch.arange(12)),))
+    close(skipped, gradients(policy, batch, config, run=keeping))
+    assert trained == set(range(12))
+    silent, whole = (one.tokens for one in done)
+    for name in ("logprobs", "entropy", "ref_logprobs")[: 3 if beta else 2]:
+        torch.testing.assert_close(getattr(silent, name), getattr(whole, name), atol=2e-5, rtol=1e-5)
+    assert done[0].figures == pytest.approx(done[1].figures, rel=1e-5, abs=1e-7)
 
 
 def test_silent_rows_cost_no_backward_and_change_nothing(

@@ -172,7 +172,8 @@ def test_a_step_is_read_off_its_groups_and_its_batch() -> None:
         rows = [SimpleNamespace(ids=(1,) * n) for n in lengths]
         return SimpleNamespace(prompt=SimpleNamespace(ids=(1,) * prompt), completions=rows)
 
-    batch = SimpleNamespace(advantages=torch.tensor([1.0, -1.0, 0.0, 0.0]))
+    weights = torch.tensor([[0.2, 0.2, 0, 0, 0], [0.0] * 5, [0.1, 0, 0, 0, 0], [0.1, 0, 0, 0, 0]])  # the second: masked
+    batch = SimpleNamespace(advantages=torch.tensor([1.0, -1.0, 0.0, 0.0]), token_weights=weights)
     dropped = (SimpleNamespace(lengths=(4, 4)),)
     step: Any = SimpleNamespace(groups=(group(3, 2, 5), group(6, 1, 1)), batch=batch, dropped=dropped)
     costs, rates = Costs(100, 10, 1, 2, 8, 3, (Attention(None, 2, 4),)), Rates(1e3, 1e4)
@@ -182,8 +183,8 @@ def test_a_step_is_read_off_its_groups_and_its_batch() -> None:
         expected = step_floor(costs, rates, work, inner_epochs=2, dropped=[4, 4], **more)
         assert floor_of(step, config, costs, rates) == expected
 
-    floor("0.04", Work((3, 6), (0, 0, 1, 1), (2, 5, 1, 1), (True,) * 4), reference=True)
-    floor("0.0", Work((3, 6), (0, 0, 1, 1), (2, 5, 1, 1), (True, True, False, False)), reference=False)
+    floor("0.04", Work((3, 6), (0, 0, 1, 1), (2, 5, 1, 1), (True, False, True, True)), reference=True)
+    floor("0.0", Work((3, 6), (0, 0, 1, 1), (2, 5, 1, 1), (True, False, False, False)), reference=False)
 
 
 def test_the_rates_are_those_of_a_machine() -> None:
