@@ -24,18 +24,13 @@ from torch import Tensor
 from grpo.cases import row_key
 from grpo.config import Config
 from grpo.forward.memory import Room, room
-from grpo.forward.modules import predicting_states_by_modules
-from grpo.forward.shared_prefix import predicting_states_shared, shared
+from grpo.forward.passes import forward_of
 from grpo.logprobs import spread, token_logprobs
 from grpo.loss import LossTerms, grpo_loss, silent_rows
 from grpo.policy import Policy, adapter_swapped
 from grpo.types import Batch, TokenRecord
 
 T = TypeVar("T")
-Forward = Callable[[Policy, Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
-"""(policy, N prompts, N completions) → the hidden states [M,H] that predict the completion tokens."""
-FORWARDS: dict[str, Forward] = {"shared": predicting_states_shared, "modules": predicting_states_by_modules}
-"""Qwen3.5, each prompt once; any causal language model, row by row."""
 SCHEDULES: dict[str, Callable[[float], float]] = {
     "constant": lambda done: 1.0,
     "linear": lambda done: 1.0 - done,
@@ -282,7 +277,7 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
     the micro-batch's own widest row."""
     rows = cut.rows.tolist()
     completions = [batch.completion_ids[i] for i in rows]
-    forward = FORWARDS["shared" if shared(policy) else "modules"]
+    forward = forward_of(policy)
     targets = torch.tensor([token for ids in completions for token in ids], device=policy.device)
     head = policy.head
     logprobs, entropy = token_logprobs(

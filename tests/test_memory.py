@@ -12,6 +12,7 @@ import grpo.policy
 import grpo.update
 from grpo.forward import memory
 from grpo.forward.memory import Room, kept_bytes, room
+from grpo.forward.passes import FORWARDS
 from grpo.free_memory import free_bytes, group_rooms, host_available
 from grpo.policy import ModelError, Policy, load_base
 from grpo.train import INPUT_ERRORS
@@ -152,6 +153,24 @@ def test_what_is_kept_grows_with_the_row_and_holds_no_weights(make_policy: Calla
     assert 1.5 * short < long < 2.5 * short
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     assert kept_bytes(policy, (1,), (2,)) < weights
+
+
+@pytest.mark.parametrize(("dropout", "name"), [(0.0, "shared"), (0.1, "modules")])
+def test_what_is_measured_is_what_is_trained_through(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, dropout: float, name: str
+) -> None:
+    policy, config = make_policy(dropout=dropout), config_with()
+    batch = batch_of(policy, config)
+    plain, calls = FORWARDS[name], []
+
+    def watched(*given: Any) -> Any:
+        calls.append(len(given[1]))
+        return plain(*given)
+
+    monkeypatch.setitem(FORWARDS, name, watched)
+    kept_bytes(policy, (1,) * 4, (2,) * 4)
+    grpo.update.score(policy, batch, Cut(torch.arange(12)), 1.0)
+    assert calls == [1, 12]
 
 
 def test_what_checkpointing_saves_is_seen_on_every_path(make_policy: Callable[..., Policy]) -> None:

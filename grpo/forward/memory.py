@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from grpo.config import Optim
-from grpo.forward.modules import predicting_states_by_modules
-from grpo.forward.shared_prefix import predicting_states_shared, shared
+from grpo.forward.passes import forward_of
+from grpo.forward.shared_prefix import shared
 from grpo.free_memory import free_bytes
 from grpo.policy import Policy
 from grpo.types import Batch
@@ -78,7 +78,7 @@ def kept_bytes(policy: Policy, prompt: Sequence[int], completion: Sequence[int])
     def unpack(tensor: Tensor) -> Any:
         return tensor
 
-    forward = predicting_states_shared if shared(policy) else predicting_states_by_modules
+    forward = forward_of(policy)
     was_training = policy.model.training
     policy.model.train()  # else the modules' checkpointing is off
     try:
