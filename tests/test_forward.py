@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from grpo.engine.gated_delta import gated_delta_step_torch
+from grpo.forward import shared_prefix
 from grpo.forward.gated_delta import chunked_scan, gated_delta_scan, unit_lower_inverse
-from grpo.forward.layers import Linear, causal_conv, from_grid, linear, rms_norm, swiglu, to_grid
+from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
 from grpo.forward.memory import kept_bytes
 from grpo.forward.modules import predicting_states_by_modules
 from grpo.forward.shared_prefix import lay_out, predicting_states_shared, read_linear, shared
 from grpo.policy import Policy
+from tests.conftest import TARGETS
 
 Ids = list[tuple[int, ...]]
 
@@ -44,6 +46,8 @@ def test_the_written_derivatives_are_the_true_ones() -> None:
     assert gradcheck(lambda x: to_grid(x, slots, 2, 3), (drawn(3, 2),))
     assert gradcheck(lambda x: from_grid(x, slots), (drawn(2, 3, 2),))
     assert gradcheck(unit_lower_inverse, (drawn(2, 8, 8),))
+    assert gradcheck(lambda x, y: recomputed(lambda x, y: (x * y, y.exp()), x, y), (drawn(3), drawn(3, seed=1)))
+    assert gradcheck(lambda y: recomputed(lambda x, y: (x * y,), drawn(3, grad=False), y), (drawn(3, seed=1),))
 
 
 def test_the_adapters_own_gradients_do_not_need_the_inputs() -> None:
@@ -119,7 +123,7 @@ def scan_inputs(shape: tuple[int, ...]) -> list[Tensor]:
     return [x.detach().requires_grad_() for x in (q, k, v, decay, beta, drawn(n, heads * share, d_k, d_v, seed=5))]
 
 
-@pytest.mark.parametrize("shape", [(1, 5, 1, 2, 2, 2), (2, 3, 2, 1, 2, 3)])
+@pytest.mark.parametrize("shape", [(1, 5, 1, 2, 2, 2), (2, 3, 2, 1, 2, 3), (1, 8, 1, 1, 2, 2)])
 def test_the_gradient_of_a_scan_is_the_true_one(shape: tuple[int, ...]) -> None:
     assert gradcheck(lambda *x: chunked_scan(*x, chunk=2), scan_inputs(shape))
 
@@ -201,6 +205,25 @@ def test_checkpointing_keeps_less_and_changes_nothing(make_policy: Callable[...,
     few, many = (kept_bytes(policy, rows[0][0], rows[1][0]) for policy in (saving, plain))
     assert few < 0.5 * many
     assert torch.equal(ours[0], theirs[0]) and all(torch.equal(ours[1][n], g) for n, g in theirs[1].items())
+
+
+def test_a_scan_that_is_recomputed_keeps_less_and_changes_nothing(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA."""
+    policy = make_policy(target_modules=(*TARGETS, "in_proj_qkv", "in_proj_a", "in_proj_b"))
+    rows = rows_of(policy, *MIXED)
+    plain, many = (
+        states_and_gradients(policy, predicting_states_shared, rows),
+        kept_bytes(policy, rows[0][0], rows[1][0]),
+    )
+    monkeypatch.setitem(shared_prefix.RECOMPUTED, "cpu", True)
+    saving, few = (
+        states_and_gradients(policy, predicting_states_shared, rows),
+        kept_bytes(policy, rows[0][0], rows[1][0]),
+    )
+    assert few < 0.7 * many
+    assert torch.equal(saving[0], plain[0]) and all(torch.equal(saving[1][n], g) for n, g in plain[1].items())
 
 
 def test_a_row_is_the_same_alone_and_in_any_order(make_policy: Callable[..., Policy]) -> None:

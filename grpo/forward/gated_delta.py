@@ -113,14 +113,69 @@ def chunked_scan(
     writes = (k * (total[..., -1:, :] - total).exp()).transpose(4, 5)
     kept = gamma[..., -1:, :]
 
-    memory = k.new_zeros(n, key_heads, share, d_k, d_v) if state is None else state.unflatten(1, (key_heads, share))
-    outputs = []
-    for i in range(v.shape[3]):
-        delta = fresh[:, :, :, i] - reads[:, :, :, i] @ memory
-        outputs.append(asks[:, :, :, i] @ memory + inside[:, :, :, i] @ delta)
-        memory = memory * kept[:, :, :, i] + writes[:, :, :, i] @ delta
-    out = torch.stack(outputs, 3).flatten(3, 4)[:, :, :, :width]
-    return out.flatten(1, 2).transpose(1, 2), memory.flatten(1, 2)
+    memory = k.new_zeros(n, key_heads, share, d_k, d_v) if state is None else state
+    given = (fresh, reads, inside, asks, writes, kept, memory.reshape(n, key_heads, share, d_k, d_v))
+    out, last = _Recurrence.apply(*given)
+    out = out.flatten(3, 4)[:, :, :, :width]
+    return out.flatten(1, 2).transpose(1, 2), last.flatten(1, 2)
+
+
+class _Recurrence(torch.autograd.Function):
+    """From chunk to chunk, the one part that cannot be done at once for all, [n,K,R,c,·,·] each:
+
+        δ_i = fresh_i - reads_i·S,   out_i = asks_i·S + inside_i·δ_i,   S ← kept_i·S + writes_i·δ_i.
+
+    Backward it is the same kind of loop over G = ∂S; with the S, δ and G of all chunks at hand, the rest is one product
+    each. Autograd through the loop would fill a gradient of the whole length for each chunk: quadratic.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        fresh: Tensor,
+        reads: Tensor,
+        inside: Tensor,
+        asks: Tensor,
+        writes: Tensor,
+        kept: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        memory, memories, deltas = state, [], []
+        for fresh_i, reads_i, writes_i, kept_i in zip(
+            *(x.unbind(3) for x in (fresh, reads, writes, kept)), strict=True
+        ):
+            memories.append(memory)
+            deltas.append(fresh_i - reads_i @ memory)
+            memory = (memory * kept_i).add_(writes_i @ deltas[-1])
+        states, delta = torch.stack(memories, 3), torch.stack(deltas, 3)
+        ctx.save_for_backward(reads, inside, asks, writes, kept, states, delta)
+        return (asks @ states).add_(inside @ delta), memory
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, grad_last: Tensor) -> tuple[Tensor, ...]:
+        reads, inside, asks, writes, kept, states, delta = ctx.saved_tensors
+        into_delta, into_state = _t(inside) @ grad_out, _t(asks) @ grad_out
+        grad, after, deltas = grad_last, [], []
+        chunks = zip(*(x.unbind(3) for x in (into_delta, into_state, reads, writes, kept)), strict=True)
+        for into_delta_i, into_state_i, reads_i, writes_i, kept_i in reversed(list(chunks)):
+            after.append(grad)
+            deltas.append(_t(writes_i) @ grad + into_delta_i)
+            grad = (grad * kept_i).add_(into_state_i).sub_(_t(reads_i) @ deltas[-1])
+        grad_after, grad_delta = torch.stack(after[::-1], 3), torch.stack(deltas[::-1], 3)
+        return (
+            grad_delta,
+            (grad_delta @ _t(states)).neg_(),
+            grad_out @ _t(delta),
+            grad_out @ _t(states),
+            grad_after @ _t(delta),
+            (grad_after * states).sum((-2, -1), keepdim=True),
+            grad,
+        )
+
+
+def _t(x: Tensor) -> Tensor:
+    return x.transpose(-2, -1)
 
 
 def _chunks(x: Tensor, size: int) -> Tensor:

@@ -4,7 +4,7 @@ A frozen weight needs no gradient, so its input need not be kept; what is kept i
 Derivatives are written out and tested against autograd's in float64.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -177,6 +177,35 @@ class _CausalConv(torch.autograd.Function):
         for j, tap in enumerate(taps):
             out[:, j : j + width].addcmul_(grad, tap)
         return out, None
+
+
+def recomputed(run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
+    """``run(*given)``, of which only ``given`` is kept: the backward pass computes it once more.
+
+    >>> x = torch.tensor(3.0, requires_grad=True)
+    >>> (y,) = recomputed(lambda x: (x * x,), x)
+    >>> y.backward(); x.grad
+    tensor(6.)
+    """
+    return cast("tuple[Tensor, ...]", _Recomputed.apply(run, *given))
+
+
+class _Recomputed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*given)
+        return run(*given)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        asked = ctx.needs_input_grad[1:]
+        given = [x.detach().requires_grad_(need) for x, need in zip(ctx.saved_tensors, asked, strict=True)]
+        with torch.enable_grad():
+            out = ctx.run(*given)
+        found = iter(torch.autograd.grad(out, [x for x in given if x.requires_grad], grads))
+        return None, *(next(found) if need else None for need in asked)
 
 
 def to_grid(packed: Tensor, slots: Tensor, rows: int, columns: int) -> Tensor:
