@@ -14,6 +14,7 @@ from grpo.budget import stop_cause
 from grpo.config import Lora, Model
 from grpo.engine import decode, weights
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
+from grpo.engine.state import State
 from grpo.policy import ModelError, Policy, adapter_swapped, load_policy
 from grpo.rollout import ENGINES, choose, rollout
 from grpo.tiny.model import make_tokenizer
@@ -267,7 +268,7 @@ def start(policy: Policy, owners: Sequence[int] = (0, 1, 2, 2, 3, 4, 5, 5)) -> t
     return decode.start_own(policy, prompts_of(policy), owners, 40)
 
 
-def buffers(state: decode.State) -> list[torch.Tensor]:
+def buffers(state: State) -> list[torch.Tensor]:
     layers = [t for m in state.layers for t in ((m.keys, m.values) if hasattr(m, "keys") else (m.conv, m.memory))]
     return [state.ids, state.positions, state.unseen, *layers]
 

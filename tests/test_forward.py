@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from grpo.engine.gated_delta import gated_delta_step_torch
+from grpo.engine.gated_delta import gated_delta_step
 from grpo.forward import shared_prefix
 from grpo.forward.gated_delta import chunked_scan, gated_delta_scan, unit_lower_inverse
 from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
@@ -100,7 +100,7 @@ def token_by_token(values: list[Tensor], heads: tuple[int, int]) -> tuple[Tensor
     n, t, _ = mixed.shape
     key_heads, value_heads = heads[0], len(rate)
     memory = state.unflatten(1, (key_heads, -1)).transpose(2, 3).flatten(3).contiguous()
-    out = [gated_delta_step_torch(memory, mixed[:, i], a[:, i], b[:, i], rate, dt_bias) for i in range(t)]
+    out = [gated_delta_step(memory, mixed[:, i], a[:, i], b[:, i], rate, dt_bias) for i in range(t)]
     last = memory.unflatten(3, (value_heads // key_heads, -1)).transpose(2, 3).flatten(1, 2)
     return torch.stack(out, 1).view(n, t, value_heads, -1), last
 

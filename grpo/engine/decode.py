@@ -9,17 +9,19 @@ the same bits whatever it is batched with.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, rms_norm, silu
+from torch.nn.functional import embedding
 
-from grpo.engine.gated_delta import gated_delta_step
+import grpo.engine.plain as plain
 from grpo.engine.generic import padded_width, prefill
 from grpo.engine.sampling import Decoder
+from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
 from grpo.policy import Policy
 from grpo.types import Prompt
@@ -28,101 +30,36 @@ WINDOW = 16
 """On a CPU attention reads the columns in use, rounded up to this; on CUDA, where a graph fixes its shapes, all."""
 
 
-@dataclass(frozen=True, slots=True)
-class KeyValues:
-    """Of a full-attention layer: keys and values [n, kv_heads, S, d]; column = position."""
+def pieces(device: torch.device) -> ModuleType:
+    """What a step is made of beside its matrix products: `grpo.engine.fused`, where Triton can compile it, else
+    `grpo.engine.plain`. Both have the same functions."""
+    if device.type == "cuda" and find_spec("triton"):
+        import grpo.engine.fused as fused
 
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class Recurrent:
-    """Of a gated-delta layer: the latest inputs of the convolution [n, kernel - 1, channels], oldest first, and the
-    state [n,K,d_k,R·d_v] fp32."""
-
-    conv: Tensor
-    memory: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """All that n rows know. The buffers stay where they are while rows are decoded."""
-
-    ids: Tensor
-    """[n], the tokens to read next."""
-    positions: Tensor
-    """[n], theirs."""
-    unseen: Tensor
-    """[n,S] fp32: 0 at the columns a row has written, -inf beyond."""
-    layers: tuple[KeyValues | Recurrent, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Rotary:
-    """cos and sin [positions, r] for the first r numbers of a head; sin's first half has its sign turned."""
-
-    cos: Tensor
-    sin: Tensor
+        return fused
+    return plain
 
 
 def step(weights: Weights, rotary: Rotary, state: State, window: int) -> Tensor:
     """Logits [n,V] after ``state.ids``; ``state`` moves one token on.
 
     Args:
-        window: columns that attention reads, more than any row's position.
+        window: columns that attention may read, more than any row's position.
     """
+    do, epsilon = pieces(state.ids.device), weights.epsilon
     x = embedding(state.ids, weights.embedding)
     state.unseen.scatter_(1, state.positions[:, None], 0.0)
-    turn = Rotary(rotary.cos[state.positions][:, None], rotary.sin[state.positions][:, None])
     for layer, memory in zip(weights.layers, state.layers, strict=True):
-        h = _norm(x, layer.mixer_norm, weights.epsilon)
-        if isinstance(layer.mixer, Attention) and isinstance(memory, KeyValues):
-            mixed = _attend(h, layer.mixer, memory, state, turn, window, weights.epsilon)
+        h, mixer = do.norm(x, layer.mixer_norm, epsilon), layer.mixer
+        if isinstance(mixer, Attention):
+            mixed = do.attend(*_products(h, mixer.qkv), mixer, memory, state, rotary, window, epsilon)
         else:
-            assert isinstance(layer.mixer, GatedDelta) and isinstance(memory, Recurrent)
-            mixed = _recur(h, layer.mixer, memory, weights.epsilon)
-        _add(x, mixed, layer.mixer.out)
-        gate, up = _products(_norm(x, layer.mlp_norm, weights.epsilon), layer.gate_up)
-        _add(x, silu(gate).mul_(up), layer.down)
+            qkv, z, b, a = _products(h, mixer.qkvzba)
+            mixed = do.remember(memory, do.convolve(memory, qkv, mixer.conv), a, b, z, mixer, epsilon)
+        _add(x, mixed, mixer.out)
+        _add(x, do.swiglu(*_products(do.norm(x, layer.mlp_norm, epsilon), layer.gate_up)), layer.down)
     state.positions.add_(1)
-    return _norm(x, weights.norm, weights.epsilon) @ weights.head
-
-
-def _attend(
-    h: Tensor, mixer: Attention, memory: KeyValues, state: State, turn: Rotary, window: int, epsilon: float
-) -> Tensor:
-    """What gated full attention reads, [n, heads·d]; this token's key and value are written first."""
-    n, kv_heads, d = len(h), mixer.kv_heads, mixer.norm.shape[1]
-    queries_and_gates, k, v = _products(h, mixer.qkv)
-    q, gate = queries_and_gates.view(n, -1, 2, d).unbind(2)
-    heads = rms_norm(torch.cat((q, k.view(n, kv_heads, d)), 1).float(), (d,), None, epsilon).mul_(mixer.norm)
-    part = heads[..., : turn.cos.shape[-1]]
-    part.copy_(torch.addcmul(part * turn.cos, part.roll(part.shape[-1] // 2, -1), turn.sin))
-    heads = heads.to(h.dtype)
-
-    at = state.positions[:, None, None, None].expand(n, kv_heads, 1, d)
-    memory.keys.scatter_(2, at, heads[:, -kv_heads:, None])
-    memory.values.scatter_(2, at, v.view(n, kv_heads, 1, d))
-    keys, values = memory.keys[:, :, :window].flatten(0, 1), memory.values[:, :, :window].flatten(0, 1)
-    queries = heads[:, :-kv_heads].reshape(n * kv_heads, -1, d)
-    scores = torch.bmm(queries, keys.transpose(1, 2)).float().view(n, -1, window).add_(state.unseen[:, None, :window])
-    shares = scores.softmax(-1).to(h.dtype).view(n * kv_heads, -1, window)
-    return torch.bmm(shares, values).view(n, -1, d).mul_(gate.sigmoid()).view(n, -1)
-
-
-def _recur(h: Tensor, mixer: GatedDelta, memory: Recurrent, epsilon: float) -> Tensor:
-    """What gated linear attention reads, [n, heads·d]; this token enters convolution and state first."""
-    qkv, z, b, a = _products(h, mixer.qkvzba)
-    inputs = torch.cat((memory.conv, qkv[:, None]), 1)
-    memory.conv.copy_(inputs[:, 1:])
-    mixed = silu((inputs * mixer.conv).sum(1))
-    out = gated_delta_step(memory.memory, mixed, a, b, mixer.rate, mixer.dt_bias)
-    return rms_norm(out, out.shape[-1:], mixer.norm, epsilon).view(len(h), -1).mul_(silu(z.float())).to(h.dtype)
-
-
-def _norm(x: Tensor, scale: Tensor, epsilon: float) -> Tensor:
-    return rms_norm(x.float(), scale.shape, scale, epsilon).to(x.dtype)
+    return do.norm(x, weights.norm, epsilon) @ weights.head
 
 
 def _products(x: Tensor, joint: Joint) -> list[Tensor]:

@@ -9,11 +9,8 @@ and a step width β = sigmoid(b), each value head does
 
     [Sᵀk, Sᵀq] in one product,   δ = β(v - αSᵀk),   o = αSᵀq + (k·q)δ,   S ← αS + k δᵀ
 
-is five passes in plain torch and two in one Triton kernel.
+is five passes in plain torch. The kernel of `grpo.engine.fused` makes two.
 """
-
-import importlib.util
-from functools import cache
 
 import torch
 from torch import Tensor
@@ -42,21 +39,6 @@ def gated_delta_step(state: Tensor, mixed: Tensor, a: Tensor, b: Tensor, rate: T
     >>> round(out.item(), 4), round(state.item(), 4)
     (5.0, 5.0)
     """
-    if state.is_cuda and has_triton():
-        from grpo.engine.gated_delta_triton import gated_delta_step_triton
-
-        return gated_delta_step_triton(state, mixed, a, b, rate, dt_bias)
-    return gated_delta_step_torch(state, mixed, a, b, rate, dt_bias)
-
-
-@cache
-def has_triton() -> bool:
-    """Whether the kernel can be compiled here."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def gated_delta_step_torch(state: Tensor, mixed: Tensor, a: Tensor, b: Tensor, rate: Tensor, dt_bias: Tensor) -> Tensor:
-    """`gated_delta_step` in plain torch, on any device."""
     n, heads, d_k, width = state.shape
     rows, keys, value_heads = n * heads, 2 * heads * d_k, len(rate)
     both = mixed[:, :keys].float().view(n, 2, heads, d_k)

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn.functional import embedding, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from grpo.engine.decode import Rotary, rotary_table
+from grpo.engine.decode import rotary_table
+from grpo.engine.state import Rotary
 from grpo.engine.weights import readable
 from grpo.forward.gated_delta import gated_delta_scan
 from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid, wide

@@ -1,0 +1,166 @@
+"""The pieces of the decode step as Triton kernels beside plain torch, on random shapes: tests/test_fused.py runs this
+in triton's interpreter, in a process of its own (triton decides at its import whether it compiles), and on CUDA."""
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from grpo.config import Lora, Model
+from grpo.engine import decode, fused, plain
+from grpo.engine.state import KeyValues, Recurrent, Rotary, State
+from grpo.engine.weights import Attention, GatedDelta
+from grpo.policy import load_policy
+from tests.conftest import TARGETS
+from tests.test_engines import FEW, assert_same_draws, move, prompts_of, sample
+
+EPSILON = 1e-6
+
+
+class Draws:
+    """Random tensors, some of them slices of one wide product, whose rows lie apart."""
+
+    def __init__(self, seed: int, device: str, dtype: torch.dtype) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+        self._device, self._dtype = device, dtype
+
+    def fp32(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator).to(self._device)
+
+    def __call__(self, *shape: int) -> Tensor:
+        return self.fp32(*shape).to(self._dtype)
+
+    def slices(self, n: int, *widths: int) -> list[Tensor]:
+        return list(self(n, sum(widths) + 3).split([*widths, 3], 1))[:-1]
+
+
+def cloned(value: Any) -> Any:
+    """Buffers that a piece writes into, once more."""
+    names = [name for name in value.__slots__ if isinstance(getattr(value, name), Tensor)]
+    return replace(value, **{name: getattr(value, name).clone() for name in names})
+
+
+def norms(draw: Draws) -> Iterator[tuple[Any, ...]]:
+    for n, width in ((1, 16), (3, 40), (8, 128), (2, 1536)):
+        yield draw(n, width) * 3, draw.fp32(width), EPSILON
+    yield draw(2, 8) * 0, draw.fp32(8), EPSILON
+
+
+def gates(draw: Draws) -> Iterator[tuple[Any, ...]]:
+    for n, width in ((1, 5), (3, 96), (8, 1300)):
+        yield tuple(x * 8 for x in draw.slices(n, width, width))
+
+
+def convolutions(draw: Draws) -> Iterator[tuple[Any, ...]]:
+    for n, channels, taps in ((1, 6, 4), (3, 200, 4), (2, 1100, 2), (2, 9, 3), (2, 9, 1)):
+        yield Recurrent(draw(n, taps - 1, channels), draw.fp32(1)), draw.slices(n, channels, 1)[0], draw(taps, channels)
+
+
+def memories(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [(1, 1, 1, 8, 8), (3, 2, 2, 32, 32), (5, 2, 3, 16, 40), (2, 1, 4, 24, 33)]
+    for n, heads, repeat, d_k, d_v in [*shapes, (8, 16, 2, 128, 128)] if large else shapes:
+        values = heads * repeat
+        mixed, a, b, z = draw.slices(n, 2 * heads * d_k + values * d_v, values, values, values * d_v)
+        a[0, 0] = 40.0  # softplus is linear there
+        mixer: Any = GatedDelta(
+            qkvzba=None,  # type: ignore[arg-type]
+            out=None,  # type: ignore[arg-type]
+            conv=draw(4, 1),
+            rate=draw.fp32(values).abs() * 2 + 0.01,
+            dt_bias=draw.fp32(values),
+            norm=draw.fp32(d_v),
+            key_heads=heads,
+            d_k=d_k,
+            d_v=repeat * d_v,
+        )
+        memory = Recurrent(draw(n, 3, 1), draw.fp32(n, heads, d_k, repeat * d_v))
+        yield memory, mixed, a, b, z, mixer, EPSILON
+
+
+def attentions(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [
+        (1, 1, 1, 16, 8, 32, (0,)),
+        (3, 2, 2, 32, 8, 64, (0, 20, 63)),
+        (2, 2, 3, 24, 24, 192, (64, 191)),
+        (4, 1, 4, 40, 16, 800, (5, 130, 511, 799)),
+    ]
+    wide = (8, 4, 4, 256, 64, 1232, (200, 263, 264, 511, 512, 900, 1024, 1231))
+    for n, kv_heads, share, d, turned, columns, positions in [*shapes, wide] if large else shapes:
+        heads = kv_heads * share
+        queries_and_gates, k, v = draw.slices(n, heads * 2 * d, kv_heads * d, kv_heads * d)
+        at = torch.tensor(positions, device=k.device)
+        angles = torch.arange(columns, device=k.device)[:, None] * torch.linspace(0.01, 1, turned // 2, device=k.device)
+        sin = torch.cat([-angles.sin(), angles.sin()], 1)
+        unseen = torch.where(torch.arange(columns, device=k.device) <= at[:, None], 0.0, float("-inf"))
+        keys, values = draw(n, kv_heads, columns, d), draw(n, kv_heads, columns, d)
+        for i, position in enumerate(positions):
+            keys[i, :, position + 1 :], values[i, :, position + 1 :] = float("nan"), float("nan")  # never read
+        mixer: Any = Attention(
+            qkv=None,  # type: ignore[arg-type]
+            out=None,  # type: ignore[arg-type]
+            norm=draw.fp32(heads + kv_heads, d),
+            kv_heads=kv_heads,
+        )
+        state = State(at, at, unseen, ())
+        rotary = Rotary(torch.cat([angles.cos()] * 2, 1), sin)
+        yield queries_and_gates, k, v, mixer, KeyValues(keys, values), state, rotary, columns, EPSILON
+
+
+def drawn_cases(draw: Draws, half: Draws, large: bool) -> dict[str, Iterator[tuple[Any, ...]]]:
+    """The arguments of each piece; ``half`` draws those of attention."""
+    return {
+        "norm": norms(draw),
+        "swiglu": gates(draw),
+        "convolve": convolutions(draw),
+        "remember": memories(draw, large),
+        "attend": attentions(half, large),
+    }
+
+
+def check(device: str, dtype: torch.dtype, seed: int, *, large: bool) -> None:
+    """Every piece as a kernel equals its namesake, and leaves the same in the buffers."""
+    near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
+    draw = Draws(seed, device, dtype)
+    # the interpreter's matrix product reads bfloat16 as integers
+    half = Draws(seed, device, torch.float16) if device == "cpu" and dtype == torch.bfloat16 else draw
+    for name, drawn in drawn_cases(draw, half, large).items():
+        for i, given in enumerate(drawn):
+            ours, theirs = ([cloned(x) if isinstance(x, (Recurrent, KeyValues)) else x for x in given] for _ in "ab")
+            for x in theirs:
+                if isinstance(x, KeyValues):  # a product with what nobody sees: 0 · NaN
+                    x.keys.nan_to_num_(0.0), x.values.nan_to_num_(0.0)
+            found, expected = getattr(fused, name)(*ours), getattr(plain, name)(*theirs)
+            assert found.dtype == expected.dtype and found.is_contiguous()
+            where = f"{name} {i} {dtype}"
+            torch.testing.assert_close(found, expected, **near, msg=lambda text, where=where: f"{where}: {text}")
+            for mine, other in zip(ours, theirs, strict=True):
+                if isinstance(mine, (Recurrent, KeyValues)):
+                    for buffer in mine.__slots__:
+                        left, right = (getattr(x, buffer).nan_to_num(0.0) for x in (mine, other))
+                        torch.testing.assert_close(left, right, **near)
+
+
+def check_rollout(base: Path) -> None:
+    """Whole completions with the kernels are those without."""
+    policy = load_policy(
+        Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False),
+        Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
+        seed=1,
+    )
+    move(policy)
+    prompts = prompts_of(policy, FEW)
+    expected = sample(policy, prompts, "own", budget=10)
+    with mock.patch.object(decode, "pieces", lambda device: fused):
+        assert_same_draws(sample(policy, prompts, "own", budget=10), expected)
+
+
+if __name__ == "__main__":
+    for dtype in (torch.float32, torch.bfloat16):
+        for seed in range(2):
+            check("cpu", dtype, seed, large=False)
+    check_rollout(Path(sys.argv[1]))

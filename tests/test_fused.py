@@ -1,0 +1,82 @@
+"""The decode step's Triton kernels: equal to plain torch in triton's interpreter, compiled for real cards without one,
+and equal on the device where there is one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux alone")
+CARDS = {"A100": 80, "L4 and RTX 4090": 89, "H100 and H200": 90, "B200": 100, "RTX 5090": 120}
+SMALLEST_SHARED = 99 << 10
+"""Bytes of shared memory that a program may have on the smallest of them."""
+
+
+@linux
+def test_the_kernels_in_the_interpreter(random_base: Path) -> None:
+    """In a process of its own: triton decides when it is imported whether it compiles or interprets."""
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.fused_pieces", str(random_base)],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@linux
+@pytest.mark.parametrize("card", CARDS)
+def test_the_kernels_compile_for_cards_that_are_not_here(card: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At Qwen3.5-9B's shapes, on tensors without numbers; compiled to the card's own code, and never launched."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    from grpo.engine import fused
+    from tests.fused_pieces import Draws, drawn_cases
+
+    class NoCard:
+        """Asked by triton's launcher what it is to compile for."""
+
+        def get_current_target(self) -> Any:
+            return GPUTarget("cuda", CARDS[card], 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+    made: dict[str, list[Any]] = {}
+    run = JITFunction.run
+
+    def compile_only(self: Any, *given: Any, warmup: bool, **named: Any) -> Any:
+        made.setdefault(self.fn.__name__, []).append(run(self, *given, warmup=True, **named))
+
+    monkeypatch.setattr(driver, "_active", NoCard())
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    for dtype in (torch.bfloat16, torch.float32):
+        draw = Draws(0, "meta", dtype)
+        for name, drawn in drawn_cases(draw, draw, large=True).items():
+            *_, given = drawn  # the last are of full size
+            getattr(fused, name)(*given)
+    assert made.keys() == {"_norm", "_swiglu", "_convolve", "_remember", "_turn", "_attend", "_gather"}
+    for kernels in made.values():
+        for kernel in kernels:
+            assert len(kernel.asm["cubin"]) > 1000
+            assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kernels_on_the_device(dtype: torch.dtype) -> None:
+    from tests.fused_pieces import check
+
+    for seed in range(3):
+        check("cuda", dtype, seed, large=True)
