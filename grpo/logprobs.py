@@ -92,7 +92,8 @@ def predicting_states(hidden: Tensor, joined: Joined) -> Tensor:
 
 
 def spread(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """The [M] values back at their tokens, [n,T], zeros at padding; differentiable.
+    """The [M] values back at their tokens, [n,T], zeros at padding; differentiable. A mask on the CPU is moved to the
+    values, and counted without a wait for their device.
 
     >>> spread(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
     tensor([[1., 0.],
@@ -101,7 +102,8 @@ def spread(values: Tensor, completion_mask: Tensor) -> Tensor:
     tokens = int(completion_mask.sum())
     if values.shape != (tokens,):
         raise ValueError(f"expected one value per True in the mask, [{tokens}], got {list(values.shape)}")
-    return torch.zeros_like(completion_mask, dtype=values.dtype).masked_scatter(completion_mask, values)
+    mask = completion_mask.to(values.device)
+    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
 
 
 class _ChunkedLogprobs(torch.autograd.Function):

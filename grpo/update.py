@@ -287,8 +287,8 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
         temperature=temperature,
         bias=getattr(head, "bias", None),
     )
-    mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)].to(policy.device)
-    return spread(logprobs, mask), spread(entropy, mask), mask
+    mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)]
+    return spread(logprobs, mask), spread(entropy, mask), mask.to(policy.device)
 
 
 def reference_logprobs(

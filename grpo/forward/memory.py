@@ -66,13 +66,13 @@ def room(policy: Policy, section: Optim, batch: Batch) -> Room:
 
 def kept_bytes(policy: Policy, prompt: Sequence[int], completion: Sequence[int]) -> int:
     """What a training pass of one row keeps for its backward pass, weights left out."""
-    weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
+    weights = {p.untyped_storage()._cdata for p in policy.model.parameters()}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
         return tensor
 
     def unpack(tensor: Tensor) -> Any:

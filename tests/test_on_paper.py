@@ -1,0 +1,72 @@
+"""A step on a CUDA card that is not there (benchmarks/on_paper.py): the paths that no CPU takes, on shapes alone."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+BUDGET = 256
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and triton to pretend a CUDA device"
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Four layers of the 9B, one of them of full attention, and its whole vocabulary."""
+    record = tmp_path_factory.mktemp("paper") / "record.json"
+    command = [sys.executable, "benchmarks/on_paper.py", "configs/v49_random.toml", "--layers", "4"]
+    done = subprocess.run(
+        [*command, "--set", f"rollout.max_new_tokens={BUDGET}", "--record", str(record)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(record.read_text())
+
+
+def test_a_decode_step_never_waits_and_starts_few_kernels(found: Any) -> None:
+    step = found["decode_step"]
+    assert step["waits"] == {}
+    assert step["launches"] <= 4 * 18 + 8
+    kernels = {name: count for name, count in step["most"].items() if name.startswith("triton")}
+    assert kernels == {
+        "triton _norm": 9,
+        "triton _swiglu": 4,
+        "triton _convolve": 3,
+        "triton _remember": 3,
+        "triton _turn": 1,
+        "triton _attend": 1,
+        "triton _gather": 1,
+    }
+
+
+def test_a_rollout_looks_at_the_card_every_eight_tokens(found: Any) -> None:
+    waits = found["phases"]["rollout"]["waits"]
+    looks = [count for place, count in waits.items() if place.startswith("nonzero at sampling.py")]
+    assert looks == [BUDGET // 8]
+    assert sum(waits.values()) <= BUDGET // 8 + 8  # and reads, once, which prompt each of the eight rows answers
+
+
+def test_an_update_waits_for_its_figures_alone(found: Any) -> None:
+    waits = found["phases"]["update"]["waits"]
+    assert sum(waits.values()) <= 5 and all("update.py" in place for place in waits)
+
+
+def test_no_weight_is_read_twice_for_a_token(found: Any) -> None:
+    """Bytes of a decode step: body, head and states once, and not a tenth more."""
+    body, head, states = 4 * 6.919e9 / 32 * 2, 1.017e9 * 2, 8 * 3 * 2 * 2**21
+    assert body + head < found["decode_step"]["bytes"] < 1.1 * (body + head + states)
+
+
+def test_what_the_backward_pass_keeps_of_a_token(found: Any) -> None:
+    """Of four layers, whose scans are computed again, beside a chunk's logits."""
+    logits = 3 * 1024 * 248_320 * 4
+    more = found["phases"]["update"]["peak_bytes"] - found["held_bytes"] - logits
+    assert 0.4e6 < more / found["tokens"] < 0.9e6
