@@ -23,7 +23,7 @@ EPSILON = 1e-6
 
 
 class Draws:
-    """Random tensors, some of them slices of one wide product, whose rows lie apart."""
+    """Random tensors, some of them slices of wide products, whose rows lie apart, each at a distance of its own."""
 
     def __init__(self, seed: int, device: str, dtype: torch.dtype) -> None:
         self._generator = torch.Generator().manual_seed(seed)
@@ -36,7 +36,7 @@ class Draws:
         return self.fp32(*shape).to(self._dtype)
 
     def slices(self, n: int, *widths: int) -> list[Tensor]:
-        return list(self(n, sum(widths) + 3).split([*widths, 3], 1))[:-1]
+        return [self(n, width + 3 + i)[:, 1 + i : 1 + i + width] for i, width in enumerate(widths)]
 
 
 def cloned(value: Any) -> Any:
@@ -53,7 +53,7 @@ def norms(draw: Draws) -> Iterator[tuple[Any, ...]]:
 
 def gates(draw: Draws) -> Iterator[tuple[Any, ...]]:
     for n, width in ((1, 5), (3, 96), (8, 1300)):
-        yield tuple(x * 8 for x in draw.slices(n, width, width))
+        yield tuple(x.mul_(8) for x in draw.slices(n, width, width))
 
 
 def convolutions(draw: Draws) -> Iterator[tuple[Any, ...]]:
@@ -67,11 +67,13 @@ def memories(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
         values = heads * repeat
         mixed, a, b, z = draw.slices(n, 2 * heads * d_k + values * d_v, values, values, values * d_v)
         a[0, 0] = 40.0  # softplus is linear there
+        rate = draw.fp32(values).abs() * 2 + 0.01
+        rate[0] = 0.01
         mixer: Any = GatedDelta(
             qkvzba=None,  # type: ignore[arg-type]
             out=None,  # type: ignore[arg-type]
             conv=draw(4, 1),
-            rate=draw.fp32(values).abs() * 2 + 0.01,
+            rate=rate,
             dt_bias=draw.fp32(values),
             norm=draw.fp32(d_v),
             key_heads=heads,
