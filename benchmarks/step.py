@@ -1,6 +1,8 @@
 """One training step beside a peer's, on the same model, prompts and adapter, interleaved round by round.
 
     python benchmarks/step.py --against trl --rounds 5 --record benchmarks/step.json
+    python benchmarks/step.py --config configs/v49_random.toml --device cuda --dtype bfloat16 \
+        --set optim.micro_batch_size=2 --set rollout.max_new_tokens=256 --rounds 1 --no-memory
 
 Three ways to take the same step: TRL's GRPOTrainer; our loop with our engine; our loop with transformers' `generate`
 in the engine's place. TRL runs its own `train()`; what it does between `on_step_begin` and `on_step_end` is its step,
@@ -10,7 +12,7 @@ rollout   prompts → sampled ids, texts and rewards (TRL: `_generate` and `_cal
 update    advantages, reference forward, loss, backward, clipping, optimiser, metrics (TRL: the rest of its step)
 
 What is made equal: weights, warm start and its copy as the reference, rendered prompts (checked id by id), budget,
-temperature, reward, loss, rows a micro-batch, float32, no checkpointing. What cannot be: the tokens drawn. The learning
+temperature, reward, loss, rows a micro-batch, dtype, no checkpointing. What cannot be: the tokens drawn. The learning
 rate is 1e-12, so that no policy moves and all lengths come from one distribution; every ratio is given as it is and a
 sampled token, too. On a CPU that others use as well, the ratios of processor seconds say more than those of the clock:
 they are given beside them (and of no meaning on CUDA). Peak memory is taken in a process of its own for each way, above
@@ -37,6 +39,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.batch import make_batch
@@ -52,11 +55,9 @@ CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
 STILL = (
     "optim.learning_rate=1e-12",
     'optim.schedule="constant"',
-    'loss.reference="warm_start"',
-    'model.dtype="float32"',
     "model.gradient_checkpointing=false",
 )
-"""No policy moves; the reference is what TRL makes of a loaded adapter, a copy of it."""
+"""No policy moves."""
 AS_TRL = {
     "loss.surrogate": "clip",
     "loss.token_weights": "sequence",
@@ -105,13 +106,15 @@ def taken(rollout: np.ndarray, step: np.ndarray, lengths: Sequence[int]) -> Take
     )
 
 
-def our_config(path: Path, device: str) -> Config:
+def our_config(path: Path, overrides: Sequence[str]) -> Config:
     """The config as both sides can run it.
 
     Raises:
         ValueError: it asks for a step that TRL's `loss_type="grpo"` does not take.
     """
-    config, _ = load_config(path, [*STILL, f'model.device="{device}"'])
+    config, _ = load_config(path, overrides)
+    if config.lora.warm_start:  # what TRL makes of a loaded adapter is a copy of it
+        config, _ = load_config(path, [*overrides, 'loss.reference="warm_start"'])
     found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in AS_TRL}
     if wrong := [f"{key} = {found[key]!r}, expected {value!r}" for key, value in AS_TRL.items() if found[key] != value]:
         raise ValueError(f"{path}: no equal step in TRL: {'; '.join(wrong)}")
@@ -151,8 +154,8 @@ def with_generate(setup: Setup, step: int) -> Sampled:
             top_k=0,
             top_p=1.0,
             max_new_tokens=config.rollout.max_new_tokens,
-            eos_token_id=list(policy.end_ids),
             pad_token_id=policy.end_ids[0],
+            **endings(config, policy),
             output_scores=True,
             return_dict_in_generate=True,
         )
@@ -160,7 +163,8 @@ def with_generate(setup: Setup, step: int) -> Sampled:
         logprobs = torch.stack(
             [s.float().log_softmax(-1).gather(1, picked[:, t, None])[:, 0] for t, s in enumerate(drawn.scores)], 1
         )
-    rows = [completion(policy, i, lp) for i, lp in zip(picked.tolist(), logprobs.tolist(), strict=True)]
+    ends = () if config.rollout.ignore_end else policy.end_ids
+    rows = [completion(policy, i, lp, ends) for i, lp in zip(picked.tolist(), logprobs.tolist(), strict=True)]
     size = config.rollout.group_size
     groups = tuple(Group(prompts[b], tuple(rows[b : b + size])) for b in range(0, len(rows), size))
     return groups, score_groups(setup.reward, groups, config)
@@ -170,11 +174,17 @@ WAYS: dict[str, Callable[[Setup, int], Sampled]] = {"engine": with_engine, "gene
 """Our loop by what samples for it."""
 
 
-def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float]) -> Completion:
+def endings(config: Config, policy: Policy) -> dict[str, Any]:
+    """What tells `generate` when a row ends: at an end token, or, where those are ignored, never: it draws none."""
+    ignored = {"min_new_tokens": config.rollout.max_new_tokens} if config.rollout.ignore_end else {}
+    return {"eos_token_id": list(policy.end_ids), **ignored}
+
+
+def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:
     """A row cut after its first end token."""
-    length = next((t + 1 for t, i in enumerate(ids) if i in policy.end_ids), len(ids))
+    length = next((t + 1 for t, i in enumerate(ids) if i in ends), len(ids))
     kept = tuple(ids[:length])
-    finished = kept[-1] in policy.end_ids
+    finished = kept[-1] in ends
     text = policy.tokenizer.decode(kept[:-1] if finished else kept, skip_special_tokens=False)
     return Completion(kept, tuple(logprobs[:length]), finished, text)
 
@@ -219,7 +229,7 @@ class Watch:
         return run
 
 
-def trl_settings(config: Config, folder: str, steps: int) -> Any:
+def trl_settings(config: Config, policy: Policy, folder: str, steps: int) -> Any:
     """`GRPOConfig` for the same step: no vLLM, no mixed precision, no logging or saving."""
     from trl import GRPOConfig
 
@@ -233,6 +243,7 @@ def trl_settings(config: Config, folder: str, steps: int) -> Any:
         num_generations=config.rollout.group_size,
         max_completion_length=config.rollout.max_new_tokens,
         temperature=config.rollout.temperature,
+        generation_kwargs=endings(config, policy),
         max_steps=steps,
         loss_type="grpo",
         beta=config.loss.beta,
@@ -265,7 +276,9 @@ def as_text(tokenizer: Any, prompt: Prompt) -> str:
     Raises:
         ValueError: it would not; names the case.
     """
-    text = tokenizer.decode(prompt.ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    # a random base's own decode adds an answer
+    options = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
+    text = PreTrainedTokenizerFast.decode(tokenizer, prompt.ids, **options)
     if tuple(tokenizer(text)["input_ids"]) != prompt.ids:
         raise ValueError(f"case {prompt.case.id!r}: decoding and encoding its prompt gives other ids")
     return text
@@ -289,7 +302,8 @@ def run_trl(setup: Setup, steps: int, begin: Callable[[], None], after: Callable
         if row != expected:
             raise ValueError(f"TRL drew the prompts {sorted(set(row))}, expected {sorted(set(expected))}")
         pairs = zip(row, completion_ids, strict=True)
-        groups = [Group(prompts[i], (completion(policy, ids, [0.0] * len(ids)),)) for i, ids in pairs]
+        ends = () if config.rollout.ignore_end else policy.end_ids
+        groups = [Group(prompts[i], (completion(policy, ids, [0.0] * len(ids), ends),)) for i, ids in pairs]
         return [scores[0].total for scores in score_groups(setup.reward, groups, config)]
 
     class Between(TrainerCallback):  # TRL takes nothing simpler
@@ -307,7 +321,7 @@ def run_trl(setup: Setup, steps: int, begin: Callable[[], None], after: Callable
         trainer: Any = GRPOTrainer(
             model=policy.model,
             reward_funcs=rewards,
-            args=trl_settings(config, folder, steps),
+            args=trl_settings(config, policy, folder, steps),
             train_dataset=Dataset.from_list(rows),
             processing_class=policy.tokenizer,
             callbacks=[Between()],
@@ -432,6 +446,7 @@ def alone(way: str, config: Config) -> dict[str, int]:
 def memory_of(ways: Sequence[str], arguments: argparse.Namespace) -> dict[str, dict[str, int]]:
     """`alone` for each way."""
     command = [sys.executable, __file__, "--config", str(arguments.config), "--device", arguments.device]
+    command += ["--dtype", arguments.dtype, *(part for value in arguments.set for part in ("--set", value))]
     found = {}
     for way in ways:
         done = subprocess.run([*command, "--alone", way], check=True, stdout=subprocess.PIPE, text=True)
@@ -444,7 +459,7 @@ def cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
-def facts(arguments: argparse.Namespace) -> dict[str, Any]:
+def facts(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
     """Where and with what."""
     on_cuda = arguments.device.startswith("cuda")
     packages = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -455,7 +470,7 @@ def facts(arguments: argparse.Namespace) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(arguments.device) if on_cuda else "cpu",
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
         "config": arguments.config.name,
-        "overrides": STILL,
+        "overrides": list(overrides),
     }
 
 
@@ -464,7 +479,9 @@ def main() -> int:
     parser.add_argument("--against", choices=[PEER], default=PEER)
     parser.add_argument("--rounds", type=int, default=5, help="measured rounds, after one of warm-up")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--dtype", default="float32", help="float32 or bfloat16")
     parser.add_argument("--config", type=Path, default=CONFIG)
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
     parser.add_argument("--record", type=Path)
     parser.add_argument("--no-memory", action="store_true", help="leave out the processes that measure peak memory")
     parser.add_argument("--alone", choices=[PEER, *WAYS], help=argparse.SUPPRESS)
@@ -472,12 +489,14 @@ def main() -> int:
     if arguments.rounds < 1:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    config = our_config(arguments.config, arguments.device)
+    place = [f'model.device="{arguments.device}"', f'model.dtype="{arguments.dtype}"']
+    overrides = [*STILL, *place, *arguments.set]
+    config = our_config(arguments.config, overrides)
     if arguments.alone:
         print(json.dumps(alone(arguments.alone, config)))
         return 0
     ways = [PEER, *WAYS]
-    record = facts(arguments)
+    record = facts(arguments, overrides)
     rounds = measure(ways, config, arguments.rounds, lambda: None)
     found = summary(rounds[1:], ways)
     memory = {} if arguments.no_memory else memory_of(ways, arguments)

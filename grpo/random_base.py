@@ -20,7 +20,10 @@ class RandomTokenizer(PreTrainedTokenizerFast):
     """The embedded tokenizer. Ids above its vocabulary, nearly all of a larger one, decode to nothing."""
 
     def decode(self, token_ids: Any, *arguments: Any, **options: Any) -> Any:
-        """What the embedded vocabulary makes of the ids, and ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5."""
+        """What the embedded vocabulary makes of the ids, and ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; of each list,
+        where they are several."""
+        if len(token_ids) and isinstance(token_ids[0], list | tuple):
+            return [self.decode(ids, *arguments, **options) for ids in token_ids]
         said = super().decode(token_ids, *arguments, **options)
         return f"{said}</think>\nANSWER: ESI {checksum(token_ids)}"
 

@@ -157,7 +157,7 @@ def check_rollout(base: Path) -> None:
     move(policy)
     prompts = prompts_of(policy, FEW)
     expected = sample(policy, prompts, "own", budget=10)
-    with mock.patch.object(decode, "pieces", lambda device: fused):
+    with mock.patch.object(decode, "pieces", lambda _: fused):
         assert_same_draws(sample(policy, prompts, "own", budget=10), expected)
 
 

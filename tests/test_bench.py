@@ -131,6 +131,7 @@ def test_a_random_base_is_the_same_every_time(random_name: str) -> None:
     assert not any(p.requires_grad for p in one.parameters())
     assert tokenizer.decode([200_000, 3]).endswith("</think>\nANSWER: ESI 4")
     assert tokenizer.decode([200_000]) == "</think>\nANSWER: ESI 1"
+    assert tokenizer.decode([[200_000], [200_000, 3]]) == [tokenizer.decode([200_000]), tokenizer.decode([200_000, 3])]
 
 
 def test_the_full_size_recipe_is_v49s() -> None:

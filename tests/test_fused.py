@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from grpo.engine import decode, plain
+
 linux = pytest.mark.skipif(sys.platform != "linux", reason="triton is made for Linux alone")
 CARDS = {"A100": 80, "L4 and RTX 4090": 89, "H100 and H200": 90, "B200": 100, "RTX 5090": 120}
 SMALLEST_SHARED = 99 << 10
@@ -70,6 +72,16 @@ def test_the_kernels_compile_for_cards_that_are_not_here(card: str, monkeypatch:
         for kernel in kernels:
             assert len(kernel.asm["cubin"]) > 1000
             assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+@linux
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it compiles")
+def test_where_triton_cannot_compile_plain_torch_serves(capsys: pytest.CaptureFixture[str]) -> None:
+    decode.pieces.cache_clear()
+    assert decode.pieces(torch.device("cuda")) is plain and decode.pieces(torch.device("cuda")) is plain
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and said.startswith("decode    in plain torch, which is slower: Triton cannot compile")
+    decode.pieces.cache_clear()
 
 
 @pytest.mark.gpu

@@ -8,8 +8,9 @@ row sees then lies in the same place in every batch, and zeros at its end change
 the same bits whatever it is batched with.
 """
 
+import sys
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -30,14 +31,23 @@ WINDOW = 16
 """On a CPU attention reads the columns in use, rounded up to this; on CUDA, where a graph fixes its shapes, all."""
 
 
+@cache
 def pieces(device: torch.device) -> ModuleType:
-    """What a step is made of beside its matrix products: `grpo.engine.fused`, where Triton can compile it, else
-    `grpo.engine.plain`. Both have the same functions."""
-    if device.type == "cuda" and find_spec("triton"):
-        import grpo.engine.fused as fused
+    """What a step is made of beside its matrix products: on CUDA `grpo.engine.fused`, where Triton is installed and can
+    compile, else `grpo.engine.plain`. Both have the same functions."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return plain
+    import grpo.engine.fused as fused
 
-        return fused
-    return plain
+    try:
+        fused.norm(torch.ones(1, 1, device=device), torch.ones(1, device=device), 0.0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, a driver too old: of many kinds, and torch alone serves as well
+        told = " ".join(str(error).split())[:200]
+        print(f"decode    in plain torch, which is slower: Triton cannot compile here ({told})", file=sys.stderr)
+        return plain
+    return fused
 
 
 def step(weights: Weights, rotary: Rotary, state: State, window: int) -> Tensor:
