@@ -1,7 +1,7 @@
 """What a config asks of the machine, from shapes alone: parameters, tokens, completions, bytes. Imports no torch.
 
-Every byte count is an estimate: a formula over the model's shape, with one measured constant (`ACTIVATION_BYTES`).
-Fragmentation, the libraries' own workspace and a display's share are not in it.
+Every byte count is an estimate: a formula over the model's shape, with one measured constant for each kind of device
+(`ACTIVATION_BYTES`). Fragmentation, the libraries' own workspace and a display's share are not in it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,10 @@ SHAPED = ("qwen3_5", "qwen3_5_text")
 
 CHUNK_TOKENS = 1024
 """Completion tokens whose logits are alive at a time in the update; `grpo.logprobs.token_logprobs` has the same."""
-ACTIVATION_BYTES = 30
+ACTIVATION_BYTES = {"cpu": 30, "cuda": 12}
 """Saved for backward by `grpo.forward` in plain torch, a token, a layer and a unit of hidden + feed-forward width.
-Measured on small Qwen3.5 shapes: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32 in both)."""
+Measured on small Qwen3.5 shapes on a CPU: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32 in
+both). Counted on the 9B's shapes as on CUDA, where scans are computed again (`benchmarks/on_paper.py`): 12."""
 BYTES_PER_TOKEN = 3
 """Of English triage text, cautiously: real tokenizers need fewer tokens, a plan needs none of their files."""
 UNSEEN_NARRATIVE = 600
@@ -270,7 +271,9 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
     if bound is not None:
         micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
     more = ", more where memory is free" if bound == "auto" else ""
-    layer = ACTIVATION_BYTES * (shape.hidden_size + shape.intermediate_size)
+    layer = ACTIVATION_BYTES["cpu" if config.model.device == "cpu" else "cuda"] * (
+        shape.hidden_size + shape.intermediate_size
+    )
     if config.model.gradient_checkpointing:
         saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one layer whole"
     else:

@@ -130,7 +130,7 @@ def test_activation_bytes_are_near_what_backward_keeps(make_policy: Callable[...
     assert shape is not None
     width = shape.hidden_size + shape.intermediate_size
     measured = kept_bytes(policy, (1,) * 128, (2,) * 128) / (256 * shape.num_hidden_layers * width)
-    assert pytest.approx(measured, rel=0.25) == ACTIVATION_BYTES
+    assert pytest.approx(measured, rel=0.25) == ACTIVATION_BYTES["cpu"]
 
 
 def test_memory_of_v49_by_hand() -> None:
@@ -141,7 +141,7 @@ def test_memory_of_v49_by_hand() -> None:
         "KV cache": 36 * 1224 * 32 * 1024,
         "DeltaNet state": 36 * 24 * (32 * 128 * 128 * 4 + 8192 * 4 * 2),
         "sampler": 36 * 248_320 * 22,
-        "activations": 1224 * (32 * 4096 * 2 + 30 * (4096 + 12288)),
+        "activations": 1224 * (32 * 4096 * 2 + 12 * (4096 + 12288)),
         "logits": 1024 * 248_320 * 10,
     }
 
@@ -150,7 +150,7 @@ def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
     plan = by_part(memory_plan(base, Shape(), 200))
     stored = by_part(memory_plan(config("v49", "model.gradient_checkpointing=false"), Shape(), 200))
-    assert stored["activations"] == 1224 * 32 * 30 * 16384
+    assert stored["activations"] == 1224 * 32 * 12 * 16384
     two, rows = (by_part(memory_plan(config("v49", o), Shape(), 200)) for o in
                  ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
     assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
@@ -159,7 +159,9 @@ def test_what_each_choice_does_to_the_estimate() -> None:
     }
     full = by_part(memory_plan(config("v49", "model.dtype=float32"), Shape(), 200))
     assert full["base weights"] == 2 * plan["base weights"] and full["adapter"] == plan["adapter"]
-    assert by_part(memory_plan(config("v49", "model.device=cpu"), Shape(), 200)) == full
+    on_cpu = by_part(memory_plan(config("v49", "model.device=cpu"), Shape(), 200))
+    assert on_cpu["activations"] > full["activations"]
+    assert on_cpu | {"activations": full["activations"]} == full
     warm = by_part(memory_plan(config("v49", "loss.reference=warm_start"), Shape(), 200))
     assert warm["adapter"] == 20 * 58_195_968
     whole = make_plan(base, Shape(), None)
