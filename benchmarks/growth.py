@@ -27,9 +27,9 @@ from typing import Any
 import numpy as np
 import torch
 
-import grpo.train as loop
 from grpo.bench import bench_config, take
 from grpo.plan import RANDOM
+from grpo.setup import build
 from grpo.stop import Stop
 
 CONFIG = Path(__file__).parent.parent / "configs" / "v49_random_small.toml"
@@ -57,7 +57,7 @@ def measured(point: dict[str, int]) -> dict[str, float]:
         ],
         STEPS,
     )
-    setup = loop.build(config)
+    setup = build(config)
     gc.collect()
     before = resident()
     steps = take(setup, source, Stop())[1:]

@@ -317,11 +317,12 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
     with mock.patch.object(torch, "inference_mode", lambda *_: torch.no_grad()):
         import numpy as np
 
-        import grpo.train as loop
+        import grpo.setup as making
         import grpo.update as updating
         from grpo.batch import make_batch
         from grpo.config import load_config
         from grpo.engine import decode, sampling
+        from grpo.groups import sample_step
         from grpo.plan import RANDOM
         from grpo.roofline import Rates, floor_of
         from grpo.types import Step
@@ -353,11 +354,11 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         mock.patch.object(decode, "step", watched),
         mock.patch.object(sampling, "_cut", whole),
     ):
-        with paper.tallying() as tally, mock.patch.object(loop, "measure_rates", lambda *_: rates):
-            setup = loop.build(config)
+        with paper.tallying() as tally, mock.patch.object(making, "measure_rates", lambda *_: rates):
+            setup = making.build(config)
         phases["made"] = tally.figures()
         with paper.tallying() as tally:
-            groups, scores, dropped = loop.sample_step(setup, 0)
+            groups, scores, dropped = sample_step(setup, 0)
         phases["rollout"] = tally.figures()
         batch = make_batch(groups, np.array([[s.total for s in row] for row in scores]), config)
         held = paper.alive

@@ -44,9 +44,10 @@ from transformers import PreTrainedTokenizerFast
 from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
+from grpo.groups import prompts_for_step, sample_step
 from grpo.policy import Policy, load_policy
 from grpo.score import score_groups
-from grpo.train import Setup, build, prompts_for_step, sample_step
+from grpo.setup import Setup, build
 from grpo.types import Completion, Group, Prompt, Step
 from grpo.update import update
 from rewards import Score

@@ -22,11 +22,13 @@ from typing import Any
 import numpy as np
 import torch
 
+import grpo.groups as sampling
 import grpo.train as loop
 import grpo.update as updating
 from grpo.checkpoint import Progress
 from grpo.config import Config, Source, load_config
 from grpo.durable import DiskError
+from grpo.endings import INPUT_ERRORS
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy import Policy
 from grpo.ranks import require_alone
@@ -34,6 +36,7 @@ from grpo.recorded.terminal import say_anyhow
 from grpo.rollout import ENGINES
 from grpo.roofline import Floor, floor_of, now
 from grpo.run import provenance, start_run, write_json
+from grpo.setup import Setup, build, device_name, machine, plan
 from grpo.stop import Stop, Stopped, listening
 from grpo.types import Prompt, Step
 
@@ -65,7 +68,7 @@ class Taken:
 class Clock:
     """Collects a `Taken` a step from the seams of the loop."""
 
-    def __init__(self, setup: loop.Setup) -> None:
+    def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._optimizer_started = 0.0
@@ -82,7 +85,7 @@ class Clock:
 
         return run
 
-    def cost(self, step: Step, setup: loop.Setup, phases: dict[str, float]) -> dict[str, float]:
+    def cost(self, step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
         """`grpo.train.cost`, and the step's record."""
         metrics = COST(step, setup, phases)
         spent, self._spent = self._spent, defaultdict(float)
@@ -99,7 +102,7 @@ class Clock:
         """Inside, the loop is timed."""
         seams: list[tuple[Any, str, Any]] = [
             (loop, "cost", self.cost),
-            (loop, "score_groups", self.timed("reward", loop.score_groups)),
+            (sampling, "score_groups", self.timed("reward", sampling.score_groups)),
             (updating, "reference_logprobs", self.timed("reference", updating.reference_logprobs)),
         ]
         starts = {name: engine.args[0] for name, engine in ENGINES.items() if isinstance(engine, partial)}
@@ -156,11 +159,11 @@ def drift(step: Step) -> dict[str, float]:
     }
 
 
-def take(setup: loop.Setup, source: Source, stop: Stop) -> list[Taken]:
+def take(setup: Setup, source: Source, stop: Stop) -> list[Taken]:
     """The config's steps, timed."""
     clock = Clock(setup)
     with tempfile.TemporaryDirectory() as folder, clock.watching():
-        run = start_run(Path(folder) / "run", setup.config, source, setup.reward, **loop.machine(setup))
+        run = start_run(Path(folder) / "run", setup.config, source, setup.reward, **machine(setup))
         loop.train(setup, run, stop, Progress())
     return clock.steps
 
@@ -193,7 +196,7 @@ def generated(
     return [ids[:n] for ids, n in zip(said, ends, strict=True)], [[0.0] * n for n in ends]
 
 
-def beside(setup: loop.Setup, source: Source, stop: Stop) -> Taken:
+def beside(setup: Setup, source: Source, stop: Stop) -> Taken:
     """The second of two steps of the same loop with ``generate`` in the engine's place."""
     config = setup.config.model_copy(update={"train": setup.config.train.model_copy(update={"steps": 2})})
     with replaced(ENGINES, dict.fromkeys(ENGINES, generated)):
@@ -203,7 +206,7 @@ def beside(setup: loop.Setup, source: Source, stop: Stop) -> Taken:
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-def summary(setup: loop.Setup, steps: Sequence[Taken], made: float, peer: Taken | None) -> dict[str, Any]:
+def summary(setup: Setup, steps: Sequence[Taken], made: float, peer: Taken | None) -> dict[str, Any]:
     """Medians over the steps after the first."""
     first, *rest = steps
     taken = rest or [first]
@@ -241,11 +244,11 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def said(found: dict[str, Any], setup: loop.Setup) -> str:
+def said(found: dict[str, Any], setup: Setup) -> str:
     """The whole report."""
     rates, apart = setup.rates, found["drift_nats"]
     steps = found["step_seconds"]
-    device = loop.device_name(setup.policy.device)
+    device = device_name(setup.policy.device)
     where = "on the device" if setup.policy.device.type == "cuda" else "of the whole process"
     lines = [
         f"device    {device}: {rates.bandwidth / 1e9:,.1f} GB/s, {rates.matmul / 1e12:,.3f} TFLOP/s, as measured",
@@ -299,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.umask(0o077)
     try:
         return bench(arguments)
-    except loop.INPUT_ERRORS as error:
+    except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except DiskError as error:
@@ -316,16 +319,15 @@ def bench(arguments: argparse.Namespace) -> int:
         with stop.at_once():
             config, source = bench_config(arguments.config, arguments.set, arguments.steps + 1)
             started = now(torch.device("cpu"))
-            setup = loop.build(config)
+            setup = build(config)
             made = now(setup.policy.device) - started
-        print(f"config    {source.path}\n{loop.plan(setup)}", flush=True)
+        print(f"config    {source.path}\n{plan(setup)}", flush=True)
         steps = take(setup, source, stop)
         peer = beside(setup, source, stop) if arguments.against else None
     found = summary(setup, steps, made, peer)
     print(said(found, setup))
     if arguments.json:
-        machine = loop.machine(setup)
-        facts = {"config": str(source.path), "overrides": source.overrides, **provenance(**machine), **found}
+        facts = {"config": str(source.path), "overrides": source.overrides, **provenance(**machine(setup)), **found}
         write_json(arguments.json, facts)
     return 0
 

@@ -36,6 +36,7 @@ import peft.peft_model
 import torch
 
 from grpo import checkpoint as checkpoint_module
+from grpo import groups
 from grpo import stop as stop_module
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
@@ -118,10 +119,10 @@ class World:
             log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            true_scores = train_module.score_groups
+            true_scores = groups.score_groups
             train_module.build = lambda *_: self.setup
             peft.PeftModel.create_or_update_model_card = lambda *_: None  # a third of the time; it is thrown away
-            train_module.score_groups = lambda *given: varied(given[1], true_scores(*given))
+            groups.score_groups = lambda *given: varied(given[1], true_scores(*given))
             if fault:
                 fault()
             code = main([*self.argv, "--out", str(out), *more])

@@ -24,6 +24,7 @@ import torch.distributed.fsdp
 import transformers.models.qwen3_5.modeling_qwen3_5  # noqa: F401
 
 from grpo import ranks as ranks_module
+from grpo import setup
 from grpo import train as train_module
 from grpo import update as update_module
 from grpo.batch import make_batch
@@ -313,7 +314,7 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "every rank trains all rows": lambda: _Patched(update_module, "own_rows", _all_rows_everywhere),
     "stopped in the second rollout": lambda: _Patched(train_module, "sample_step", _stops_in(1)),
     "signalled before the second update": lambda: _Patched(train_module, "make_batch", _signalled_before_update(2)),
-    "another base": lambda: _Patched(train_module, "load_policy", _one_weight_off),
+    "another base": lambda: _Patched(setup, "load_policy", _one_weight_off),
     "another adapter": lambda: _Patched(train_module, "update", _drifting),
     "dies at the checkpoint": lambda: _Patched(Ranks, "alike", _dies_at_the_checkpoint),
 }

@@ -13,8 +13,10 @@ from grpo.bench import main as bench
 from grpo.config import Lora, Model, load_config
 from grpo.engine import decode
 from grpo.engine.sampling import draw, uniforms
+from grpo.groups import sample_step
 from grpo.policy import Policy, load_policy
-from grpo.train import build, main, sample_step
+from grpo.setup import build
+from grpo.train import main
 from grpo.update import update
 from tests.conftest import TARGETS
 from tests.test_engines import FEW, buffers, logprobs, move, prompts_of, sample, scored

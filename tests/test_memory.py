@@ -10,12 +10,12 @@ import torch
 
 import grpo.policy
 import grpo.update
+from grpo.endings import INPUT_ERRORS
 from grpo.forward import memory
 from grpo.forward.memory import Room, kept_bytes, room
 from grpo.forward.passes import FORWARDS
 from grpo.free_memory import free_bytes, group_rooms, host_available
 from grpo.policy import ModelError, Policy, load_base
-from grpo.train import INPUT_ERRORS
 from grpo.types import Batch
 from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
 from tests.test_update import batch_of, close, config_with, gradients

@@ -20,16 +20,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo import bench, evaluate
+from grpo import bench, evaluate, opening
 from grpo import ranks as ranks_module
-from grpo import train as train_module
 from grpo.checkpoint import damage
 from grpo.config import EMBEDDED, ConfigError, load_config
+from grpo.endings import say_refused, say_stopped
 from grpo.lab import __main__ as lab
 from grpo.ledger import read_step
+from grpo.opening import check_alike
 from grpo.ranks import ALONE, TORCHRUN, RankError, RankLost, Ranks, joined, launcher
+from grpo.setup import Setup
 from grpo.stop import Stop, Stopped
-from grpo.train import Setup, check_alike, say_refused, say_stopped
 from grpo.update import OutOfMemory
 from tests import ranked
 from tests.ranked import on_ranks
@@ -365,7 +366,7 @@ def test_a_rank_out_of_memory_says_so_itself(capsys: pytest.CaptureFixture[str])
 
 
 def test_one_rank_hashes_nothing_to_be_at_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "inputs", lambda setup: pytest.fail("the inputs were read"))
+    monkeypatch.setattr(opening, "inputs", lambda setup: pytest.fail("the inputs were read"))
     policy = SimpleNamespace(ranks=ALONE, model=torch.nn.Linear(1, 1))
     check_alike(cast(Setup, SimpleNamespace(policy=policy)))
 

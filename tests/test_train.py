@@ -15,10 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from grpo import groups
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
+from grpo.groups import noise_keys
 from grpo.ledger import ledger_steps, read_step
-from grpo.train import main, noise_keys
+from grpo.train import main
 from grpo.types import Case, Prompt
 
 TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
@@ -271,7 +273,7 @@ def test_groups_without_variance_are_refilled(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reward that only case c0 to c4 can vary under: the others' groups are silent."""
-    true_scores = train_module.score_groups
+    true_scores = groups.score_groups
     sampled: list[list[str]] = []
 
     def only_half_vary(reward: Any, groups: Any, config: Any) -> Any:
@@ -289,7 +291,7 @@ def test_groups_without_variance_are_refilled(
             for group, row in zip(groups, true_scores(reward, groups, config), strict=True)
         )
 
-    monkeypatch.setattr(train_module, "score_groups", only_half_vary)
+    monkeypatch.setattr(groups, "score_groups", only_half_vary)
     out = tmp_path / "run"
     assert run(world, out, "--set", "rollout.refill_rounds=3", "--set", "train.steps=8") == 0
     metrics = lines(out / "metrics.jsonl")
