@@ -1,5 +1,6 @@
 """The README's examples run as they stand."""
 
+import json
 import re
 from pathlib import Path
 
@@ -8,7 +9,15 @@ import pytest
 from grpo.config import EMBEDDED
 from rewards import load_reward
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+PAGES = ("README.md", "benchmarks/README.md", "grpo/lab/README.md")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+README = text_of("README.md")
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 
@@ -38,5 +47,56 @@ def test_the_examples_are_there() -> None:
     assert len(PYTHON) == 3 and "advantages(" in PYTHON[0]
 
 
-def test_nothing_is_left_open() -> None:
-    assert not re.findall(r"@[A-Z_]+@", README)
+@pytest.mark.parametrize("page", PAGES)
+def test_nothing_is_left_open(page: str) -> None:
+    assert not re.findall(r"@[A-Z_]+@", text_of(page))
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page: str) -> None:
+    """To a file beside the page, or to a heading as GitHub names it."""
+    text = re.sub(r"```.*?```", "", text_of(page), flags=re.DOTALL)
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    assert links
+    headings = {
+        re.sub(r"[^a-z0-9 -]", "", line.lower()).replace(" ", "-") for line in re.findall(r"^#+ (.*)$", text, re.M)
+    }
+    for link in links:
+        if link.startswith("#"):
+            assert link[1:] in headings, link
+        else:
+            assert (ROOT / page).parent.joinpath(link).is_file(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_name_files_that_are_there(page: str) -> None:
+    files = re.findall(
+        r"(?<![\w/])(?:benchmarks|configs|tests|grpo|rewards)/[\w/]+\.(?:py|toml|json|sh|md|svg)", text_of(page)
+    )
+    assert files
+    assert not [file for file in files if not (ROOT / file).is_file()]
+
+
+def test_the_figures_beside_the_peer_are_the_records() -> None:
+    page, short = text_of("benchmarks/README.md"), README
+    for record, row in (("step", "`configs/tiny.toml`"), ("step_vocabulary", "small body")):
+        found = json.loads((ROOT / "benchmarks" / f"{record}.json").read_text())
+        medians = []
+        for name in ("engine", "generate"):
+            for phase in ("rollout", "update", "step"):
+                ratio = found["summary"][name][phase]["ratio"]
+                shown = f"{ratio['median']:.2f} ({ratio['min']:.2f}–{ratio['max']:.2f})"
+                assert shown in page, (record, name, phase, shown)
+                medians += [f"{ratio['median']:.2f}"] if name == "engine" else []
+        memory = [f"{found['memory'][name]['peak_bytes'] / 1e6:,.0f} MB" for name in ("trl", "engine")]
+        assert f"| {' | '.join(medians)} | {', '.join(memory)} |" in next(x for x in short.splitlines() if row in x)
+
+
+def test_the_figures_on_paper_are_the_records() -> None:
+    found = json.loads((ROOT / "benchmarks" / "on_paper.json").read_text())
+    assert found["layers"] == 32 and found["tokens"] == 8 * 1024
+    page = text_of("benchmarks/README.md")
+    for row in (found["decode_step"], found["phases"]["rollout"], found["phases"]["update"]):
+        assert f"| {row['launches']:,} |" in page and f"| {row['peak_bytes'] / 1e9:.1f} GB |" in page
+        assert f"| {sum(row['waits'].values())} |" in page
+    assert f"{found['decode_step']['launches']} kernels" in README
