@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo import train
+from grpo import setup, train
 from grpo.config import EMBEDDED, ConfigError, load_config
 from grpo.examine import MOST_TIMED_OUT, UnsoundReward, audit_data, check_reward, examine, gather, pooled
 from grpo.policy import ModelError
@@ -556,7 +556,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(*_: object, **__: object) -> None:
         raise ModelError("the weights were asked for")
 
-    monkeypatch.setattr(train, "load_policy", reached)
+    monkeypatch.setattr(setup, "load_policy", reached)
 
 
 @pytest.mark.usefixtures("no_weights")
