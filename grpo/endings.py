@@ -7,12 +7,12 @@ import signal
 import sys
 from pathlib import Path
 
+from grpo.base_model import ModelError
 from grpo.cases import CaseError
 from grpo.checkpoint import CheckpointError, latest_checkpoint
 from grpo.config import ConfigError
 from grpo.examine import UnsoundReward
 from grpo.model_card import CardError
-from grpo.policy import ModelError
 from grpo.ranks import Elsewhere, RankError, RankLost, Ranks, expected, hush, launcher
 from grpo.recorded.terminal import error_lines
 from grpo.rollout import PromptError

@@ -24,6 +24,7 @@ from typing import Any
 from tqdm import tqdm
 
 from grpo.adapter import AdapterError
+from grpo.base_model import ModelError
 from grpo.cases import CaseError
 from grpo.config import ConfigError, Thinking
 from grpo.evaluation.answers import AnswersError, answer, append_answers, in_order, read_answers
@@ -33,7 +34,7 @@ from grpo.evaluation.fingerprint import text_sha256
 from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_samples, summarise
 from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
 from grpo.evaluation.scorecard import scorecard
-from grpo.policy import ModelError, adapter_swapped, load_policy
+from grpo.policy import adapter_swapped, load_policy
 from grpo.ranks import require_alone
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError

@@ -10,7 +10,7 @@ from grpo.advantage import zero_variance
 from grpo.batch import baseline
 from grpo.cases import cases_for_step, row_key
 from grpo.config import Config
-from grpo.policy import render_prompt
+from grpo.prompts import render_prompt
 from grpo.rollout import rollout
 from grpo.score import score_groups
 from grpo.setup import Setup

@@ -18,10 +18,10 @@ from typing import Any
 
 from grpo.account import token_slices
 from grpo.advantage import zero_variance
+from grpo.base_model import load_tokenizer
 from grpo.budget import BudgetError, stop_cause
 from grpo.config import Config
 from grpo.ledger import Entry, LedgerError, ledger_steps, read_step
-from grpo.policy import load_tokenizer
 from grpo.recorded.panels import (
     Paint,
     Record,

@@ -42,9 +42,10 @@ from grpo.adapter import (
     system_prompt,
     weights_digest,
 )
+from grpo.base_model import HUB_ID, ModelError, load_base, pick_device
 from grpo.config import ConfigError, embedded, resolve
 from grpo.model_card import CardError, model_card
-from grpo.policy import HUB_ID, ModelError, end_ids, load_base, pick_device, render_prompt
+from grpo.prompts import end_ids, render_prompt
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.run import RunError, write_json
 from grpo.types import Case

@@ -16,10 +16,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from grpo.base_model import HUB_ID
 from grpo.config import notes
 from grpo.evaluation.agreement import wilson
 from grpo.evaluation.rates import baselines
-from grpo.policy import HUB_ID
 from grpo.run import Run, evaluations
 from rewards import RewardError
 from rewards.files import load_set

@@ -1,4 +1,4 @@
-"""Base, tokenizer and LoRA: loading them, telling them apart, and rendering prompts through the chat template.
+"""The policy: a frozen base with a LoRA adapter, checked against each other, and the reference it is held to.
 
 The reference is never a second model. It is the base with the adapter disabled, or the same weights with the adapter's
 tensors swapped for those it started from.
@@ -6,9 +6,6 @@ tensors swapped for those it started from.
 
 import contextlib
 import json
-import os
-import re
-import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,39 +16,16 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
+from grpo.base_model import HUB_ID, ModelError, found_at, load_base, not_here, pick_device, pick_dtype, refuse_adapter
 from grpo.config import Lora, Model, resolve
-from grpo.free_memory import free_bytes
-from grpo.plan import RANDOM, frozen_parameters
+from grpo.plan import RANDOM
+from grpo.prompts import encode, end_ids
 from grpo.ranks import ALONE, Ranks
 from grpo.tensorfile import declared
-from grpo.types import Case, Prompt
-from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, read_json
+from rewards.reading import clipped, is_regular
 
-# read when transformers is first imported: nothing is downloaded, asked for or told, whatever a model's files say
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-
-from huggingface_hub.errors import StrictDataclassError
-
-LOAD_ERRORS = (
-    OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
-)  # fmt: skip
-"""What transformers and the libraries below it raise over a model's files."""
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-"""Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
 ODD_BUT_EXACT = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
 """Keys of an adapter's config that are not trained or run here, but that a merge takes exactly as PEFT does."""
-_SYSTEM, _CASE = "\ue000SYSTEM\ue001", "\ue000CASE\ue001"
-"""Stand for system prompt and narrative while the chat template is rendered: private-use characters no template
-holds."""
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MOST_TOKENIZER = 256 * MEBIBYTE
-
-
-class ModelError(ValueError):
-    """A model or an adapter that cannot be used: says which, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,278 +136,18 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
 
     faults = []
     try:
-        _refuse_adapter(model.name)
+        refuse_adapter(model.name)
         if model.name not in RANDOM and not cached_file(found_at(model.name), "config.json", local_files_only=True):
-            faults.append(_not_here(model.name))
+            faults.append(not_here(model.name))
     except ModelError as error:
         faults.append(str(error))
     except (OSError, ValueError):
-        faults.append(_not_here(model.name))
+        faults.append(not_here(model.name))
     if lora.warm_start and not is_regular(resolve(lora.warm_start) / "adapter_config.json"):
         faults.append(
             f"lora.warm_start: {resolve(lora.warm_start) / 'adapter_config.json'}: cannot be read: no such file"
         )
     return tuple(faults)
-
-
-def found_at(name: str) -> str:
-    """What the loaders are given for a model's name: its folder where there is one, else the name, for the cache."""
-    folder = resolve(name)
-    return str(folder) if os.path.exists(folder) else name
-
-
-def _not_here(name: str) -> str:
-    if name.startswith("random:"):
-        return f"model.name = {name!r}: no such random model; there are {', '.join(RANDOM)}"
-    if resolve(name).is_dir():
-        return f"model.name = {name!r}: holds no config.json, so it is no model"
-    if not HUB_ID.fullmatch(name):
-        return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
-    return (
-        f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with "
-        f"`hf download {name}`, or set model.name to a folder that holds config.json, tokenizer and safetensors"
-    )
-
-
-def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
-
-    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in `RANDOM`
-    reads no weights at all.
-    """
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
-    # PEFT still calls what transformers 6 will rename; nothing a user could act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
-    logging.disable_progress_bar()
-    if name in RANDOM:
-        from grpo.random_base import random_base
-
-        need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
-        if need > free:
-            raise ModelError(
-                f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
-            )
-
-        base, tokenizer = random_base(name, device=device, dtype=dtype)
-        return base.requires_grad_(False), tokenizer
-    _refuse_adapter(name)
-    tokenizer = load_tokenizer(name)
-    with _loading(name) as where:
-        base = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
-        )
-    base.requires_grad_(False)
-    return base.to(device), tokenizer
-
-
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a base, from files on this machine."""
-    from transformers import AutoTokenizer
-
-    if name in RANDOM:
-        from grpo.random_base import random_tokenizer
-
-        return random_tokenizer()
-    with _loading(name) as where:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-    if tokenizer.chat_template is None:
-        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
-    return tokenizer
-
-
-def context_of(name: str) -> int:
-    """Positions a base was made for, by its config alone."""
-    from transformers import AutoConfig
-
-    if name in RANDOM:
-        from grpo.random_base import text_config
-
-        return int(text_config(RANDOM[name]).max_position_embeddings)
-    with _loading(name) as where:
-        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
-    return int(config.get_text_config().max_position_embeddings)
-
-
-@contextlib.contextmanager
-def _loading(name: str) -> Iterator[str]:
-    """What the loaders are to be given, once nothing in it is what they would obey (see `check_base`)."""
-    from transformers.utils import cached_file
-
-    where = found_at(name)
-    try:
-        found = cached_file(where, "config.json", local_files_only=True)
-        if found is not None:
-            check_base(Path(str(found)).parent)
-        yield where
-    except LOAD_ERRORS as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        here = resolve(name)
-        if not is_regular(here / "config.json") and (here.is_dir() or isinstance(error, OSError)):
-            raise ModelError(f"{_not_here(name)} ({said})") from None
-        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
-
-
-def _refuse_adapter(name: str) -> None:
-    """transformers would load an adapter's base, put the adapter on it, and say nothing of either."""
-    from transformers.utils import cached_file
-
-    try:
-        found = cached_file(found_at(name), "adapter_config.json", local_files_only=True)
-    except (OSError, ValueError):
-        found = None
-    if found is None:
-        return
-    raise ModelError(
-        f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
-        f"and the adapter as lora.warm_start or --adapter"
-    )
-
-
-def check_base(folder: Path) -> None:
-    """What the libraries would obey, wait for or unpickle in a model's folder is refused before they see it.
-
-    Raises:
-        ModelError: names the file.
-    """
-    for file in folder.glob("*"):
-        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and not is_regular(file):
-            raise ModelError(f"{file.name} is no file")
-    if not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES):
-        raise ModelError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
-    file = folder
-    try:
-        for file in sorted(folder.glob("*.json")):
-            table = read_json(file, most=MOST_TOKENIZER, foreign=True)
-            if isinstance(table, dict) and (named := _names_code(table)):
-                raise ModelError(f"{file.name}: {named} asks for code, which no model brings along here")
-        for file in sorted(folder.glob("*.safetensors")):
-            declared(file)
-    except Unreadable as error:
-        raise ModelError(f"{file.name}: {error}") from None
-
-
-def _names_code(table: Mapping[str, Any]) -> str:
-    """The key of a config that would have a library load code: its own, or a kernel of the hub."""
-    if table.get("auto_map"):
-        return "auto_map"
-    for key, value in table.items():
-        if key.endswith("attn_implementation") and "/" in str(value):
-            return key
-        if isinstance(value, dict) and key.endswith("_config") and (inner := _names_code(value)):
-            return inner
-    return ""
-
-
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a device, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
-    device = torch.device(name)
-    if (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and float32 on a CPU."""
-    if name == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return DTYPES[name]
-
-
-def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
-    """Every id that ends a completion: what the generation config and the tokenizer name, and both of Qwen's."""
-    named = base.generation_config.eos_token_id
-    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    vocabulary = tokenizer.get_vocab()
-    ids |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
-    ids.discard(None)
-    if not ids:
-        raise ModelError("neither the tokenizer nor the generation config names an end token")
-    return tuple(sorted(ids))
-
-
-def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: bool) -> Prompt:
-    """The chat up to where the answer begins, as ids. Control tokens come from the template alone: a narrative or a
-    system prompt that contains ``<|im_end|>`` or ``<think>`` reaches the model as those characters.
-
-    The narrative is encoded by itself, between the template's two halves; for ordinary text that gives the ids of
-    encoding the whole chat at once. So is a system prompt in which, or at whose edges, a control token is spelled.
-
-    Raises:
-        ModelError: a chat template that does not show both turns once; a text that cannot be written in plain tokens.
-    """
-    before, slot, after = _rendered(tokenizer, _SYSTEM, thinking).partition(_CASE)
-    opening, _, between = before.partition(_SYSTEM)
-    inline, _, again = _rendered(tokenizer, system_prompt, thinking).partition(_CASE)
-    if (
-        not slot
-        or _SYSTEM not in before
-        or any(slot in part for slot in (_CASE, _SYSTEM) for part in (between, after, again))
-    ):
-        raise ModelError("the chat template does not show the system's and the user's turn exactly once, in this order")
-    opened = after.rstrip().endswith("<think>")
-    head = _encode(tokenizer, inline)
-    control, around = control_ids(tokenizer), (_encode(tokenizer, opening), _encode(tokenizer, between))
-    if [i for i in head if i in control] != [i for part in around for i in part if i in control]:
-        whole = inline.startswith(opening) and inline.endswith(between)  # as the template wrote it, trimmed or not
-        said = inline[len(opening) : len(inline) - len(between)] if whole else system_prompt
-        head = [*around[0], *encode_plain(tokenizer, said), *around[1]]
-    ids = (*head, *encode_plain(tokenizer, case.text), *_encode(tokenizer, after))
-    return Prompt(case, ids, opened)
-
-
-def _rendered(tokenizer: Any, system_prompt: str, thinking: bool) -> str:
-    """The chat as text, `_CASE` in the narrative's place."""
-    chat = tokenizer.apply_chat_template(
-        [{"role": "system", "content": system_prompt}, {"role": "user", "content": _CASE}],
-        tokenize=False,
-        add_generation_prompt=True,
-        enable_thinking=thinking,
-    )
-    return str(chat)
-
-
-def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that no plain text may give: every token that was added to the vocabulary, but for the one that stands for
-    what the vocabulary cannot spell."""
-    return frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
-
-
-def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text in which nothing is a control token: a control token's spelling is cut after its first character
-    and encoded in pieces. Where that is not enough (a normaliser may spell a control token that the text does not),
-    every character is encoded by itself.
-
-    Raises:
-        ModelError: a character that is a control token of its own, or half a surrogate pair.
-    """
-    control = control_ids(tokenizer)
-    for cut in (_whole, _within_spellings, _characters):
-        ids = [i for piece in cut(tokenizer, text) for i in _encode(tokenizer, piece)]
-        if control.isdisjoint(ids):
-            return ids
-    raise ModelError("a text holds a character that is a control token of this tokenizer: it has no plain spelling")
-
-
-def _whole(tokenizer: Any, text: str) -> list[str]:
-    return [text]
-
-
-def _within_spellings(tokenizer: Any, text: str) -> list[str]:
-    control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
-    pattern = "|".join(re.escape(token) for token in control)
-    cuts = [match.start() + 1 for match in re.finditer(f"(?=({pattern}))", text)]
-    return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-
-
-def _characters(tokenizer: Any, text: str) -> list[str]:
-    return list(text)
 
 
 @contextlib.contextmanager
@@ -472,13 +186,6 @@ def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
         for name, p in policy.trainable().items():
             p.copy_(tensors[name])
-
-
-def _encode(tokenizer: Any, text: str) -> list[int]:
-    try:
-        return tokenizer.encode(text, add_special_tokens=False)
-    except (TypeError, UnicodeEncodeError):
-        raise ModelError("a text holds half a surrogate pair, which no tokenizer can write") from None
 
 
 def _set_dropout(wrapped: Any, p: float) -> None:
@@ -576,7 +283,7 @@ def _named(folder: Path, what: str) -> Iterator[None]:
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
     """Sampling and loss know a model as body and head. One that caps or scales the head's products is another."""
-    ids = torch.tensor([_encode(policy.tokenizer, "ESI")], device=policy.device)
+    ids = torch.tensor([encode(policy.tokenizer, "ESI")], device=policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits
     ours = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-2):
@@ -590,7 +297,7 @@ def _check_head(policy: Policy) -> None:
 @torch.no_grad()
 def _check_effect(policy: Policy, folder: Path) -> None:
     """An adapter can load without an error and without an effect, when its module names match nothing that runs."""
-    ids = torch.tensor([_encode(policy.tokenizer, "ESI triage: chest pain, 120/58.")], device=policy.device)
+    ids = torch.tensor([encode(policy.tokenizer, "ESI triage: chest pain, 120/58.")], device=policy.device)
     with_adapter = policy.body(input_ids=ids, use_cache=False).last_hidden_state
     with policy.model.disable_adapter():
         without = policy.body(input_ids=ids, use_cache=False).last_hidden_state

@@ -27,11 +27,11 @@ import numpy as np
 from tqdm import tqdm
 
 from grpo.account import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
+from grpo.base_model import ModelError
 from grpo.batch import make_batch
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config
 from grpo.ledger import FIGURES, Entry, LedgerChanged, LedgerError, read_step, step_files
-from grpo.policy import ModelError
 from grpo.recorded.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.recorded.difference import Difference, array_differences, same, scalar_difference, shown
 from grpo.recorded.recording import Recording, read_recording, rewritten_lines, torn, unindexed_files

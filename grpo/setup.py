@@ -11,7 +11,8 @@ from torch import Tensor
 from grpo.cases import stream
 from grpo.config import Config
 from grpo.examine import check_reward, examine, gather
-from grpo.policy import Policy, adapter_copy, load_policy, missing_parts, render_prompt
+from grpo.policy import Policy, adapter_copy, load_policy, missing_parts
+from grpo.prompts import render_prompt
 from grpo.ranks import ALONE, Ranks
 from grpo.recorded.terminal import visible
 from grpo.rollout import check_length

@@ -12,10 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo.adapter import AdapterError, base_of, lora_section, system_prompt
+from grpo.base_model import ModelError
 from grpo.cases import row_key
 from grpo.config import COLDEST, ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
-from grpo.policy import ModelError, Policy, check_adapter, load_policy, render_prompt
+from grpo.policy import Policy, check_adapter, load_policy
+from grpo.prompts import render_prompt
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError, rollout
 from grpo.types import Case, Completion

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo.adapter import Delta, read_json, readable, scaling
-from grpo.policy import HUB_ID, LOAD_ERRORS, ModelError, check_base, found_at
+from grpo.base_model import HUB_ID, LOAD_ERRORS, ModelError, check_base, found_at
 from rewards.reading import is_regular
 
 STORED = {

@@ -15,7 +15,7 @@ ROOMS = [
     "grpo.loaders.fields", "grpo.loaders.lines", "grpo.loaders.narrative", "grpo.loaders.jsonl",
     "grpo.loaders.mietic", "grpo.loaders.mimic", "grpo.cases", "grpo.evaluation.fingerprint",
     "grpo.evaluation.comparison", "grpo.plan", "grpo.examine", "grpo.preflight", "grpo.prepare", "grpo.adapter",
-    "grpo.random_base", "grpo.policy",
+    "grpo.random_base", "grpo.base_model", "grpo.prompts", "grpo.policy",
     "grpo.engine.sampling", "grpo.engine.reference", "grpo.engine.generic", "grpo.engine.in_step",
     "grpo.engine.gated_delta", "grpo.engine.weights", "grpo.engine.state", "grpo.engine.plain", "grpo.engine.fused",
     "grpo.engine.decode",

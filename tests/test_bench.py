@@ -14,10 +14,10 @@ import torch
 import grpo.groups as sampling
 import grpo.train as loop
 import grpo.update as updating
+from grpo.base_model import load_base
 from grpo.bench import main
 from grpo.config import EMBEDDED, load_config
 from grpo.plan import RANDOM
-from grpo.policy import load_base
 from grpo.rollout import ENGINES
 from grpo.setup import build
 

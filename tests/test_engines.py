@@ -10,12 +10,13 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen3Config
 
+from grpo.base_model import ModelError
 from grpo.budget import stop_cause
 from grpo.config import Lora, Model
 from grpo.engine import decode, weights
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
 from grpo.engine.state import State
-from grpo.policy import ModelError, Policy, adapter_swapped, load_policy
+from grpo.policy import Policy, adapter_swapped, load_policy
 from grpo.rollout import ENGINES, choose, rollout
 from grpo.tiny.model import make_tokenizer
 from grpo.types import Case, Group, Prompt

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import grpo.evaluate
 import grpo.evaluation.request
+from grpo.base_model import load_tokenizer
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED, load_config
 from grpo.evaluate import comparison, main
@@ -22,7 +23,8 @@ from grpo.evaluation.fingerprint import ADAPTER_FILES, cases_sha256, folder_sha2
 from grpo.evaluation.rates import Verdict, summarise
 from grpo.evaluation.scorecard import WIDTH, scorecard
 from grpo.merge import merge
-from grpo.policy import Policy, adapter_swapped, load_tokenizer, render_prompt
+from grpo.policy import Policy, adapter_swapped
+from grpo.prompts import render_prompt
 from grpo.run import Run, add_evaluation, before_after, evaluations
 from grpo.types import Case
 from rewards import load_reward, parse_answer

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from grpo.adapter import AdapterError, read_config, read_pairs
+from grpo.base_model import ModelError, check_base, load_base
 from grpo.cases import CaseError, load
 from grpo.config import EMBEDDED, ConfigError, load_config, notes
 from grpo.inspect import main as inspect
@@ -24,7 +25,8 @@ from grpo.ledger import LedgerError, read_step
 from grpo.merge import main as merge
 from grpo.mirror import main as mirror
 from grpo.mirror import scalars
-from grpo.policy import ModelError, check_adapter, check_base, control_ids, encode_plain, load_base, render_prompt
+from grpo.policy import check_adapter
+from grpo.prompts import control_ids, encode_plain, render_prompt
 from grpo.recorded.terminal import error_lines, wrap
 from grpo.replay import main as replay
 from grpo.report.__main__ import main as report
@@ -547,7 +549,7 @@ def test_no_code_of_a_models_folder_is_run_or_asked_about(
     with pytest.raises(ModelError, match="auto_map asks for code"):
         loaded(base)
     # and were it not refused first, the library itself would not run it
-    monkeypatch.setattr("grpo.policy.check_base", lambda folder: None)
+    monkeypatch.setattr("grpo.base_model.check_base", lambda folder: None)
     with contextlib.suppress(ModelError):  # a tokenizer, it takes for one that it knows
         loaded(base)
     assert not traces.exists()
@@ -569,7 +571,7 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
     torch.save({"model.embed_tokens.weight": Trap(traces)}, base / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"pickles \(.bin\) can run code and are never opened"):
         loaded(base)
-    monkeypatch.setattr("grpo.policy.check_base", lambda folder: None)
+    monkeypatch.setattr("grpo.base_model.check_base", lambda folder: None)
     with pytest.raises(ModelError):  # nor would the library, were it not refused first
         loaded(base)
     assert not traces.exists()

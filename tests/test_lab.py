@@ -284,7 +284,8 @@ def test_the_starts_are_those_of_their_manifest() -> None:
 def test_a_start_is_wrong_in_the_way_it_is_said_to_be(name: str) -> None:
     """Greedy answers to a dozen cases: v43 misses the three rules and knows what it was taught rightly; mild is two
     levels too mild."""
-    from grpo.policy import load_policy, render_prompt
+    from grpo.policy import load_policy
+    from grpo.prompts import render_prompt
     from grpo.rollout import rollout
     from grpo.tiny.build import SYSTEM_PROMPT
     from rewards import parse_answer

@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-import grpo.policy
+import grpo.base_model
 import grpo.update
+from grpo.base_model import ModelError, load_base
 from grpo.endings import INPUT_ERRORS
 from grpo.forward import memory
 from grpo.forward.memory import Room, kept_bytes, room
 from grpo.forward.passes import FORWARDS
 from grpo.free_memory import free_bytes, group_rooms, host_available
-from grpo.policy import ModelError, Policy, load_base
+from grpo.policy import Policy
 from grpo.types import Batch
 from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
 from tests.test_update import batch_of, close, config_with, gradients
@@ -181,7 +182,7 @@ def test_what_checkpointing_saves_is_seen_on_every_path(make_policy: Callable[..
 
 
 def test_a_random_model_larger_than_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpo.policy, "free_bytes", lambda device: 1 << 30)
+    monkeypatch.setattr(grpo.base_model, "free_bytes", lambda device: 1 << 30)
     with pytest.raises(ModelError, match=r"35,815,213,056 bytes of weights do not fit the 1,073,741,824"):
         load_base("random:qwen3.5-9b", device=torch.device("cpu"), dtype=torch.float32)
 

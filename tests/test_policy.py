@@ -11,20 +11,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from grpo.base_model import ModelError
 from grpo.config import Lora, Model
 from grpo.merge import merge
-from grpo.policy import (
-    ModelError,
-    Policy,
-    adapter_copy,
-    adapter_swapped,
-    check_adapter,
-    encode_plain,
-    load_policy,
-    missing_parts,
-    render_prompt,
-    save_adapter,
-)
+from grpo.policy import Policy, adapter_copy, adapter_swapped, check_adapter, load_policy, missing_parts, save_adapter
+from grpo.prompts import encode_plain, render_prompt
 from grpo.types import Case
 from tests.conftest import TARGETS
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo import setup, train
+from grpo.base_model import ModelError
 from grpo.config import EMBEDDED, ConfigError, load_config
 from grpo.examine import MOST_TIMED_OUT, UnsoundReward, audit_data, check_reward, examine, gather, pooled
-from grpo.policy import ModelError
 from grpo.preflight import WIDTH, main
 from grpo.types import Case
 from rewards import load_reward

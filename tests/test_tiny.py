@@ -9,7 +9,8 @@ import torch
 
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED, load_config
-from grpo.policy import Policy, load_policy, render_prompt
+from grpo.policy import Policy, load_policy
+from grpo.prompts import render_prompt
 from grpo.tiny.build import MIX, SYSTEM_PROMPT
 from grpo.tiny.patients import summary
 from grpo.tiny.teach import BLIND_SPOT_STRATA, answer, completion, right, steps_to, unsure_v46, v46

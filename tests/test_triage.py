@@ -13,7 +13,8 @@ import torch
 from grpo.adapter import system_prompt
 from grpo.config import EMBEDDED, load_config
 from grpo.merge import merge
-from grpo.policy import Policy, render_prompt
+from grpo.policy import Policy
+from grpo.prompts import render_prompt
 from grpo.rollout import rollout
 from grpo.run import start_run
 from grpo.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, Triage, load_speaker, main, show, triage

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from grpo.cases import row_key
 from grpo.config import Config
 from grpo.evaluation.rates import Verdict, row
-from grpo.policy import Policy, render_prompt
+from grpo.policy import Policy
+from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
 from grpo.types import Case, Prompt
 from rewards import Answer, parse_answer

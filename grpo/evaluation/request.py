@@ -10,20 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from grpo.adapter import lora_section, system_prompt
+from grpo.base_model import context_of, load_tokenizer, pick_device, pick_dtype
 from grpo.cases import CaseError, load
 from grpo.config import Config, Thinking, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
 from grpo.evaluation.fingerprint import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
-from grpo.policy import (
-    check_adapter,
-    context_of,
-    encode_plain,
-    load_tokenizer,
-    missing_parts,
-    pick_device,
-    pick_dtype,
-    render_prompt,
-)
+from grpo.policy import check_adapter, missing_parts
+from grpo.prompts import encode_plain, render_prompt
 from grpo.types import Case
 from rewards import Reward, load_reward
 from rewards.reading import is_regular

@@ -16,12 +16,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo.account import rows
+from grpo.base_model import pick_device, pick_dtype
 from grpo.cases import row_key
 from grpo.checkpoint import load_checkpoint
 from grpo.config import Config
 from grpo.forward.memory import room
 from grpo.ledger import Entry, read_step
-from grpo.policy import Policy, adapter_copy, adapter_swapped, load_policy, pick_device, pick_dtype, render_prompt
+from grpo.policy import Policy, adapter_copy, adapter_swapped, load_policy
+from grpo.prompts import render_prompt
 from grpo.recorded.recording import Recording
 from grpo.run import RunError
 from grpo.types import Batch

@@ -200,7 +200,7 @@ def corpus(plan: Plan) -> tuple[list[tuple[str, str, Summary]], list[str]]:
 
 def pupils_of(tokenizer: Any, rows: Sequence[tuple[str, str, Summary]]) -> list[Pupil]:
     """(stratum, text, summary) as the lessons use them, prompts rendered in both modes."""
-    from grpo.policy import render_prompt
+    from grpo.prompts import render_prompt
     from grpo.types import Case
 
     pupils = []
@@ -260,7 +260,8 @@ def held_out_scores(out: Path, plan: Plan) -> dict[str, dict[str, float]]:
     """Exact share of greedy answers on the validation vignettes, by model and mode, and by stratum for v46."""
     from grpo.cases import load_jsonl
     from grpo.config import Lora, Model
-    from grpo.policy import adapter_swapped, load_policy, render_prompt
+    from grpo.policy import adapter_swapped, load_policy
+    from grpo.prompts import render_prompt
     from grpo.rollout import rollout
     from rewards import parse_answer
 

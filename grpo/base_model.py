@@ -1,0 +1,208 @@
+"""Base and tokenizer: found on this machine, looked through, loaded. Nothing is downloaded, nothing of them is run."""
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+
+from grpo.config import resolve
+from grpo.free_memory import free_bytes
+from grpo.plan import RANDOM, frozen_parameters
+from grpo.tensorfile import declared
+from rewards.reading import MEBIBYTE, Unreadable, is_regular, read_json
+
+# read when transformers is first imported: nothing is downloaded, asked for or told, whatever a model's files say
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from huggingface_hub.errors import StrictDataclassError
+
+LOAD_ERRORS = (
+    OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
+)  # fmt: skip
+"""What transformers and the libraries below it raise over a model's files."""
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MOST_TOKENIZER = 256 * MEBIBYTE
+
+
+class ModelError(ValueError):
+    """A model or an adapter that cannot be used: says which, and what to do."""
+
+
+def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
+
+    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in `RANDOM`
+    reads no weights at all.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    # PEFT still calls what transformers 6 will rename; nothing a user could act on
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
+    logging.disable_progress_bar()
+    if name in RANDOM:
+        from grpo.random_base import random_base
+
+        need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
+        if need > free:
+            raise ModelError(
+                f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
+            )
+
+        base, tokenizer = random_base(name, device=device, dtype=dtype)
+        return base.requires_grad_(False), tokenizer
+    refuse_adapter(name)
+    tokenizer = load_tokenizer(name)
+    with _loading(name) as where:
+        base = AutoModelForCausalLM.from_pretrained(
+            where, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    base.requires_grad_(False)
+    return base.to(device), tokenizer
+
+
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a base, from files on this machine."""
+    from transformers import AutoTokenizer
+
+    if name in RANDOM:
+        from grpo.random_base import random_tokenizer
+
+        return random_tokenizer()
+    with _loading(name) as where:
+        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    if tokenizer.chat_template is None:
+        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
+    return tokenizer
+
+
+def context_of(name: str) -> int:
+    """Positions a base was made for, by its config alone."""
+    from transformers import AutoConfig
+
+    if name in RANDOM:
+        from grpo.random_base import text_config
+
+        return int(text_config(RANDOM[name]).max_position_embeddings)
+    with _loading(name) as where:
+        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+    return int(config.get_text_config().max_position_embeddings)
+
+
+def found_at(name: str) -> str:
+    """What the loaders are given for a model's name: its folder where there is one, else the name, for the cache."""
+    folder = resolve(name)
+    return str(folder) if os.path.exists(folder) else name
+
+
+def not_here(name: str) -> str:
+    """Why a name is no model on this machine, and what to do."""
+    if name.startswith("random:"):
+        return f"model.name = {name!r}: no such random model; there are {', '.join(RANDOM)}"
+    if resolve(name).is_dir():
+        return f"model.name = {name!r}: holds no config.json, so it is no model"
+    if not HUB_ID.fullmatch(name):
+        return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
+    return (
+        f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with "
+        f"`hf download {name}`, or set model.name to a folder that holds config.json, tokenizer and safetensors"
+    )
+
+
+@contextlib.contextmanager
+def _loading(name: str) -> Iterator[str]:
+    """What the loaders are to be given, once nothing in it is what they would obey (see `check_base`)."""
+    from transformers.utils import cached_file
+
+    where = found_at(name)
+    try:
+        found = cached_file(where, "config.json", local_files_only=True)
+        if found is not None:
+            check_base(Path(str(found)).parent)
+        yield where
+    except LOAD_ERRORS as error:
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        here = resolve(name)
+        if not is_regular(here / "config.json") and (here.is_dir() or isinstance(error, OSError)):
+            raise ModelError(f"{not_here(name)} ({said})") from None
+        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
+
+
+def refuse_adapter(name: str) -> None:
+    """transformers would load an adapter's base, put the adapter on it, and say nothing of either."""
+    from transformers.utils import cached_file
+
+    try:
+        found = cached_file(found_at(name), "adapter_config.json", local_files_only=True)
+    except (OSError, ValueError):
+        found = None
+    if found is None:
+        return
+    raise ModelError(
+        f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
+        f"and the adapter as lora.warm_start or --adapter"
+    )
+
+
+def check_base(folder: Path) -> None:
+    """What the libraries would obey, wait for or unpickle in a model's folder is refused before they see it.
+
+    Raises:
+        ModelError: names the file.
+    """
+    for file in folder.glob("*"):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and not is_regular(file):
+            raise ModelError(f"{file.name} is no file")
+    if not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES):
+        raise ModelError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
+    file = folder
+    try:
+        for file in sorted(folder.glob("*.json")):
+            table = read_json(file, most=MOST_TOKENIZER, foreign=True)
+            if isinstance(table, dict) and (named := _names_code(table)):
+                raise ModelError(f"{file.name}: {named} asks for code, which no model brings along here")
+        for file in sorted(folder.glob("*.safetensors")):
+            declared(file)
+    except Unreadable as error:
+        raise ModelError(f"{file.name}: {error}") from None
+
+
+def _names_code(table: Mapping[str, Any]) -> str:
+    """The key of a config that would have a library load code: its own, or a kernel of the hub."""
+    if table.get("auto_map"):
+        return "auto_map"
+    for key, value in table.items():
+        if key.endswith("attn_implementation") and "/" in str(value):
+            return key
+        if isinstance(value, dict) and key.endswith("_config") and (inner := _names_code(value)):
+            return inner
+    return ""
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is a device, else the CPU."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
+    device = torch.device(name)
+    if (device.index or 0) >= max(1, torch.cuda.device_count()):
+        raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """``auto`` is bfloat16 on CUDA and float32 on a CPU."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return DTYPES[name]
