@@ -102,8 +102,22 @@ def spread(values: Tensor, completion_mask: Tensor) -> Tensor:
     tokens = int(completion_mask.sum())
     if values.shape != (tokens,):
         raise ValueError(f"expected one value per True in the mask, [{tokens}], got {list(values.shape)}")
-    mask = completion_mask.to(values.device)
+    mask = completion_mask.to(values.device, non_blocking=True)
     return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:
+    """h·Wᵀ, [n,V] in float32 (float64 for float64): hidden [n,H] and head_weight [V,H] of one dtype.
+
+    On CUDA the products of a half-precision head leave their float32 sums as they are. Rounded to bfloat16 first, as
+    torch's own product does and on a CPU must, a logit of 20 would be off by up to 0.06 nats.
+
+    >>> head_logits(torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0], [5.0, 6.0]]))
+    tensor([[11., 17.]])
+    """
+    if hidden.is_cuda and head_weight.dtype in (torch.bfloat16, torch.float16):
+        return torch.mm(hidden, head_weight.T, out_dtype=torch.float32)
+    return (hidden @ head_weight.T).to(torch.promote_types(head_weight.dtype, torch.float32))
 
 
 class _ChunkedLogprobs(torch.autograd.Function):
@@ -135,7 +149,7 @@ class _ChunkedLogprobs(torch.autograd.Function):
         jacobian = torch.empty_like(hidden, dtype=head_weight.dtype) if with_jacobian else None
         for start in range(0, len(hidden), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
-            logits = (hidden[chunk].to(head_weight.dtype) @ head_weight.T).to(wide)
+            logits = head_logits(hidden[chunk].to(head_weight.dtype), head_weight)
             if bias is not None:
                 logits += bias
             logits /= temperature

@@ -14,6 +14,7 @@ from grpo.config import Lora, Model, load_config
 from grpo.engine import decode
 from grpo.engine.sampling import draw, uniforms
 from grpo.groups import sample_step
+from grpo.logprobs import head_logits
 from grpo.policy import Policy, load_policy
 from grpo.setup import build
 from grpo.train import main
@@ -75,6 +76,15 @@ def test_bfloat16_drift_is_bounded(cuda_policy: Callable[[str], Policy]) -> None
     noise = (trainer - exact).square().mean().sqrt()
     assert (drawn - exact).square().mean().sqrt() < 2 * noise
     assert (drawn - trainer).square().mean().sqrt() < 3 * noise < 0.15
+
+
+def test_a_half_precision_heads_sums_stay_in_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(n, 256, generator=generator).bfloat16() for n in (7, 1000))
+    exact = hidden.double() @ head.double().T
+    ours = head_logits(hidden.cuda(), head.cuda())
+    assert ours.dtype == torch.float32
+    torch.testing.assert_close(ours.double().cpu(), exact, rtol=1e-5, atol=1e-4)
 
 
 def test_a_step_that_does_not_fit_is_cut_in_half(capsys: pytest.CaptureFixture[str]) -> None:

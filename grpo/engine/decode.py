@@ -24,6 +24,7 @@ from grpo.engine.generic import padded_width, prefill
 from grpo.engine.sampling import Decoder
 from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
+from grpo.logprobs import head_logits
 from grpo.policy import Policy
 from grpo.types import Prompt
 
@@ -69,7 +70,7 @@ def step(weights: Weights, rotary: Rotary, state: State, window: int) -> Tensor:
         _add(x, mixed, mixer.out)
         _add(x, do.swiglu(*_products(do.norm(x, layer.mlp_norm, epsilon), layer.gate_up)), layer.down)
     state.positions.add_(1)
-    return do.norm(x, weights.norm, epsilon) @ weights.head
+    return head_logits(do.norm(x, weights.norm, epsilon), weights.head)
 
 
 def _products(x: Tensor, joint: Joint) -> list[Tensor]:
@@ -151,7 +152,7 @@ def start_own(policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], 
             hidden[rows] = last[i]
             fill(state, rows, weights, cache, i, len(prompts[b].ids))
     decoder = GraphDecoder(weights, rotary_table(policy, longest + budget), state, longest)
-    return hidden @ weights.head, decoder
+    return head_logits(hidden, weights.head), decoder
 
 
 def blank(policy: Policy, weights: Weights, rows: int, columns: int) -> State:

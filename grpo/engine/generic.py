@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from grpo.engine.sampling import Decoder
+from grpo.logprobs import head_logits
 from grpo.policy import Policy
 from grpo.types import Prompt
 
@@ -24,7 +25,7 @@ class CachedDecoder:
     def step(self, ids: Tensor) -> Tensor:
         """Logits [n,V] after one more token each."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], 1)
-        return self._policy.head(_hidden(self._policy, ids[:, None], self._mask, self._cache))
+        return _logits(self._policy, _hidden(self._policy, ids[:, None], self._mask, self._cache))
 
     def keep(self, slots: Tensor) -> None:
         """Goes on with the rows in ``slots``."""
@@ -40,7 +41,7 @@ def start_cached(
     decoder = CachedDecoder(policy, cache, mask)
     rows = torch.tensor(owners, device=policy.device)
     decoder.keep(rows)
-    return policy.head(hidden[rows]), decoder
+    return _logits(policy, hidden[rows]), decoder
 
 
 def prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Tensor]:
@@ -62,6 +63,12 @@ def prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Ten
 def padded_width(prompt: Prompt) -> int:
     """Its length up to the next multiple of `PREFILL_GRID`."""
     return -(-len(prompt.ids) // PREFILL_GRID) * PREFILL_GRID
+
+
+def _logits(policy: Policy, hidden: Tensor) -> Tensor:
+    """As the loss computes them."""
+    logits, bias = head_logits(hidden, policy.head.weight), getattr(policy.head, "bias", None)
+    return logits if bias is None else logits + bias
 
 
 def _hidden(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:

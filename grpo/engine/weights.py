@@ -96,6 +96,7 @@ class Weights:
     layers: tuple[Layer, ...]
     norm: Tensor
     head: Tensor
+    """[V,H]."""
     epsilon: float
 
 
@@ -124,7 +125,7 @@ def read_weights(policy: Policy) -> Weights:
         embedding=body.embed_tokens.weight,
         layers=tuple(_layer(layer) for layer in body.layers),
         norm=_scale(body.norm),
-        head=policy.head.weight.T,
+        head=policy.head.weight,
         epsilon=body.norm.eps,
     )
 
