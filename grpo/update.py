@@ -167,7 +167,7 @@ def backward(
                 (now.sum() * 0.0).backward()
             continue
         width = now.shape[1]
-        rows = cut.rows.to(policy.device)
+        rows = cut.rows.to(policy.device, non_blocking=True)
         logprobs[rows, :width] = now.detach().float()
         entropies[rows, :width] = entropy.detach().float()
         before = now.detach() if old is None else old[rows, :width]
@@ -278,7 +278,7 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
     rows = cut.rows.tolist()
     completions = [batch.completion_ids[i] for i in rows]
     forward = forward_of(policy)
-    targets = torch.tensor([token for ids in completions for token in ids], device=policy.device)
+    targets = torch.tensor([token for ids in completions for token in ids]).to(policy.device, non_blocking=True)
     head = policy.head
     logprobs, entropy = token_logprobs(
         forward(policy, [batch.prompt_ids[i] for i in rows], completions),
@@ -288,7 +288,7 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
         bias=getattr(head, "bias", None),
     )
     mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)]
-    return spread(logprobs, mask), spread(entropy, mask), mask.to(policy.device)
+    return spread(logprobs, mask), spread(entropy, mask), mask.to(policy.device, non_blocking=True)
 
 
 def reference_logprobs(
@@ -312,7 +312,7 @@ def scored(policy: Policy, batch: Batch, cuts: Sequence[Cut], temperature: float
         logprobs, _, _ = score(policy, batch, cut, temperature)
         if cut.idle:
             continue
-        whole[cut.rows.to(policy.device), : logprobs.shape[1]] = logprobs.float()
+        whole[cut.rows.to(policy.device, non_blocking=True), : logprobs.shape[1]] = logprobs.float()
     return whole
 
 
@@ -325,9 +325,9 @@ def _loss(
         logprobs,
         old,
         ref,
-        batch.advantages[cut.rows].to(logprobs.device),
+        batch.advantages[cut.rows].to(logprobs.device, non_blocking=True),
         mask,
-        batch.token_weights[cut.rows, :width].to(logprobs.device),
+        batch.token_weights[cut.rows, :width].to(logprobs.device, non_blocking=True),
         surrogate=section.surrogate,
         clip_low=section.clip_low,
         clip_high=section.clip_high,

@@ -1,6 +1,8 @@
 """The forward pass that is trained through: its pieces against autograd and loops, the whole against transformers'."""
 
 import random
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch.autograd import gradcheck
 
 from grpo.engine.gated_delta import gated_delta_step
 from grpo.forward import shared_prefix
-from grpo.forward.gated_delta import chunked_scan, gated_delta_scan, unit_lower_inverse
+from grpo.forward.gated_delta import CHUNK, _fla_scan, chunked_scan, gated_delta_scan, unit_lower_inverse
 from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
 from grpo.forward.memory import kept_bytes
 from grpo.forward.modules import predicting_states_by_modules
@@ -63,6 +65,10 @@ def test_linear_is_the_formula() -> None:
     (adapted,) = linear(x, [Linear(w, a, b, 0.25)])
     torch.testing.assert_close(plain, x @ w.T)
     torch.testing.assert_close(adapted, x @ (w + 0.25 * b @ a).T)
+
+
+def test_chunks_are_powers_of_two_as_the_inverse_by_halves_asks() -> None:
+    assert all(size.bit_count() == 1 for size in CHUNK.values())
 
 
 @pytest.mark.parametrize("size", [1, 2, 32, 64])
@@ -144,6 +150,35 @@ def test_neither_chunk_size_nor_a_cut_nor_zeros_before_change_a_scan() -> None:
     fresh, fresh_end = chunked_scan(q, k, v, decay, beta, None, chunk=8)
     torch.testing.assert_close(out[:, 5:], fresh)
     torch.testing.assert_close(end, fresh_end)
+
+
+def test_flash_linear_attention_is_asked_for_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held to its documented contract, token by token: it is not installed here, and runs on CUDA alone."""
+
+    def chunk_gated_delta_rule(
+        q: Tensor, k: Tensor, v: Tensor, *, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None,
+        output_final_state: bool,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        assert q.shape[2] == k.shape[2] == v.shape[2] and q.dtype == v.dtype == torch.bfloat16 and output_final_state
+        state = torch.zeros(len(q), v.shape[2], k.shape[3], v.shape[3]) if initial_state is None else initial_state
+        out = []
+        for t in range(q.shape[1]):
+            state = state * g[:, t].exp()[..., None, None]
+            delta = beta[:, t, :, None] * (v[:, t].float() - torch.einsum("nhd,nhde->nhe", k[:, t].float(), state))
+            state = state + k[:, t].float()[..., None] * delta[:, :, None]
+            out.append(scale * torch.einsum("nhd,nhde->nhe", q[:, t].float(), state))
+        return torch.stack(out, 1).bfloat16(), state
+
+    module = types.ModuleType("fla.ops.gated_delta_rule")
+    vars(module)["chunk_gated_delta_rule"] = chunk_gated_delta_rule
+    for name in ("fla", "fla.ops"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    q, k, v, decay, beta, state = (x.detach().float() for x in scan_inputs((2, 21, 2, 3, 4, 5)))
+    for start in (None, state):
+        found = _fla_scan(q, k, v, decay, beta, start)
+        for ours, theirs in zip(chunked_scan(q, k, v, decay, beta, start), found, strict=True):
+            torch.testing.assert_close(theirs, ours, atol=0.05, rtol=0.02)
 
 
 # --- the whole ------------------------------------------------------------------------------------------------

@@ -229,6 +229,47 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
     assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
 
 
+def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, config = make_policy(), config_with()
+    batch, before = batch_of(policy, config), adapter_copy(policy)
+    true = update_module.backward
+
+    def without_end(*given: Any) -> Any:
+        logprobs, entropies, total = true(*given)
+        return logprobs, entropies, total + math.inf
+
+    monkeypatch.setattr(update_module, "backward", without_end)
+    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    done = update(policy, batch, config, optimizer, None, step=0)
+    assert done.skipped == 1 and math.isfinite(done.grad_norm) and done.grad_norm > 0
+    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+
+
+def test_the_reference_is_scored_without_dropout(make_policy: Callable[..., Policy]) -> None:
+    noisy, still = make_policy(dropout=0.5), make_policy()
+    config = config_with("loss.beta=0.1", "lora.dropout=0.5")
+    batch, copy = batch_of(still, config), adapter_copy(still)
+    found, expected = (
+        update(p, batch, config, torch.optim.SGD(p.trainable().values(), lr=0.0), copy, step=0).tokens
+        for p in (noisy, still)
+    )
+    torch.testing.assert_close(found.ref_logprobs, expected.ref_logprobs, atol=2e-5, rtol=0)
+    assert not torch.allclose(found.logprobs, expected.logprobs, atol=1e-3)
+
+
+def test_the_recorded_entropy_is_the_first_epochs(make_policy: Callable[..., Policy]) -> None:
+    one, two = make_policy(), make_policy()
+    found = []
+    for policy, epochs in ((one, 1), (two, 3)):
+        config = config_with(f"optim.inner_epochs={epochs}")
+        optimizer = torch.optim.SGD(policy.trainable().values(), lr=50.0)
+        found.append(update(policy, batch_of(policy, config), config, optimizer, None, step=0).tokens)
+    assert torch.equal(found[0].entropy, found[1].entropy)
+    assert not torch.allclose(found[1].logprobs[0], found[1].logprobs[2], atol=1e-3)
+
+
 def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
     make_policy: Callable[..., Policy],
 ) -> None:

@@ -180,7 +180,8 @@ class _CausalConv(torch.autograd.Function):
 
 
 def recomputed(run: Callable[..., tuple[Tensor, ...]], *given: Tensor) -> tuple[Tensor, ...]:
-    """``run(*given)``, of which only ``given`` is kept: the backward pass computes it once more.
+    """``run(*given)``, of which only ``given`` is kept: the backward pass computes it once more. Every output must
+    depend on an input that needs a gradient, and every such input be used.
 
     >>> x = torch.tensor(3.0, requires_grad=True)
     >>> (y,) = recomputed(lambda x: (x * x,), x)

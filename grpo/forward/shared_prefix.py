@@ -122,7 +122,7 @@ def lay_out(
     before = seen[torch.tensor(owners)][:, None, :].expand(-1, width, -1)
 
     def put(values: Any) -> Tensor:
-        return torch.as_tensor(values).to(device)
+        return torch.as_tensor(values).to(device, non_blocking=True)  # without a wait for all that came before
 
     return Layout(
         ids=put([i for ids in distinct for i in ids] + [i for ids in completion_ids for i in ids[:-1]]),
