@@ -50,6 +50,8 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # graphs are captured, and Triton launches, on the current device alone
     if name in RANDOM:
         from grpo.random_base import random_base
 

@@ -58,20 +58,31 @@ def test_the_kernels_compile_for_cards_that_are_not_here(card: str, monkeypatch:
     run = JITFunction.run
 
     def compile_only(self: Any, *given: Any, warmup: bool, **named: Any) -> Any:
-        made.setdefault(self.fn.__name__, []).append(run(self, *given, warmup=True, **named))
+        kernel = run(self, *given, warmup=True, **named)
+        made.setdefault(self.fn.__name__, []).append(kernel)
+        if given[0].dtype == torch.float32:
+            assert "tf32" not in kernel.asm["ptx"], "fp32 stays fp32"
 
     monkeypatch.setattr(driver, "_active", NoCard())
     monkeypatch.setattr(JITFunction, "run", compile_only)
     for dtype in (torch.bfloat16, torch.float32):
         draw = Draws(0, "meta", dtype)
-        for name, drawn in drawn_cases(draw, draw, large=True).items():
-            *_, given = drawn  # the last are of full size
-            getattr(fused, name)(*given)
+        for name, drawn in drawn_cases(draw, large=True).items():
+            for given in list(drawn)[-2:]:  # the last are of full size, those before of odd ones
+                getattr(fused, name)(*given)
+                aligned = (x.contiguous() if isinstance(x, torch.Tensor) else x for x in given)
+                getattr(fused, name)(*aligned)  # loads of several numbers at once
     assert made.keys() == {"_norm", "_swiglu", "_convolve", "_remember", "_turn", "_attend", "_gather"}
     for kernels in made.values():
         for kernel in kernels:
             assert len(kernel.asm["cubin"]) > 1000
             assert kernel.metadata.shared <= SMALLEST_SHARED
+
+
+def test_no_address_is_computed_in_32_bits_where_rows_are_many() -> None:
+    """A row's offset is a product with all that a row holds: 33 rows of a long cache are beyond 2^31 numbers."""
+    source = (Path(__file__).parent.parent / "grpo" / "engine" / "fused.py").read_text(encoding="utf-8")
+    assert source.count("tl.program_id(0)") == source.count("tl.program_id(0).to(tl.int64)") == 7
 
 
 @linux

@@ -11,7 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.base_model import ModelError
+from grpo.base_model import ModelError, load_base
 from grpo.config import Lora, Model
 from grpo.merge import merge
 from grpo.policy import Policy, adapter_copy, adapter_swapped, check_adapter, load_policy, missing_parts, save_adapter
@@ -326,3 +326,22 @@ def test_the_multimodal_layout_gives_its_text_model(random_base: Path, tmp_path:
     assert type(policy.model.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
     assert torch.equal(states(policy), states(load(random_base)))
     assert len(policy.trainable()) == len(load(random_base).trainable())
+
+
+def test_a_numbered_card_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Graphs are captured, and Triton launches, on the current device."""
+    chosen: list[torch.device] = []
+
+    class Made(Exception):
+        pass
+
+    def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> None:
+        assert chosen == [device]
+        raise Made
+
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("grpo.random_base.random_base", random_base)
+    monkeypatch.setattr("grpo.base_model.free_bytes", lambda device: 1 << 60)
+    with pytest.raises(Made):
+        load_base("random:qwen3.5-small", device=torch.device("cuda:1"), dtype=torch.bfloat16)
+    assert chosen == [torch.device("cuda:1")]

@@ -157,7 +157,7 @@ def attend(
     a row has written are read, by up to `MOST_SPLITS` programs at once."""
     n, kv_heads, _, d = memory.keys.shape
     heads = len(mixer.norm) - kv_heads
-    share, up = heads // kv_heads, triton.next_power_of_2(d)
+    share, up = heads // kv_heads, max(16, triton.next_power_of_2(d))  # of a matrix product, at least 16
     queries = torch.empty(n, heads, d, dtype=k.dtype, device=k.device)
     _turn[(n, heads + kv_heads)](
         queries_and_gates, k, v, mixer.norm, rotary.cos, rotary.sin, state.positions, queries, memory.keys,
