@@ -6,13 +6,17 @@ The training loop's own code runs: base and adapter are made, a step's completio
 reference scored, the loss taken back through every layer, the adapter moved. What touches the card is only looked at:
 
 launches   operations that would start a kernel, those that a graph replays included
-bytes      what they read and write, each counted whole
+bytes      what they read and write: operands whole, a tensor that is changed in place twice; of the KV cache all
+           columns, of what is written into it those
 memory     of all tensors alive at once, without what an allocator loses between them
-waits      where the host would have to wait for the card, with file and line
+waits      where the host would have to wait for the card, with file and line: values read, copies to and from it
+           (unpinned, as all of ours are), captures
 
-A tensor on the wrong device, operands of two dtypes, an operation that a graph cannot hold: they fail here as they
-would there. What takes how long cannot be known. The seconds given are a sum over launches, of each the greatest of its
-bytes over the bandwidth, its FLOPs over the rate and a bare launch: what a card would need that is never late.
+A tensor on the wrong device, operands of two dtypes, a wait inside a graph: they fail here as they would there. Not
+seen: a launch that a library cuts in two, its workspaces, and its choices by device (attention is counted as torch's
+own products, AdamW tensor by tensor). What takes how long cannot be known. The seconds given are a sum over launches,
+of each the greatest of its bytes over the bandwidth, its FLOPs over the rate and a bare launch: what a card would need
+that is never late.
 
 Needs a C++ compiler: torch's CPU build has no notion of a CUDA device, and thirty lines give it one.
 """
@@ -26,7 +30,7 @@ import sys
 import tempfile
 import traceback
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
@@ -98,11 +102,25 @@ def make_device() -> None:
 
 make_device()
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+torch.inference_mode = lambda *_: torch.no_grad()  # where operations keep their composition, and cannot be looked at
+
+import grpo.setup as making
+import grpo.update as updating
+from grpo.batch import make_batch
+from grpo.config import ConfigError, load_config
+from grpo.endings import INPUT_ERRORS
+from grpo.engine import decode, sampling
+from grpo.groups import sample_step
+from grpo.plan import RANDOM
+from grpo.roofline import Rates, floor_of
+from grpo.types import Case, Prompt, Step
 
 CARDS = {
     "H200": {"bandwidth": 4.3e12, "bfloat16": 790e12, "float32": 50e12, "memory": 141e9},
@@ -113,6 +131,8 @@ LAUNCH = 2.2e-6
 aten = torch.ops.aten
 FREE = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "prim.")
 """Operations that start no kernel, beside those that give a view."""
+WRITES = ("aten.copy_.", "aten.fill_.", "aten.zero_.", "aten.zeros", "aten.ones", "aten.full", "aten.new_zeros")
+"""Operations that do not read what they write over."""
 LOOKS_UP = ("aten.embedding.", "aten.index.", "aten.index_select.", "aten.gather.")
 
 
@@ -155,13 +175,14 @@ class Paper(TorchDispatchMode):
         self._storages: dict[int, Any] = {}
 
     @contextmanager
-    def tallying(self) -> Iterator[Tally]:
-        """Inside, what is asked of the card is tallied anew, and outside as well."""
+    def tallying(self, apart: bool = False) -> Iterator[Tally]:
+        """Inside, what is asked of the card is tallied anew, and outside as well unless it is kept ``apart``."""
         before, self.tally = self.tally, Tally(peak=self.alive)
         try:
             yield self.tally
         finally:
-            before.add(self.tally)
+            if not apart:
+                before.add(self.tally)
             before.peak = max(before.peak, self.tally.peak)
             self.tally = before
 
@@ -191,9 +212,15 @@ class Paper(TorchDispatchMode):
         if func in (aten.allclose.default, aten.equal.default):
             self.wait(str(func))
             return True
+        if not given and func is aten._to_copy.default and not kwargs.get("non_blocking"):
+            self.wait("copy to the card")
         if func is aten._to_copy.default and device is not None and not to_card:
             self.wait("copy to the host")
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if func is aten.copy_.default and len(given) == 1:
+            self.wait("copy to the card" if isinstance(args[0], FakeTensor) else "copy to the host")
+            if not isinstance(args[0], FakeTensor):
+                return args[0]
         with self._shapes:
             if func is aten.nonzero.default:
                 self.wait("nonzero")
@@ -213,9 +240,12 @@ class Paper(TorchDispatchMode):
         if views or name.startswith(FREE):
             return
         fresh = [x for x in made if all(x is not y for y in given)]
-        moved = sum(x.numel() * x.element_size() for x in (*given, *fresh))
+        changed = [x for x in made if any(x is y for y in given)]
+        moved = sum(x.nbytes for x in (*given, *fresh, *changed))
         if name.startswith(LOOKS_UP):
-            moved = 2 * sum(x.numel() * x.element_size() for x in fresh)
+            moved = 2 * sum(x.nbytes for x in fresh)
+        if name.startswith(WRITES):
+            moved = sum(x.nbytes for x in (*given[1:], *(fresh or changed)))
         flops = 0
         if name.startswith(("aten.mm.", "aten.bmm.", "aten.addmm", "aten.baddbmm")):
             left, right = [x for x in args if isinstance(x, Tensor)][-2:]
@@ -236,6 +266,20 @@ class Paper(TorchDispatchMode):
         self.alive += size
         self.tally.peak = max(self.tally.peak, self.alive)
         self._storages[key] = weakref.ref(storage, gone)
+
+
+def sum_of(sizes: dict[str, int]) -> int:
+    return sum(sizes.values())
+
+
+HARDLY_READ = ("keys", "values", "cos", "sin")
+"""By the kernel that writes one column of them, or reads one."""
+KERNELS: dict[str, Callable[[dict[str, int]], int]] = {
+    "_remember": lambda sizes: sum_of(sizes) + sizes["state"],
+    "_convolve": lambda sizes: sum_of(sizes) + sizes["conv"],
+    "_turn": lambda sizes: sum_of({name: x for name, x in sizes.items() if name not in HARDLY_READ}),
+}
+"""Bytes that a kernel moves, from those of its arguments, where they are not simply their sum."""
 
 
 def place(module: nn.Module, *arguments: Any, **named: Any) -> nn.Module:
@@ -267,14 +311,18 @@ def pretended(paper: Paper) -> Iterator[None]:
 
     @contextmanager
     def capture(graph: Graph) -> Iterator[None]:
-        with paper.tallying() as graph.tally:
+        paper.wait("capture")
+        with paper.tallying(apart=True) as graph.tally:
             yield
         if graph.tally.waits:
             raise RuntimeError(f"a graph cannot wait: {dict(graph.tally.waits)}")
 
-    def run(kernel: Any, *given: Any, **named: Any) -> None:
-        read = [x for x in given if isinstance(x, FakeTensor)]
-        paper.launch(f"triton {kernel.fn.__name__}", sum(x.numel() * x.element_size() for x in read))
+    def run(kernel: Any, *given: Any, **options: Any) -> None:
+        names = kernel.arg_names
+        if len(given) != len(names):
+            raise TypeError(f"{kernel.fn.__name__}: expected {len(names)} arguments, got {len(given)}")
+        sizes = {name: x.nbytes for name, x in zip(names, given, strict=True) if isinstance(x, FakeTensor)}
+        paper.launch(f"triton {kernel.fn.__name__}", KERNELS.get(kernel.fn.__name__, sum_of)(sizes))
 
     free = int(paper.card["memory"] * 0.98)
     answers: dict[str, Any] = {
@@ -287,7 +335,8 @@ def pretended(paper: Paper) -> Iterator[None]:
         "max_memory_allocated": lambda device=None: paper.tally.peak,
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
-        "synchronize": lambda device=None: None,
+        "synchronize": lambda device=None: paper.wait("synchronize"),
+        "set_device": lambda device: None,
         "manual_seed_all": lambda seed: None,
         "_lazy_init": lambda: None,
         "CUDAGraph": Graph,
@@ -313,25 +362,13 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
     Args:
         layers: of the random base; None is all of them.
     """
-    # operations keep their composition in inference mode, and cannot be looked at
-    with mock.patch.object(torch, "inference_mode", lambda *_: torch.no_grad()):
-        import numpy as np
-
-        import grpo.setup as making
-        import grpo.update as updating
-        from grpo.batch import make_batch
-        from grpo.config import load_config
-        from grpo.engine import decode, sampling
-        from grpo.groups import sample_step
-        from grpo.plan import RANDOM
-        from grpo.roofline import Rates, floor_of
-        from grpo.types import Step
-
     if layers:
         for name, shape in RANDOM.items():
             every = shape.num_hidden_layers // shape.full_attention_layers
             RANDOM[name] = replace(shape, num_hidden_layers=layers, full_attention_layers=layers // every)
     config, source = load_config(path, ['model.device="cuda"', 'model.dtype="bfloat16"', *overrides])
+    if config.model.name not in RANDOM:
+        raise ConfigError(f"{path}: model.name = {config.model.name!r}: expected one of {', '.join(RANDOM)}")
     rates = Rates(CARDS[card]["bandwidth"], CARDS[card]["bfloat16"])
     paper, phases = Paper(CARDS[card]), {}
     one: list[dict[str, Any]] = []
@@ -359,12 +396,13 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         phases["made"] = tally.figures()
         with paper.tallying() as tally:
             groups, scores, dropped = sample_step(setup, 0)
-        phases["rollout"] = tally.figures()
+        phases["rollout"], decoded = tally.figures(), one[-1]
         batch = make_batch(groups, np.array([[s.total for s in row] for row in scores]), config)
         held = paper.alive
         with paper.tallying() as tally:
             done = updating.update(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)
         phases["update"] = tally.figures()
+        left = leaving(setup.policy, watched)
     taken = Step(1, groups, scores, batch, done.tokens, dropped, *done.figures)
     floor = floor_of(taken, config, setup.costs, rates)
     return {
@@ -374,10 +412,32 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         "layers": setup.policy.model.get_base_model().config.num_hidden_layers,
         "tokens": int(batch.completion_mask.sum()),
         "held_bytes": held,
-        "decode_step": one[-1],
+        "decode_step": decoded,
+        "rows_leave": left,
         "phases": phases,
         "floor_seconds": {"rollout": floor.rollout, "decode": floor.decode, "update": floor.update, "step": floor.step},
     }
+
+
+def leaving(policy: Any, watched: Callable[..., Tensor]) -> dict[str, Any]:
+    """Sixteen rows take four tokens, then eight of them take four more: how many of the steps were run and not
+    replayed, and how much of the cache's columns each was allowed to read."""
+    seen: list[tuple[int, int, int]] = []
+
+    def noted(weights: Any, rotary: Any, state: Any, window: int) -> Tensor:
+        seen.append((len(state.ids), window, state.unseen.shape[1]))
+        return watched(weights, rotary, state, window)
+
+    with mock.patch.object(decode, "step", noted), torch.no_grad():
+        logits, decoder = decode.start_own(policy, [Prompt(Case("a", "", 1), (1, 2, 3), False)], [0] * 16, 300)
+        rows = []
+        for _ in range(4):
+            rows.append(len(logits := decoder.step(logits[:, 0].long())))
+        decoder.keep(torch.arange(8, device=logits.device))
+        logits = logits[:8]
+        for _ in range(4):
+            rows.append(len(logits := decoder.step(logits[:, 0].long())))
+    return {"rows": rows, "stepped": [n for n, _, _ in seen], "columns": [[w, s] for _, w, s in seen]}
 
 
 def table(found: dict[str, Any]) -> str:
@@ -393,15 +453,33 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join([*lines, f"roofline of a {found['card']}: {said}"])
 
 
+def refused(arguments: argparse.Namespace) -> str | None:
+    """What is wrong with the command line, before anything is done."""
+    if arguments.layers is not None and (arguments.layers < 4 or arguments.layers % 4):
+        return f"--layers {arguments.layers}: expected a multiple of 4, every fourth layer is one of full attention"
+    if arguments.record and not arguments.record.absolute().parent.is_dir():
+        return f"--record {arguments.record}: its folder is not there; make it first"
+    for one in arguments.set:
+        if one.replace(" ", "").startswith(("model.device", "model.dtype", "model=")):
+            return f"--set {one}: the device is the card, and the dtype bfloat16"
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("config")
+    parser.add_argument("config", help="a TOML file whose model.name is random:…, for example configs/v49_random.toml")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--card", choices=list(CARDS), default="H200")
     parser.add_argument("--layers", type=int, help="of the random base, every fourth of full attention (default: all)")
     parser.add_argument("--record", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    found = step(arguments.config, arguments.set, arguments.card, arguments.layers)
+    if fault := refused(arguments):
+        parser.error(fault)
+    try:
+        found = step(arguments.config, arguments.set, arguments.card, arguments.layers)
+    except INPUT_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     print(table(found))
     if arguments.record:
         versions = {"torch": torch.__version__}

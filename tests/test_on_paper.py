@@ -53,7 +53,16 @@ def test_a_rollout_looks_at_the_card_every_eight_tokens(found: Any) -> None:
     waits = found["phases"]["rollout"]["waits"]
     looks = [count for place, count in waits.items() if place.startswith("nonzero at sampling.py")]
     assert looks == [BUDGET // 8]
-    assert sum(waits.values()) <= BUDGET // 8 + 8  # and reads, once, which prompt each of the eight rows answers
+    # and reads, once, which prompt each of the eight rows answers; noise, ids, masks and indices are sent, once each
+    assert sum(waits.values()) <= BUDGET // 8 + 8 + 8
+
+
+def test_when_rows_leave_another_graph_is_captured_and_all_columns_stay_in_reach(found: Any) -> None:
+    """Of four tokens of sixteen rows and four of eight, the first of each number of rows is run, the second captured,
+    the others replayed."""
+    left = found["rows_leave"]
+    assert left["rows"] == [16] * 4 + [8] * 4 and left["stepped"] == [16, 16, 8, 8]
+    assert all(window == columns >= 3 + 300 for window, columns in left["columns"])
 
 
 def test_an_update_waits_for_its_figures_alone(found: Any) -> None:
@@ -73,3 +82,20 @@ def test_what_the_backward_pass_keeps_of_a_token(found: Any) -> None:
     more = found["phases"]["update"]["peak_bytes"] - found["held_bytes"] - logits
     planned = ACTIVATION_BYTES["cuda"] * 4 * (4096 + 12288)
     assert more / found["tokens"] == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["nope.toml"], "no such config"),
+        (["configs/tiny.toml"], "expected one of random:qwen3.5-9b"),
+        (["configs/v49_random.toml", "--set", "rolout.x=1"], "did you mean rollout?"),
+        (["configs/v49_random.toml", "--layers", "3"], "expected a multiple of 4"),
+        (["configs/v49_random.toml", "--set", "model.device=cpu"], "the device is the card"),
+        (["configs/v49_random.toml", "--record", "nowhere/x.json"], "its folder is not there"),
+    ],
+)
+def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
+    command = [sys.executable, "benchmarks/on_paper.py", *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
