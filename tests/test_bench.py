@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 import grpo.groups as sampling
 import grpo.train as loop
 import grpo.update as updating
+from benchmarks.kernels import main as kernels
 from grpo.base_model import load_base
 from grpo.bench import main
 from grpo.config import EMBEDDED, load_config
@@ -110,6 +112,22 @@ def test_a_signal_ends_it_and_leaves_no_folder(
     assert main([config, *with_set(few), "--steps", "1"]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err
     assert not [p for p in tmp_path.iterdir() if not p.name.startswith("torchinductor")]  # torch's own cache
+
+
+def test_the_kernels_of_a_step_are_told_by_phase(
+    few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "kernels.json"
+    config = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
+    monkeypatch.setattr(sys, "argv", ["kernels.py", config, *with_set(few), "--most", "3", "--record", str(record)])
+    assert kernels() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[::4]] == ["rollout", "update"] and len(lines) == 8
+    found = json.loads(record.read_text())
+    for phase in ("rollout", "update"):
+        spent = [one["us"] for one in found[phase]]
+        assert spent == sorted(spent, reverse=True) and min(spent) > 0
+        assert any(one["name"] == "aten::mm" and one["calls"] > 10 for one in found[phase])
 
 
 def test_random_answers_take_the_whole_budget_and_count_as_cut(random_step: Any) -> None:
