@@ -21,6 +21,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,10 @@ def main() -> int:
     if arguments.point:
         print(json.dumps(measured(json.loads(arguments.point))))
         return 0
+    if arguments.picture and not find_spec("matplotlib"):
+        parser.error("--picture needs matplotlib: pip install -c constraints.txt -e '.[bench]'")
+    if arguments.from_record and not arguments.from_record.is_file():
+        parser.error(f"--from-record {arguments.from_record}: no such file")
     if arguments.from_record:
         found = json.loads(arguments.from_record.read_text(encoding="utf-8"))["growth"]
     else:

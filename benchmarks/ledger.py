@@ -25,6 +25,8 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--record", type=Path)
     arguments = parser.parse_args()
+    if not (arguments.run / "metrics.jsonl").is_file():
+        parser.error(f"{arguments.run}: not a run folder: it holds no metrics.jsonl")
     lines = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     shares = [
         line["time/account_s"] / sum(line[f"time/{p}_s"] for p in ("rollout", "update", "account")) for line in lines

@@ -18,7 +18,8 @@ own products, AdamW tensor by tensor). What takes how long cannot be known. The 
 of each the greatest of its bytes over the bandwidth, its FLOPs over the rate and a bare launch: what a card would need
 that is never late.
 
-Needs a C++ compiler: torch's CPU build has no notion of a CUDA device, and thirty lines give it one.
+Needs Triton (the test extra brings it) and a C++ compiler: torch's CPU build has no notion of a CUDA device, and thirty
+lines give it one.
 """
 
 import argparse
@@ -455,6 +456,8 @@ def table(found: dict[str, Any]) -> str:
 
 def refused(arguments: argparse.Namespace) -> str | None:
     """What is wrong with the command line, before anything is done."""
+    if not find_spec("triton"):
+        return "Triton is not installed: pip install -c constraints.txt -e '.[test]'"
     if arguments.layers is not None and (arguments.layers < 4 or arguments.layers % 4):
         return f"--layers {arguments.layers}: expected a multiple of 4, every fourth layer is one of full attention"
     if arguments.record and not arguments.record.absolute().parent.is_dir():

@@ -492,7 +492,11 @@ def main() -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     place = [f'model.device="{arguments.device}"', f'model.dtype="{arguments.dtype}"']
     overrides = [*STILL, *place, *arguments.set]
-    config = our_config(arguments.config, overrides)
+    try:
+        config = our_config(arguments.config, overrides)
+    except ValueError as error:  # a config's, and what TRL cannot do
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if arguments.alone:
         print(json.dumps(alone(arguments.alone, config)))
         return 0

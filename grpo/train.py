@@ -285,8 +285,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return say_stopped(error, stop, ranks, how_to_go_on(arguments, out, ranks))
     if not ranks.leads:
         return 0
-    tell(f"\n{before_after(evaluations(run))}\n")
-    tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}\nanswers   {run.path / 'eval'}")
+    if records := evaluations(run):
+        tell(f"\n{before_after(records)}\n")
+    tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}" + (f"\nanswers   {run.path / 'eval'}" if records else ""))
     tell(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
     return 0
 
