@@ -107,22 +107,24 @@ def taken(rollout: np.ndarray, step: np.ndarray, lengths: Sequence[int]) -> Take
     )
 
 
-def our_config(path: Path, overrides: Sequence[str]) -> Config:
-    """The config as both sides can run it.
+def our_config(path: Path, overrides: Sequence[str]) -> tuple[Config, list[str]]:
+    """The config as both sides can run it, and all that was laid over the file.
 
     Raises:
         ValueError: it asks for a step that TRL's `loss_type="grpo"` does not take.
     """
-    config, _ = load_config(path, overrides)
+    laid = list(overrides)
+    config, _ = load_config(path, laid)
     if config.lora.warm_start:  # what TRL makes of a loaded adapter is a copy of it
-        config, _ = load_config(path, [*overrides, 'loss.reference="warm_start"'])
+        laid.append('loss.reference="warm_start"')
+        config, _ = load_config(path, laid)
     found = {key: getattr(getattr(config, key.split(".")[0]), key.split(".")[1]) for key in AS_TRL}
     if wrong := [f"{key} = {found[key]!r}, expected {value!r}" for key, value in AS_TRL.items() if found[key] != value]:
         raise ValueError(f"{path}: no equal step in TRL: {'; '.join(wrong)}")
     rows = config.rollout.prompts_per_step * config.rollout.group_size
     if rows % config.optim.micro_batch_size:
         raise ValueError(f"{path}: optim.micro_batch_size: expected a divisor of {rows} rows, TRL cuts evenly")
-    return config
+    return config, laid
 
 
 # --- ours ---------------------------------------------------------------------------------------------------
@@ -460,7 +462,7 @@ def cpu() -> str:
     return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown CPU")
 
 
-def facts(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, Any]:
+def facts(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """Where and with what."""
     on_cuda = arguments.device.startswith("cuda")
     packages = ("torch", "transformers", "peft", "trl", "accelerate")
@@ -471,7 +473,7 @@ def facts(arguments: argparse.Namespace, overrides: Sequence[str]) -> dict[str, 
         "device": torch.cuda.get_device_name(arguments.device) if on_cuda else "cpu",
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
         "config": arguments.config.name,
-        "overrides": list(overrides),
+        "overrides": overrides,
     }
 
 
@@ -491,9 +493,8 @@ def main() -> int:
         parser.error(f"--rounds: expected at least 1, got {arguments.rounds}")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     place = [f'model.device="{arguments.device}"', f'model.dtype="{arguments.dtype}"']
-    overrides = [*STILL, *place, *arguments.set]
     try:
-        config = our_config(arguments.config, overrides)
+        config, overrides = our_config(arguments.config, [*STILL, *place, *arguments.set])
     except ValueError as error:  # a config's, and what TRL cannot do
         print(f"error: {error}", file=sys.stderr)
         return 2

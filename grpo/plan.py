@@ -271,9 +271,8 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
     if bound is not None:
         micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
     more = ", more where memory is free" if bound == "auto" else ""
-    layer = ACTIVATION_BYTES["cpu" if config.model.device == "cpu" else "cuda"] * (
-        shape.hidden_size + shape.intermediate_size
-    )
+    device = "cpu" if config.model.device == "cpu" else "cuda"
+    layer = ACTIVATION_BYTES[device] * (shape.hidden_size + shape.intermediate_size)
     if config.model.gradient_checkpointing:
         saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one layer whole"
     else:

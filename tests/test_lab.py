@@ -501,6 +501,7 @@ def test_a_worker_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
         ),
         (["--set", "train . seed=7"], "--set train.seed: the lab sets"),
         (["--set", "evaluate.ends={}"], "names no set 'lab'"),
+        (["--set", "ledger.every=0"], "is 0: the lab reads what was sampled from the ledger"),
     ],
 )
 def test_bad_input_is_one_error(

@@ -115,6 +115,8 @@ def check_overrides(overrides: Sequence[str], configs: Mapping[str, Config]) -> 
             )
     if without := [name for name, config in configs.items() if LAB not in config.evaluate.ends]:
         raise PlanError(f"evaluate.ends of {', '.join(without)} names no set {LAB!r}, by which the lab judges")
+    if without := [name for name, config in configs.items() if not config.ledger.every]:
+        raise PlanError(f"ledger.every of {', '.join(without)} is 0: the lab reads what was sampled from the ledger")
 
 
 def commits(todo: Sequence[Job]) -> dict[str, int]:
