@@ -191,16 +191,28 @@ def _names_code(table: Mapping[str, Any]) -> str:
     return ""
 
 
-def pick_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is a device, else the CPU."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name.startswith("cuda") and not torch.cuda.is_available():
+def pick_device(name: str, *, cards: int | None = None) -> torch.device:
+    """Return the device that ``model.device`` names: ``auto`` is the current CUDA device where there is one, else the
+    CPU. A CUDA device always comes with its index: `torch.cuda.set_device` refuses one without.
+
+    Args:
+        cards: CUDA devices of this machine; None asks torch.
+
+    Raises:
+        ModelError: this machine has no such device.
+    """
+    if cards is None:
+        cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and not cards):
+        return torch.device("cpu")
+    if not cards:
         raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
-    device = torch.device(name)
-    if (device.index or 0) >= max(1, torch.cuda.device_count()):
-        raise ModelError(f'model.device = "{name}": this machine has {torch.cuda.device_count()} CUDA device(s)')
-    return device
+    index = None if name == "auto" else torch.device(name).index
+    if index is None:
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+    if index >= cards:
+        raise ModelError(f'model.device = "{name}": this machine has {cards} CUDA device(s)')
+    return torch.device("cuda", index)
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

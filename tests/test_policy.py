@@ -10,8 +10,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.cuda._utils import _get_device_index
 
-from grpo.base_model import ModelError, load_base
+from grpo.base_model import ModelError, load_base, pick_device
 from grpo.config import Lora, Model
 from grpo.merge import merge
 from grpo.policy import Policy, adapter_copy, adapter_swapped, check_adapter, load_policy, missing_parts, save_adapter
@@ -328,20 +329,19 @@ def test_the_multimodal_layout_gives_its_text_model(random_base: Path, tmp_path:
     assert len(policy.trainable()) == len(load(random_base).trainable())
 
 
-def test_a_numbered_card_is_made_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured, and Triton launches, on the current device."""
-    chosen: list[torch.device] = []
+@pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
+def test_a_cuda_device_has_the_index_that_set_device_asks_for(name: str) -> None:
+    """By torch's own check, which needs no card: `torch.cuda.set_device(torch.device("cuda"))` is a ValueError."""
+    assert _get_device_index(pick_device(name, cards=2)) == (1 if name == "cuda:1" else 0)
 
-    class Made(Exception):
-        pass
 
-    def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> None:
-        assert chosen == [device]
-        raise Made
+def test_the_base_of_a_card_that_is_not_there_gets_past_the_index_check() -> None:
+    """No stub: whatever torch says without a card, it is not that the device lacks an index."""
+    with pytest.raises((RuntimeError, AssertionError, AttributeError)):
+        load_base("random:qwen3.5-small", device=pick_device("cuda", cards=1), dtype=torch.bfloat16)
 
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setattr("grpo.random_base.random_base", random_base)
-    monkeypatch.setattr("grpo.base_model.free_bytes", lambda device: 1 << 60)
-    with pytest.raises(Made):
-        load_base("random:qwen3.5-small", device=torch.device("cuda:1"), dtype=torch.bfloat16)
-    assert chosen == [torch.device("cuda:1")]
+
+@pytest.mark.parametrize(("name", "cards"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
+def test_a_card_that_is_not_there_is_named(name: str, cards: int) -> None:
+    with pytest.raises(ModelError, match=f'model.device = "{name}": (no CUDA device|this machine has 1 CUDA device)'):
+        pick_device(name, cards=cards)
