@@ -27,6 +27,8 @@ LOAD_ERRORS = (
     OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
 """What transformers and the libraries below it raise over a model's files."""
+DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
+"""RuntimeErrors that are the device's and say nothing of a file."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
@@ -51,7 +53,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
     logging.disable_progress_bar()
     if device.type == "cuda":
-        torch.cuda.set_device(device)  # graphs are captured, and Triton launches, on the current device alone
+        prepare_cuda(device)
     if name in RANDOM:
         from grpo.random_base import random_base
 
@@ -67,10 +69,25 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     tokenizer = load_tokenizer(name)
     with _loading(name) as where:
         base = AutoModelForCausalLM.from_pretrained(
-            where, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+            where,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            device_map={"": device},  # not into the host's memory first, where each rank would hold 18 GB
         )
-    base.requires_grad_(False)
-    return base.to(device), tokenizer
+    return base.requires_grad_(False), tokenizer
+
+
+def prepare_cuda(device: torch.device) -> None:
+    """Make a card the current one and set what the recipe's numbers depend on."""
+    torch.cuda.set_device(device)  # graphs are captured, and Triton launches, on the current device alone
+    # On sm_90 torch >= 2.11 asks cuDNN's attention first. It builds a plan for every new shape, which is every step
+    # here, and with an explicit mask its gradient is NaN at lengths of 64 mod 128 (pytorch#196678).
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    # Split-K products would round their partial sums to half precision.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
 
 def load_tokenizer(name: str) -> Any:
@@ -132,6 +149,8 @@ def _loading(name: str) -> Iterator[str]:
         if found is not None:
             check_base(Path(str(found)).parent)
         yield where
+    except DEVICE_ERRORS:
+        raise
     except LOAD_ERRORS as error:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         here = resolve(name)

@@ -16,7 +16,17 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grpo.adapter import AdapterError, read_config, readable, refuse_merged_twice
-from grpo.base_model import HUB_ID, ModelError, found_at, load_base, not_here, pick_device, pick_dtype, refuse_adapter
+from grpo.base_model import (
+    DEVICE_ERRORS,
+    HUB_ID,
+    ModelError,
+    found_at,
+    load_base,
+    not_here,
+    pick_device,
+    pick_dtype,
+    refuse_adapter,
+)
 from grpo.config import Lora, Model, resolve
 from grpo.plan import RANDOM
 from grpo.prompts import encode, end_ids
@@ -81,11 +91,11 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
         with _named(folder, "adapter"):
             declared(folder / "adapter_model.safetensors")
         with _named(folder, "adapter"):
-            wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True)
+            # PEFT's own choice would be "cuda", which safetensors takes for card 0, whatever the base lies on
+            wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True, torch_device=str(here))
         _check_tensors(folder, wrapped)
         _set_dropout(wrapped, lora.dropout)
     else:
-        torch.manual_seed(seed)
         wrapped = get_peft_model(
             base,
             LoraConfig(
@@ -96,6 +106,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
                 task_type="CAUSAL_LM",
             ),
         )
+        init_adapter(wrapped, seed)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.eval()
@@ -105,6 +116,17 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     if lora.warm_start:
         _check_effect(policy, folder)
     return spread(policy, device) if shard else policy
+
+
+@torch.no_grad()
+def init_adapter(wrapped: Any, seed: int) -> None:
+    """Draw every A from U(-1/√i, 1/√i), i its input width, as PEFT does, but on the CPU and in fp32: PEFT's own draw is
+    rounded to the base's dtype. A seed gives the same adapter on every device and base dtype. B stays zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in sorted(wrapped.named_parameters()):
+        if ".lora_A." in name:
+            bound = p.shape[1] ** -0.5
+            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
 
 
 def spread(policy: Policy, device: torch.device) -> Policy:
@@ -274,6 +296,8 @@ def _check_tensors(folder: Path, wrapped: Any) -> None:
 def _named(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
+    except DEVICE_ERRORS:
+        raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"lora.warm_start: {what} {folder}: cannot be loaded on this base: {_first_line(error)}"

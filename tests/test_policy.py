@@ -345,3 +345,36 @@ def test_the_base_of_a_card_that_is_not_there_gets_past_the_index_check() -> Non
 def test_a_card_that_is_not_there_is_named(name: str, cards: int) -> None:
     with pytest.raises(ModelError, match=f'model.device = "{name}": (no CUDA device|this machine has 1 CUDA device)'):
         pick_device(name, cards=cards)
+
+
+def test_a_seed_gives_the_same_fresh_adapter_under_every_base_dtype(random_base: Path) -> None:
+    """PEFT would round A to the base's bfloat16."""
+    adapters = [
+        load_policy(
+            Model(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False),
+            Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
+            seed=seed,
+        ).trainable()
+        for dtype, seed in (("float32", 1), ("bfloat16", 1), ("float32", 2))
+    ]
+    full, half, other = adapters
+    drawn = [name for name in full if ".lora_A." in name]
+    assert drawn and all(p.dtype == torch.float32 for adapter in adapters for p in adapter.values())
+    for name in full:
+        assert torch.equal(full[name], half[name])
+        assert torch.equal(full[name], other[name]) == (name not in drawn)
+        if name in drawn:
+            bound = full[name].shape[1] ** -0.5
+            assert 0.9 * bound < full[name].abs().max() <= bound
+            assert (full[name] != full[name].bfloat16().float()).any()
+
+
+def test_an_adapter_is_read_onto_the_policys_own_device(
+    make_policy: Callable[..., Policy], random_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT would take a card where it sees one, also for `model.device = "cpu"`."""
+    save_adapter(make_policy(), tmp_path / "adapter")
+    monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "cuda")
+    monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
+    policy = load(random_base, tmp_path / "adapter")
+    assert all(p.device.type == "cpu" for p in policy.trainable().values())
