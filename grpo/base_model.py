@@ -1,5 +1,6 @@
 """Base and tokenizer: found on this machine, looked through, loaded. Nothing is downloaded, nothing of them is run."""
 
+import argparse
 import contextlib
 import os
 import re
@@ -13,6 +14,7 @@ from safetensors import SafetensorError
 
 from grpo.config import resolve
 from grpo.free_memory import free_bytes
+from grpo.optional_kernels import guard_optional_kernels
 from grpo.plan import RANDOM, frozen_parameters
 from grpo.tensorfile import declared
 from rewards.reading import MEBIBYTE, Unreadable, is_regular, read_json
@@ -20,6 +22,7 @@ from rewards.reading import MEBIBYTE, Unreadable, is_regular, read_json
 # read when transformers is first imported: nothing is downloaded, asked for or told, whatever a model's files say
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from huggingface_hub.errors import StrictDataclassError
 
@@ -64,6 +67,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
             )
 
         base, tokenizer = random_base(name, device=device, dtype=dtype)
+        guard_optional_kernels(base)
         return base.requires_grad_(False), tokenizer
     refuse_adapter(name)
     tokenizer = load_tokenizer(name)
@@ -76,6 +80,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
             use_safetensors=True,
             device_map={"": device},  # not into the host's memory first, where each rank would hold 18 GB
         )
+    guard_optional_kernels(base)
     return base.requires_grad_(False), tokenizer
 
 
@@ -232,6 +237,22 @@ def pick_device(name: str, *, cards: int | None = None) -> torch.device:
     if index >= cards:
         raise ModelError(f'model.device = "{name}": this machine has {cards} CUDA device(s)')
     return torch.device("cuda", index)
+
+
+def device_option(name: str) -> str:
+    """Return the value of a ``--device`` option.
+
+    Raises:
+        ArgumentTypeError: it names no device.
+    """
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
+        raise argparse.ArgumentTypeError(f"{name!r}: expected auto, cpu, cuda or cuda:N")
+    return name
+
+
+def card_name(device: torch.device) -> str:
+    """Return the model of a CUDA card, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -10,9 +10,7 @@ The inverse of I + L is found by halves, and its derivative from itself. Key pro
 heads that a key head serves.
 """
 
-import importlib.util
 from collections.abc import Callable
-from functools import cache
 from typing import Any, cast
 
 import torch
@@ -22,6 +20,7 @@ from torch.nn.functional import pad, softplus
 
 from grpo.engine.gated_delta import EPSILON
 from grpo.forward.layers import wide
+from grpo.optional_kernels import has_fla
 
 CHUNK = {"cpu": 32, "cuda": 64}
 """Tokens a chunk: work grows with it, and the number of steps one after the other falls."""
@@ -55,12 +54,6 @@ def gated_delta_scan(
 
 def _unit(x: Tensor) -> Tensor:
     return x * (torch.linalg.vecdot(x, x) + EPSILON).rsqrt().unsqueeze(-1)
-
-
-@cache
-def has_fla() -> bool:
-    """Whether flash-linear-attention, the extra ``fast``, is installed."""
-    return importlib.util.find_spec("fla") is not None
 
 
 def _fla_scan(

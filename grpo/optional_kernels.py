@@ -1,0 +1,59 @@
+"""Which kernels of packages that need not be installed are used, and on which device."""
+
+import functools
+import inspect
+import re
+import sys
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from torch import Tensor, nn
+
+MIN_FLA = (0, 6)
+"""Of flash-linear-attention. 0.4.0 computes wrong values on Hopper cards with a newer Triton, 0.5.1 raises in the
+backward pass (issues 640, 913, 984 and 999 of fla-org/flash-linear-attention)."""
+DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
+CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
+
+
+@functools.cache
+def has_fla() -> bool:
+    """Return whether flash-linear-attention, the extra ``fast``, is installed in a version that computes right. An
+    older one is reported once and ignored."""
+    for package in ("fla-core", "flash-linear-attention"):  # the kernels moved from the second to the first
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            continue
+        numbers = re.match(r"(\d+)\.(\d+)", installed)
+        if numbers and (int(numbers[1]), int(numbers[2])) >= MIN_FLA:
+            return True
+        wanted = ".".join(map(str, MIN_FLA))
+        print(f"kernels   {package} {installed} is not used: at least {wanted} is needed", file=sys.stderr)
+        return False
+    return False
+
+
+def guard_optional_kernels(model: nn.Module) -> None:
+    """Let the layers of a transformers model call optional kernels for CUDA tensors alone, and those of
+    flash-linear-attention only where `has_fla`.
+
+    transformers chooses them when it is imported, by what is installed, whatever the device: they raise on a CPU.
+    """
+    for modeling in {sys.modules[type(module).__module__] for module in model.modules()}:
+        for name in (*DELTA_RULES, *CONVOLUTIONS):
+            function = vars(modeling).get(name)
+            if function is not None and not hasattr(function, "guarded"):
+                setattr(modeling, name, _guarded(function, has_fla if name in DELTA_RULES else lambda: True))
+
+
+def _guarded(function: Callable[..., Any], is_usable: Callable[[], bool]) -> Callable[..., Any]:
+    plain = inspect.unwrap(function)
+
+    @functools.wraps(plain)
+    def call(x: Tensor, *arguments: Any, **options: Any) -> Any:
+        return (function if x.is_cuda and is_usable() else plain)(x, *arguments, **options)
+
+    vars(call)["guarded"] = True
+    return call
