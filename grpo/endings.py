@@ -13,13 +13,13 @@ from grpo.checkpoint import CheckpointError, latest_checkpoint
 from grpo.config import ConfigError
 from grpo.examine import UnsoundReward
 from grpo.model_card import CardError
+from grpo.out_of_memory import OutOfMemory
 from grpo.ranks import Elsewhere, RankError, RankLost, Ranks, expected, hush, launcher
 from grpo.recorded.terminal import error_lines
 from grpo.rollout import PromptError
 from grpo.run import RunError, is_started
 from grpo.setup import MissingInput
 from grpo.stop import Stop, Stopped
-from grpo.update import OutOfMemory
 from rewards import RewardError
 
 
@@ -45,13 +45,16 @@ INPUT_ERRORS = (
 """What a person can mend: one clear line and exit code 2. Anything else is a fault of ours and keeps its traceback."""
 
 
-def say_refused(error: Exception, ranks: Ranks | None) -> None:
-    """One line in all where it can be. Before the ranks have joined (None), the first on each host speaks; then rank 0,
-    and another for what it alone has met."""
+def say_refused(error: Exception, ranks: Ranks | None, go_on: str = "") -> None:
+    """One line in all where it can be, and ``go_on`` below it.
+
+    Before the ranks have joined (None), the first on each host speaks; then rank 0, and another for what it alone has
+    met.
+    """
     leads = (ranks or expected()).leads
     if leads or (isinstance(error, RankError) if ranks is None else not isinstance(error, (Elsewhere, NotFinite))):
         told = error if leads or ranks is None else RankError(f"rank {ranks.rank}: {error}")
-        print(error_lines(told), file=sys.stderr)
+        print(error_lines(told) + (f"\n       {go_on}" if go_on else ""), file=sys.stderr)
     else:
         hush()
 

@@ -34,6 +34,7 @@ from grpo.evaluation.fingerprint import text_sha256
 from grpo.evaluation.rates import Verdict, baselines, levels_by_case, over_samples, summarise
 from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
 from grpo.evaluation.scorecard import scorecard
+from grpo.out_of_memory import EVALUATION, OutOfMemory, memory_errors
 from grpo.policy import adapter_swapped, load_policy
 from grpo.ranks import require_alone
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
@@ -45,7 +46,8 @@ from rewards.reading import Unreadable, check_contents, is_regular, read_json
 
 INPUT_ERRORS = (
     AdapterError,
-    EvaluationError, AnswersError, ComparisonError, ConfigError, CaseError, ModelError, PromptError, RewardError
+    EvaluationError, AnswersError, ComparisonError, ConfigError, CaseError, ModelError, OutOfMemory, PromptError,
+    RewardError
 )  # fmt: skip
 """What a person can mend: one clear line and exit code 2."""
 
@@ -61,7 +63,7 @@ def answered(asked: Asked, out: Path) -> Verdicts:
     known = {(name, mode): _known(asked, files[name, mode], name, mode) for name, mode in parts}
     wanted = {part: len(asked.sets[part[0]]) * asked.samples for part in parts}
     missing = [part for part in parts if len(known[part]) < wanted[part]]
-    with contextlib.ExitStack() as stack:
+    with memory_errors("evaluation", EVALUATION), contextlib.ExitStack() as stack:
         policy = load_policy(config.model, config.lora, seed=config.train.seed) if missing else None
         if policy is not None and not config.lora.warm_start:
             stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter says nothing: none need be run

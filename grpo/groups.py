@@ -10,6 +10,7 @@ from grpo.advantage import zero_variance
 from grpo.batch import baseline
 from grpo.cases import cases_for_step, row_key
 from grpo.config import Config
+from grpo.out_of_memory import ROLLOUT, memory_errors
 from grpo.prompts import render_prompt
 from grpo.rollout import rollout
 from grpo.score import score_groups
@@ -62,14 +63,15 @@ def sample_prompts(
     """A group and its scores for every prompt, the same on every rank: each samples and scores its share."""
     config, ranks = setup.config, setup.policy.ranks
     share = ranks.mine(len(prompts))
-    groups = rollout(
-        setup.policy,
-        [prompts[i] for i in share],
-        [keys[i] for i in share],
-        max_new_tokens=config.rollout.max_new_tokens,
-        temperature=config.rollout.temperature,
-        ignore_end=config.rollout.ignore_end,
-    )
+    with memory_errors("rollout", ROLLOUT, setup.policy.independent_ranks):
+        groups = rollout(
+            setup.policy,
+            [prompts[i] for i in share],
+            [keys[i] for i in share],
+            max_new_tokens=config.rollout.max_new_tokens,
+            temperature=config.rollout.temperature,
+            ignore_end=config.rollout.ignore_end,
+        )
     scores = score_groups(setup.reward, groups, config)
     own = [(group.completions, row) for group, row in zip(groups, scores, strict=True)]
     everyone = ranks.gather(own, SAMPLED)

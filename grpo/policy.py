@@ -28,6 +28,7 @@ from grpo.base_model import (
     refuse_adapter,
 )
 from grpo.config import Lora, Model, resolve
+from grpo.out_of_memory import LOADING, memory_errors
 from grpo.plan import RANDOM
 from grpo.prompts import encode, end_ids
 from grpo.ranks import ALONE, Ranks
@@ -56,6 +57,12 @@ class Policy:
     call of it is made by all ranks together."""
 
     @property
+    def independent_ranks(self) -> Ranks:
+        """The ranks, if their forward passes do not wait for each other: only then can they agree on an error in one.
+        Of a sharded policy, this process alone."""
+        return ALONE if self.sharded else self.ranks
+
+    @property
     def body(self) -> Any:
         """The decoder without its head, adapter layers included: ids → last hidden states."""
         return self.model.get_base_model().base_model
@@ -70,6 +77,7 @@ class Policy:
         return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
 
+@memory_errors("loading the model", LOADING)
 def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) -> Policy:
     """Base + adapter on their device, ready to sample and to train. With ``model.shard`` and more than one rank, the
     base is read into the host's memory, and each rank's device gets its part.

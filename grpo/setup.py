@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo.cases import stream
 from grpo.config import Config
 from grpo.examine import check_reward, examine, gather
+from grpo.out_of_memory import LOADING, memory_errors
 from grpo.policy import Policy, adapter_copy, load_policy, missing_parts
 from grpo.prompts import render_prompt
 from grpo.ranks import ALONE, Ranks
@@ -42,6 +43,7 @@ class Setup:
     rates: Rates
 
 
+@memory_errors("setup", LOADING)
 def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
     unsound."""

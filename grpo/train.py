@@ -34,6 +34,7 @@ from grpo.groups import sample_step
 from grpo.ledger import LEDGER_VERSION, write_step
 from grpo.model_card import write_model_card
 from grpo.opening import check_alike, checksum, open_run, start_alike
+from grpo.out_of_memory import OutOfMemory
 from grpo.policy import save_adapter
 from grpo.ranks import RankLost, Ranks, expected, joined, leave
 from grpo.recorded.terminal import say_anyhow, tell, visible
@@ -45,6 +46,8 @@ from grpo.types import Group, Step
 from grpo.update import learning_rate, update
 
 T = TypeVar("T")
+KEEPING = (Stopped, RankLost, OutOfMemory)
+"""What ends a run and leaves the policy as the last completed step left it."""
 
 
 def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
@@ -67,7 +70,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
         batch = make_batch(groups, rewards, config)
         with keeping(setup, run, progress):
             agree_to_go_on(ranks, stop)
-        with stop.within_grace():
+        with stop.within_grace(), keeping(setup, run, progress, (OutOfMemory,)):
             updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
         moved = time.perf_counter()
         done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
@@ -94,11 +97,15 @@ def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: 
 
 
 @contextlib.contextmanager
-def keeping(setup: Setup, run: Run, progress: Progress) -> Iterator[None]:
-    """What ends the run inside leaves the policy as it is, and ``progress`` is saved."""
+def keeping(
+    setup: Setup, run: Run, progress: Progress, faults: tuple[type[BaseException], ...] = KEEPING
+) -> Iterator[None]:
+    """Save ``progress`` when one of ``faults`` ends the run inside, unless the policy has moved since."""
     try:
         yield
-    except (Stopped, RankLost):
+    except faults as error:
+        if getattr(error, "midway", False):
+            raise
         saved = run.checkpoints / f"step_{progress.step:06d}"
         if setup.policy.ranks.leads and progress.step and damage(saved):
             save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
@@ -275,7 +282,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             with joined(config.model.device, timeout_s=config.train.rank_timeout_s) as ranks:
                 run = run_config(arguments, out, config, source, stop, ranks)
     except INPUT_ERRORS as error:
-        say_refused(error, ranks)
+        go_on = how_to_go_on(arguments, out, ranks or expected()) if isinstance(error, OutOfMemory) else ""
+        say_refused(error, ranks, go_on)
         return 2
     except DiskError as error:
         print(f"error: {error}\n       {how_to_go_on(arguments, out, ranks or expected())}", file=sys.stderr)

@@ -6,16 +6,16 @@ input, 130 interrupted.
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo.adapter import AdapterError, base_of, lora_section, system_prompt
-from grpo.base_model import ModelError
+from grpo.base_model import ModelError, device_option
 from grpo.cases import row_key
 from grpo.config import COLDEST, ConfigError, Lora, Model, resolve
 from grpo.loaders.report import MAX_TEXT
+from grpo.out_of_memory import OutOfMemory, memory_errors
 from grpo.policy import Policy, check_adapter, load_policy
 from grpo.prompts import render_prompt
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
@@ -35,7 +35,7 @@ class TriageError(ValueError):
     """A case or an option that cannot be used. Never repeats the case."""
 
 
-INPUT_ERRORS = (TriageError, AdapterError, ConfigError, ModelError, PromptError)
+INPUT_ERRORS = (TriageError, AdapterError, ConfigError, ModelError, OutOfMemory, PromptError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,13 +73,14 @@ def triage(
     case = Case("input", checked(text), 3)  # the level of gold is never looked at
     prompt = render_prompt(policy.tokenizer, case, system_prompt=system, thinking=thinking)
     room = min(CARDS_BUDGET, max(1, policy.context - len(prompt.ids)))
-    (group,) = rollout(
-        policy,
-        [prompt],
-        [[row_key("triage", seed)]],
-        max_new_tokens=room if max_new_tokens is None else max_new_tokens,
-        temperature=temperature,
-    )
+    with memory_errors("answer", "lower --max-new-tokens, or use another --device"):
+        (group,) = rollout(
+            policy,
+            [prompt],
+            [[row_key("triage", seed)]],
+            max_new_tokens=room if max_new_tokens is None else max_new_tokens,
+            temperature=temperature,
+        )
     (completion,) = group.completions
     return Triage(parse_answer(completion.text, thinking=prompt.thinking), completion, prompt.thinking)
 
@@ -162,12 +163,6 @@ def _read_case(text: str | None) -> str:
         raise TriageError(f"standard input: not UTF-8 (byte {error.start})") from None
 
 
-def _device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
-        raise argparse.ArgumentTypeError(f"{name!r}: expected auto, cpu, cuda or cuda:N")
-    return name
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m grpo.triage", description=f"Answer one case with an ESI level. {NOTICE}"
@@ -182,7 +177,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-new-tokens", type=int, help=f"default: {CARDS_BUDGET}, or what the context leaves")
     parser.add_argument("--temperature", type=float, default=0.1, help="0 is greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=_device, default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--device", type=device_option, default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
     parser.add_argument("--json", action="store_true", help="one line of JSON")
     return parser

@@ -27,6 +27,7 @@ from grpo.forward.memory import Room, room
 from grpo.forward.passes import forward_of
 from grpo.logprobs import spread, token_logprobs
 from grpo.loss import LossTerms, grpo_loss, silent_rows
+from grpo.out_of_memory import UPDATE, OutOfMemory, memory_errors
 from grpo.policy import Policy, adapter_swapped
 from grpo.types import Batch, TokenRecord
 
@@ -37,10 +38,6 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
     "cosine": lambda done: 0.5 * (1.0 + math.cos(math.pi * done)),
 }
 """Share of the steps after warm-up that is done, in [0, 1) → factor on the learning rate."""
-
-
-class OutOfMemory(MemoryError):
-    """A micro-batch does not fit the device, nor does half of it. Names the keys to lower."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,9 +89,10 @@ def update(
     space = room(policy, config.optim, batch)
     ref = None
     if config.loss.beta > 0:
-        ref = fitting(
-            lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), policy, batch, config, space
-        )
+        with memory_errors("reference", UPDATE, policy.independent_ranks):
+            ref = fitting(
+                lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), policy, batch, config, space
+            )
     seen: list[Tensor] = []
     entropy = torch.zeros(0)
     losses: list[float] = []
@@ -115,7 +113,8 @@ def update(
                     p.grad = torch.zeros_like(p)
             return done
 
-        logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
+        with memory_errors("update", UPDATE, policy.independent_ranks, midway=epoch > 0):
+            logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
         total = policy.ranks.sum_gradients(policy.trainable().values(), total)
         if epoch == 0:
             entropy = entropies
@@ -199,10 +198,7 @@ def fitting(run: Callable[[tuple[Cut, ...]], T], policy: Policy, batch: Batch, c
             torch.cuda.empty_cache()
         if not half:
             print(f"memory    a micro-batch of {space} does not fit: once more with half", file=sys.stderr)
-    raise OutOfMemory(
-        f"a micro-batch of {space.halved()} does not fit the device: lower optim.micro_batch_size or "
-        f"optim.micro_batch_tokens, set model.gradient_checkpointing = true, or lower rollout.max_new_tokens"
-    )
+    raise OutOfMemory(f"a micro-batch of {space.halved()} does not fit the device: {UPDATE}")
 
 
 def own_rows(policy: Policy, batch: Batch, config: Config) -> range:

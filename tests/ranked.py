@@ -23,6 +23,7 @@ import torch._dynamo
 import torch.distributed.fsdp
 import transformers.models.qwen3_5.modeling_qwen3_5  # noqa: F401
 
+from grpo import groups as groups_module
 from grpo import ranks as ranks_module
 from grpo import setup
 from grpo import train as train_module
@@ -305,6 +306,23 @@ def _dies_at_the_checkpoint(true: Any) -> Any:
     return alike
 
 
+def _full_in(call: int) -> Callable[[Any], Any]:
+    """Let the device be full from the ``call``-th call on."""
+
+    def make(true: Any) -> Any:
+        calls: list[int] = []
+
+        def full(*given: Any, **named: Any) -> Any:
+            calls.append(1)
+            if len(calls) >= call:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return true(*given, **named)
+
+        return full
+
+    return make
+
+
 FAULTS: dict[str, Callable[[], _Patched]] = {
     "": _Patched,
     "summed twice": lambda: _Patched(Ranks, "sum_", _summed_twice),
@@ -316,6 +334,8 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "signalled before the second update": lambda: _Patched(train_module, "make_batch", _signalled_before_update(2)),
     "another base": lambda: _Patched(setup, "load_policy", _one_weight_off),
     "another adapter": lambda: _Patched(train_module, "update", _drifting),
+    "full in the second rollout": lambda: _Patched(groups_module, "rollout", _full_in(2)),
+    "full in the second update": lambda: _Patched(update_module, "backward", _full_in(2)),
     "dies at the checkpoint": lambda: _Patched(Ranks, "alike", _dies_at_the_checkpoint),
 }
 WRONG_SUMS = tuple(FAULTS)[:6]

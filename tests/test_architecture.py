@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 ROOMS = [
     "grpo.recorded.terminal", "grpo.types", "grpo.tensorfile", "grpo.config", "grpo.durable", "grpo.stop",
-    "grpo.free_memory", "grpo.optional_kernels", "grpo.ranks", "grpo.advantage", "grpo.loss",
+    "grpo.free_memory", "grpo.optional_kernels", "grpo.ranks", "grpo.out_of_memory", "grpo.advantage", "grpo.loss",
     "grpo.logprobs", "grpo.stats",
     "grpo.evaluation.agreement", "grpo.evaluation.rates", "grpo.evaluation.failures", "grpo.loaders.report",
     "grpo.loaders.fields", "grpo.loaders.lines", "grpo.loaders.narrative", "grpo.loaders.jsonl",

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from grpo.cases import row_key
 from grpo.config import Config
 from grpo.evaluation.rates import Verdict, row
+from grpo.out_of_memory import EVALUATION, memory_errors
 from grpo.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
@@ -57,13 +58,14 @@ def evaluate(
     ranks, section = policy.ranks, config.evaluate
     share = ranks.mine(len(cases))
     found: list[Verdict] = []
-    for verdicts in answer(policy, [cases[i] for i in share], config, name=name, thinking=thinking):
-        found += verdicts
-        progress(len(verdicts) * len(cases) // len(share))
-    largest = -(-len(cases) // ranks.size)
-    for _ in range(-(-largest // section.batch_size) - -(-len(share) // section.batch_size)):
-        # a sharded policy answers on all ranks at once
-        rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
+    with memory_errors("evaluation", EVALUATION, policy.independent_ranks):
+        for verdicts in answer(policy, [cases[i] for i in share], config, name=name, thinking=thinking):
+            found += verdicts
+            progress(len(verdicts) * len(cases) // len(share))
+        largest = -(-len(cases) // ranks.size)
+        for _ in range(-(-largest // section.batch_size) - -(-len(share) // section.batch_size)):
+            # a sharded policy answers on all ranks at once
+            rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
     return in_order(ranks.gather(found, VERDICTS), cases)
 
 
