@@ -29,6 +29,10 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 LOOK_S = 0.0005
 """Between two looks whether the others have answered: only there does Python hear a signal."""
 
+WATCHDOG_S = 60.0
+"""After a rank is lost by its timeout, NCCL's watchdog leaves the others so long to save the last step: it ends the
+process without a word. In a sharded layer, whose collectives are torch's own, it is the only limit."""
+
 HUSH_S = 2.0
 """A rank that ends without a word leaves this to the one that speaks: ``torchrun`` ends the others 0.1 s after the
 first that ended."""
@@ -54,6 +58,8 @@ class Ranks:
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 — a device is a value
     """Where the tensors lie that ranks exchange: on CUDA the rank's own card."""
+    timeout_s: float = float("inf")
+    """A rank that does not answer for so long is lost."""
 
     @property
     def leads(self) -> bool:
@@ -136,12 +142,12 @@ class Ranks:
         sent[: flat.numel()] = flat
         parts = torch.empty_like(sent)
         with _answered():
-            _wait(dist.all_to_all_single(parts, sent, async_op=True))
+            self._wait(dist.all_to_all_single(parts, sent, async_op=True))
         total = torch.zeros(share, dtype=torch.float64, device=flat.device)
         for part in parts.view(self.size, share):
             total += part
         with _answered():
-            _wait(dist.all_gather(list(sent.chunk(self.size)), total.to(flat.dtype), async_op=True))
+            self._wait(dist.all_gather(list(sent.chunk(self.size)), total.to(flat.dtype), async_op=True))
         flat.copy_(sent[: flat.numel()])
 
     def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
@@ -163,19 +169,29 @@ class Ranks:
         with torch.no_grad(), _answered():
             for tensor in tensors:
                 there = tensor.detach().to(self.device).contiguous()
-                _wait(dist.broadcast(there, 0, async_op=True))
+                self._wait(dist.broadcast(there, 0, async_op=True))
                 tensor.copy_(there)
+
+    def _wait(self, work: dist.Work | None) -> None:
+        """Wait for the others, and on CUDA let the stream wait: raises what the collective met."""
+        assert work is not None  # None is for processes outside the group
+        deadline = time.monotonic() + self.timeout_s
+        while not work.is_completed():
+            if time.monotonic() > deadline:
+                raise RankLost("another rank did not answer within train.rank_timeout_s")
+            time.sleep(LOOK_S)
+        work.wait()
 
     def _swap(self, payload: bytes) -> list[bytes]:
         with _answered():
             sizes = torch.zeros(self.size, dtype=torch.long, device=self.device)
             length = torch.tensor([len(payload)], device=self.device)
-            _wait(dist.all_gather(list(sizes.chunk(self.size)), length, async_op=True))
+            self._wait(dist.all_gather(list(sizes.chunk(self.size)), length, async_op=True))
             longest = int(sizes.max())
             own = torch.zeros(longest, dtype=torch.uint8)
             own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
             whole = torch.empty(self.size * longest, dtype=torch.uint8, device=self.device)
-            _wait(dist.all_gather(list(whole.chunk(self.size)), own.to(self.device), async_op=True))
+            self._wait(dist.all_gather(list(whole.chunk(self.size)), own.to(self.device), async_op=True))
         rows = whole.view(self.size, longest).cpu().numpy()
         return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
 
@@ -203,18 +219,49 @@ def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
     if size == 1:
         yield Ranks(device=place)
         return
-    if place.type == "cuda":
-        torch.cuda.set_device(place)
     try:
         with by_default():  # it waits for the others in C++, and nothing has begun that a signal could spoil
-            dist.init_process_group("nccl" if place.type == "cuda" else "gloo", timeout=timedelta(seconds=timeout_s))
+            _connect(place, timeout_s)
     except RuntimeError as error:
         raise RankError(
             f"rank {rank} of {size} found no others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
             f"{_first_line(error)}"
         ) from None
-    yield Ranks(rank, size, place)
+    yield Ranks(rank, size, place, timeout_s)
     dist.destroy_process_group()  # after an error the process ends, and the others see that
+
+
+def _connect(device: torch.device, timeout_s: float) -> None:
+    """Find the other ranks, see that each has a card of its own, and join them."""
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        check_cards(store, rank, size, str(torch.cuda.get_device_properties(device).uuid))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=dist.PrefixStore("default_pg", store),
+        rank=rank,
+        world_size=size,
+        timeout=timedelta(seconds=timeout_s + WATCHDOG_S),
+    )
+
+
+def check_cards(store: dist.Store, rank: int, size: int, uuid: str) -> None:
+    """Refuse two ranks on one card, which NCCL does not support, before it is asked.
+
+    Args:
+        uuid: of this rank's card.
+    """
+    store.set(f"card of rank {rank}", uuid)
+    ranks_of: dict[str, list[str]] = {}
+    for other in range(size):
+        ranks_of.setdefault(store.get(f"card of rank {other}").decode(), []).append(str(other))
+    for card, ranks in ranks_of.items():
+        if len(ranks) > 1:
+            raise RankError(
+                f"ranks {', '.join(ranks)} use one CUDA device ({card}), and each needs its own: lower "
+                f'--nproc-per-node, give each process another CUDA_VISIBLE_DEVICES, or use model.device = "cpu"'
+            )
 
 
 def expected() -> Ranks:
@@ -282,27 +329,23 @@ def _place(device: str, size: int, local: int, beside: int) -> torch.device:
         return torch.device("cpu")
     if ":" in device and size > 1:
         raise RankError(f'model.device = "{device}" is one card, but there are {size} ranks: use "cuda" or "auto"')
-    if beside > cards:
+    if beside > cards > 1 or not cards:
         raise RankError(
             f'model.device = "{device}": {beside} ranks on a host with {cards} CUDA device(s), and each needs one: '
             f'lower --nproc-per-node, or use model.device = "cpu"'
         )
-    return torch.device(device if ":" in device else f"cuda:{local}")
-
-
-def _wait(work: dist.Work | None) -> None:
-    """For the others, and where a card works, for the stream: raises what the collective met."""
-    assert work is not None  # None is for processes outside the group
-    while not work.is_completed():
-        time.sleep(LOOK_S)
-    work.wait()
+    if ":" not in device:  # where each process sees one card, as SLURM arranges it, `check_cards` compares them
+        return torch.device("cuda", local if cards > 1 else 0)
+    if (place := torch.device(device)).index >= cards:
+        raise RankError(f'model.device = "{device}": this machine has {cards} CUDA device(s)')
+    return place
 
 
 @contextlib.contextmanager
 def _answered() -> Iterator[None]:
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, RankLost):
         raise
     except RuntimeError as error:
         slow = "timed out" in str(error).lower() or "timeout" in str(error).lower()

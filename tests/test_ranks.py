@@ -3,6 +3,7 @@
 The ranks are processes on this machine that speak Gloo; see `tests.ranked`.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -28,10 +29,10 @@ from grpo.endings import say_refused, say_stopped
 from grpo.lab import __main__ as lab
 from grpo.ledger import read_step
 from grpo.opening import check_alike
-from grpo.ranks import ALONE, TORCHRUN, RankError, RankLost, Ranks, joined, launcher
+from grpo.out_of_memory import OutOfMemory
+from grpo.ranks import ALONE, TORCHRUN, RankError, RankLost, Ranks, check_cards, joined, launcher
 from grpo.setup import Setup
 from grpo.stop import Stop, Stopped
-from grpo.update import OutOfMemory
 from tests import ranked
 from tests.ranked import on_ranks
 
@@ -439,8 +440,9 @@ def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> No
         ({"WORLD_SIZE": "2"}, "cpu", 0, "unset RANK and WORLD_SIZE to run alone"),
         ({**STARTED, "RANK": "one"}, "cpu", 0, "not numbers: RANK='one'"),
         ({**STARTED, "RANK": "2"}, "cpu", 0, "rank 2 of 2"),
-        ({**STARTED, "LOCAL_RANK": "1", "RANK": "1"}, "auto", 1, "2 ranks on a host with 1 CUDA device(s)"),
+        ({**STARTED, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "auto", 2, "3 ranks on a host with 2 CUDA device(s)"),
         (STARTED, "cuda", 0, "2 ranks on a host with 0 CUDA device(s)"),
+        ({**STARTED, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "cuda:5", 1, "this machine has 1 CUDA device(s)"),
         (STARTED, "cuda:0", 2, 'model.device = "cuda:0" is one card, but there are 2 ranks'),
     ],
 )
@@ -456,6 +458,59 @@ def test_half_an_environment_and_too_few_cards_are_refused(
     with pytest.raises(RankError) as told, joined(device, timeout_s=5):
         pass
     assert says in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("cards", "local", "wanted"),
+    [(1, 0, "cuda:0"), (1, 3, "cuda:0"), (4, 0, "cuda:0"), (4, 3, "cuda:3"), (0, 3, "cpu")],
+)
+def test_a_rank_takes_its_own_card_or_the_only_one_it_sees(
+    cards: int, local: int, wanted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
+    assert ranks_module._place("auto", 4, local, 4) == torch.device(wanted)
+
+
+@pytest.mark.parametrize(
+    ("uuids", "says"),
+    [("abc", ""), ("aba", r"^ranks 0, 2 use one CUDA device \(a\), and each needs its own"), ("bcc", "ranks 1, 2 use")],
+)
+def test_two_ranks_on_one_card_are_refused_on_every_rank(uuids: str, says: str) -> None:
+    """Over the store by which the ranks meet, before NCCL is asked."""
+    store = torch.distributed.HashStore()
+    for rank, uuid in enumerate(uuids):
+        store.set(f"card of rank {rank}", uuid)
+    for rank, uuid in enumerate(uuids):
+        with pytest.raises(RankError, match=says) if says else contextlib.nullcontext():
+            check_cards(store, rank, 3, uuid)
+
+
+def test_the_timeout_is_our_own_and_comes_before_the_watchdogs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective that never ends raises here, although torch waits longer: NCCL's watchdog would end the process."""
+    asked: dict[str, Any] = {}
+
+    def init(backend: str, **options: Any) -> None:
+        asked.update(options, backend=backend)
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for name, value in (STARTED | {"WORLD_SIZE": "1", "MASTER_PORT": str(port)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", init)
+    ranks_module._connect(torch.device("cpu"), 7)
+    assert asked["timeout"].total_seconds() == 7 + ranks_module.WATCHDOG_S and asked["backend"] == "gloo"
+
+    class Never(torch.distributed.Work):
+        def is_completed(self) -> bool:
+            return False
+
+    started = time.monotonic()
+    lost = pytest.raises(RankLost, match=r"^another rank did not answer within train\.rank_timeout_s$")
+    with lost, ranks_module._answered():
+        Ranks(0, 2, timeout_s=0.3)._wait(Never())
+    assert 0.3 <= time.monotonic() - started < 5
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
