@@ -42,7 +42,7 @@ from grpo.adapter import (
     system_prompt,
     weights_digest,
 )
-from grpo.base_model import HUB_ID, ModelError, load_base, pick_device
+from grpo.base_model import HUB_ID, ModelError, device_option, load_base, pick_device
 from grpo.config import ConfigError, embedded, resolve
 from grpo.model_card import CardError, model_card
 from grpo.prompts import end_ids, render_prompt
@@ -109,6 +109,7 @@ def merge(
     dtype: str = "auto",
     max_shard_bytes: int = 5 * 10**9,
     check: bool = True,
+    device: str = "auto",
     progress: Callable[[int, int], object] = lambda written, total: None,
 ) -> Merged:
     """Writes the merged model to ``out``: aside first, then renamed. What is already there is never touched.
@@ -118,11 +119,13 @@ def merge(
         dtype: of every floating tensor written: a name of `DTYPES`, or "auto" for each tensor's own in the base.
         max_shard_bytes: no file holds more, unless a single tensor does.
         check: also measure the result against base + adapter (`compare`); loads both, one after the other.
+        device: that runs the check, as ``model.device``.
         progress: called with the bytes just merged and the bytes of the whole.
 
     Raises one of `INPUT_ERRORS`: what cannot be merged, and why.
     """
     name, target = base_of(adapter) if base is None else base, None if dtype == "auto" else DTYPES[dtype]
+    checked_on = pick_device(device) if check else None
     if os.path.lexists(out):
         raise MergeError(f"{out}: already there, and nothing is ever overwritten: name another folder")
     config = read_config(adapter)
@@ -143,7 +146,7 @@ def merge(
         _write_companions(folder, aside, model, target)
         shards = _write_shards(tensors, deltas, aside, target, max_shard_bytes, progress)
         shown = next(t.written_as(target) for t in tensors if t.key in deltas)
-        measured = compare(name, adapter, aside, prompt, shown) if check else None
+        measured = compare(name, adapter, aside, prompt, shown, checked_on) if checked_on else None
         write_json(aside / "merge.json", _record(name, adapter, dtype, len(deltas), measured, prompt))
         if card is not None:
             (aside / "README.md").write_text(card, encoding="utf-8")
@@ -154,7 +157,10 @@ def merge(
     except (OSError, SafetensorError) as error:
         raise MergeError(f"{out}: cannot be written: {error}") from None
     except torch.OutOfMemoryError:
-        raise MergeError("the check does not fit this device's memory: leave it out with --no-check") from None
+        raise MergeError(
+            f"the check does not fit the memory of {checked_on}: name another with --device, or leave it out with "
+            f"--no-check"
+        ) from None
     finally:
         if held is not None:
             shutil.rmtree(held, ignore_errors=True)
@@ -190,21 +196,20 @@ def parse_size(text: str) -> int:
     return size
 
 
-def compare(base: str, adapter: Path, merged: Path, system: str, dtype: torch.dtype) -> Check:
+def compare(base: str, adapter: Path, merged: Path, system: str, dtype: torch.dtype, device: torch.device) -> Check:
     """Base + adapter and the merged model on the same prompts, teacher-forced: the largest difference of a logit.
 
     The two are loaded one after the other, so that memory holds one model.
     """
     from peft import PeftModel
 
-    device = pick_device("auto")
     model, tokenizer = load_base(base, device=device, dtype=dtype)
     prompts = [
         list(render_prompt(tokenizer, Case(f"probe-{i}", text, 3), system_prompt=system, thinking=thinking).ids)
         for i, text in enumerate(PROBES)
         for thinking in (True, False)
     ]
-    model = PeftModel.from_pretrained(model, str(adapter)).eval()
+    model = PeftModel.from_pretrained(model, str(adapter), torch_device=str(device)).eval()
     wanted = _logits(model, prompts)
     with model.disable_adapter():
         plain = _logits(model, prompts)
@@ -371,6 +376,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--check", action=argparse.BooleanOptionalAction, default=True, help="measure against base + adapter"
     )
+    parser.add_argument("--device", type=device_option, default="auto", help="of the check: auto, cpu, cuda, cuda:1")
     arguments = parser.parse_args(argv)
     try:
         with tqdm(unit="B", unit_scale=True, desc="merge", leave=False, delay=1) as bar:
@@ -386,6 +392,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 dtype=arguments.dtype,
                 max_shard_bytes=parse_size(arguments.max_shard_size),
                 check=arguments.check,
+                device=arguments.device,
                 progress=advance,
             )
     except INPUT_ERRORS as error:

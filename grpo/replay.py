@@ -27,11 +27,12 @@ import numpy as np
 from tqdm import tqdm
 
 from grpo.account import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
-from grpo.base_model import ModelError
+from grpo.base_model import ModelError, device_option
 from grpo.batch import make_batch
 from grpo.checkpoint import CheckpointError
 from grpo.config import Config
 from grpo.ledger import FIGURES, Entry, LedgerChanged, LedgerError, read_step, step_files
+from grpo.out_of_memory import OutOfMemory
 from grpo.recorded.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.recorded.difference import Difference, array_differences, same, scalar_difference, shown
 from grpo.recorded.recording import Recording, read_recording, rewritten_lines, torn, unindexed_files
@@ -64,7 +65,7 @@ UNREAD = {
     "redacted": "texts: not written down (ledger.text); answers and fired rules are taken as recorded",
     "off": "texts and rules: not written down (ledger.text); answers and what rules gave are taken as recorded",
 }
-INPUT_ERRORS = (RunError, LedgerError, RewardError, ModelError, CheckpointError)
+INPUT_ERRORS = (RunError, LedgerError, RewardError, ModelError, OutOfMemory, CheckpointError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -412,17 +413,20 @@ def replayed_run(arguments: argparse.Namespace) -> tuple[dict[str, Any], list[st
         "elsewhere": elsewhere(recording.made_with),
     }
     if arguments.model:
-        from grpo.recorded.recompute import model_lines, recompute, tolerance
+        from grpo.recorded.recompute import model_lines, on_device, recompute, rounding_causes, tolerance
 
-        found = tuple(recompute(recording, steps))
-        dtype, allowed = tolerance(recording)
+        section = on_device(recording, arguments.device)
+        found = tuple(recompute(recording, steps, section))
+        dtype, allowed = tolerance(recording, section)
         record["model"] = {
+            "device": section.device,
             "dtype": dtype,
+            "rounding_causes": (causes := rounding_causes(recording, section)),
             "tolerance": dict(zip(("largest", "mean"), allowed, strict=True)),
             "steps": [dataclasses.asdict(one) for one in found],
         }
         record["equal"] &= all(one.within(allowed) for one in found)
-        lines += model_lines(found, dtype, allowed, recording.config.optim.inner_epochs)
+        lines += model_lines(found, dtype, allowed, recording.config.optim.inner_epochs, causes)
     seconds = time.perf_counter() - started
     last = verdict(replayed, differences, seconds)
     if not record["equal"] and not differences:
@@ -464,6 +468,7 @@ def parser() -> argparse.ArgumentParser:
     ways = made.add_mutually_exclusive_group()
     ways.add_argument("--reward", metavar="SET", help="instead: the advantages under another reward, a name or a TOML")
     ways.add_argument("--model", action="store_true", help="also compute the log-probabilities again")
+    made.add_argument("--device", type=device_option, help="of --model: auto, cpu, cuda, cuda:1 (default: the run's)")
     made.add_argument("--json", action="store_true", help="print one JSON object")
     return made
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import grpo.evaluate
@@ -345,6 +346,21 @@ def test_other_settings_are_refused_by_name(warm_start: Path, capsys: pytest.Cap
     (warm_start / "other").mkdir()
     case_file(warm_start / "other" / "four.jsonl", CASES[:3])
     assert "other cases:" in refusal(capsys, *line, "--cases", warm_start / "other" / "four.jsonl")
+
+
+def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
+    warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(warm_start / "out", tmp_path / "out")
+    settings = json.loads((out / "settings.json").read_text())
+    assert settings["device"] == "cpu"
+    (out / "settings.json").write_text(json.dumps(settings | {"device": "NVIDIA A100"}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {0: "NVIDIA H200"}[device.index])
+    monkeypatch.setattr(grpo.evaluate, "load_policy", None)
+    line = [*asked(warm_start), "--out", out, "--set", "model.device=cuda", "--set", "model.dtype=float32"]
+    assert "holds answers given with other device: name another folder" in refusal(capsys, *line)
 
 
 def test_only_answers_to_the_same_cases_are_compared(

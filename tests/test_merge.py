@@ -39,6 +39,7 @@ pytestmark = [
 ]  # what transformers and PEFT say to users, not to these tests
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CPU = torch.device("cpu")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
@@ -292,7 +293,7 @@ def test_the_check_measures_logits(random_base: Path, adapter: Path, tmp_path: P
     assert merged.check is not None
     assert merged.check.agree == merged.check.positions > 100
     assert merged.check.largest < 1e-4 < 0.1 < merged.check.effect
-    unmerged = compare(str(random_base), adapter, random_base, "", torch.float32)
+    unmerged = compare(str(random_base), adapter, random_base, "", torch.float32, CPU)
     assert unmerged.largest == unmerged.effect > 0.1 and unmerged.agree < unmerged.positions
     shown = report(merged)
     assert f"{merged.check.largest:.2g}" in shown and "16 modules" in shown
@@ -301,10 +302,22 @@ def test_the_check_measures_logits(random_base: Path, adapter: Path, tmp_path: P
     tensors = load_file(path)
     key = "model.layers.0.mlp.up_proj.weight"
     save_file(tensors | {key: tensors[key] + 0.01}, path, metadata={"format": "pt"})
-    assert compare(str(random_base), adapter, tmp_path / "out", "", torch.float32).largest > 10 * merged.check.largest
+    assert (
+        compare(str(random_base), adapter, tmp_path / "out", "", torch.float32, CPU).largest > 10 * merged.check.largest
+    )
 
 
 # --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["embedded:v46", "--out", str(tmp_path / "out"), "--device", "cuda:1"]
+    assert main(argv) == 2 and "no CUDA device here" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+    assert main([*argv, "--no-check"]) == 0, "without the check no device is needed"
 
 
 def test_the_command_writes_once_and_never_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

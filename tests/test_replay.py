@@ -625,6 +625,46 @@ def test_the_model_gives_the_recorded_logprobs_to_the_bit(rich: Path) -> None:
         assert one["policy"] is None or one["policy"]["largest"] == 0.0
 
 
+def on_a_card(record: dict[str, Any]) -> None:
+    record["config"]["model"]["device"] = "cuda"
+    record["machine"]["device"] = "NVIDIA H200"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is here")
+def test_a_run_of_a_card_is_computed_on_a_cpu_when_asked(copy: Path) -> None:
+    edit_json(copy / "config.json", on_a_card)
+    code, _, err = replay(copy, "--model", "--step", "1")
+    assert code == 2 and err.startswith('error: model.device = "cuda": no CUDA device here')
+    assert err.endswith("--device cpu computes the run's model there\n") and err.count("error") == 1
+    code, out, _ = replay(copy, "--model", "--step", "1", "--device", "cpu", "--json")
+    model = json.loads(out)["model"]
+    assert code == 0 and model["device"] == "cpu"
+    assert model["rounding_causes"] == ["trained on NVIDIA H200, computed on cpu"]
+
+
+def test_a_device_that_is_none_is_refused_by_the_command_line(rich: Path) -> None:
+    with pytest.raises(SystemExit) as ended:
+        replay(rich, "--model", "--device", "gpu")
+    assert ended.value.code == 2
+
+
+def with_rounding(entry: Entry) -> Entry:
+    ref = entry.step.tokens.ref_logprobs
+    assert ref is not None
+    tokens = dataclasses.replace(entry.step.tokens, ref_logprobs=ref + 1e-7 * torch.arange(ref.numel()).eq(3))
+    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
+
+
+def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: Path) -> None:
+    run = rewritten(rich, tmp_path / "run", with_rounding, step=1)
+    edit_json(run / "config.json", lambda record: record["config"]["optim"].update(micro_batch_tokens="auto"))
+    _, out, _ = replay(run, "--model", "--step", "1")
+    lines = [line for line in out.splitlines() if "not to the bit" in line]
+    assert [line.split()[0] for line in lines] == ["reference"]
+    assert lines[0].endswith('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
+    assert "is no rounding" not in out
+
+
 def with_other_reference(entry: Entry) -> Entry:
     ref = entry.step.tokens.ref_logprobs
     assert ref is not None

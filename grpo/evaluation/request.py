@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from grpo.adapter import lora_section, system_prompt
-from grpo.base_model import context_of, load_tokenizer, pick_device, pick_dtype
+from grpo.base_model import card_name, context_of, load_tokenizer, pick_device, pick_dtype
 from grpo.cases import CaseError, load
 from grpo.config import Config, Thinking, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
@@ -79,7 +79,7 @@ def ask(arguments: argparse.Namespace) -> Asked:
         "seed": config.train.seed,
         "system_prompt": config.cases.system_prompt,
         "formats": list(reward.formats),
-        "device": device.type,
+        "device": card_name(device),
         "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
     }
     name = config.name if arguments.what.endswith(".toml") else set_name(arguments.what)

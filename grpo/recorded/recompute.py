@@ -16,12 +16,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from grpo.account import rows
-from grpo.base_model import pick_device, pick_dtype
+from grpo.base_model import ModelError, card_name, pick_device, pick_dtype
 from grpo.cases import row_key
 from grpo.checkpoint import load_checkpoint
-from grpo.config import Config
+from grpo.config import Config, Model
 from grpo.forward.memory import room
 from grpo.ledger import Entry, read_step
+from grpo.out_of_memory import memory_errors
 from grpo.policy import Policy, adapter_copy, adapter_swapped, load_policy
 from grpo.prompts import render_prompt
 from grpo.recorded.recording import Recording
@@ -70,15 +71,34 @@ class Recomputed:
         return not self.misread and all(one.within(allowed) for one in (self.reference, self.policy) if one)
 
 
-def recompute(recording: Recording, steps: Sequence[int]) -> Iterator[Recomputed]:
+def on_device(recording: Recording, device: str | None) -> Model:
+    """Return the run's ``[model]`` with the device that computes it here.
+
+    Args:
+        device: None is the run's own.
+
+    Raises:
+        ModelError: this machine has no such device.
+    """
+    section = recording.config.model
+    try:
+        return section.model_copy(update={"device": str(pick_device(device or section.device))})
+    except ModelError as error:
+        raise ModelError(f"{error}" if device else f"{error}: --device cpu computes the run's model there") from None
+
+
+def recompute(recording: Recording, steps: Sequence[int], section: Model) -> Iterator[Recomputed]:
     """Each of these steps with the model.
+
+    Args:
+        section: the run's, on the device of `on_device`.
 
     Raises:
         ModelError, CheckpointError: base, adapter or checkpoint cannot be loaded.
         RunError: a step without token ids (``ledger.text`` other than "full").
     """
     config = recording.config
-    policy = load_policy(config.model, config.lora, seed=config.train.seed)
+    policy = load_policy(section, config.lora, seed=config.train.seed)
     first = adapter_copy(policy)
     reference = first if config.loss.reference == "warm_start" else None
     for number in tqdm(steps, unit="step", leave=False, disable=None):
@@ -87,7 +107,9 @@ def recompute(recording: Recording, steps: Sequence[int]) -> Iterator[Recomputed
             raise RunError(f'step {number}: --model needs token ids, and ledger.text = "{entry.text}" kept them out')
         folder = recording.run.checkpoints / f"step_{number - 1:06d}"
         before = first if number == 1 else _adapter(policy, folder) if folder.is_dir() else None
-        yield recompute_step(policy, entry, config, reference, before)
+        with memory_errors(f"step {number}", "use another device, such as --device cpu"):
+            recomputed = recompute_step(policy, entry, config, reference, before)
+        yield recomputed
 
 
 def recompute_step(
@@ -153,9 +175,8 @@ def misread_rows(policy: Policy, entry: Entry, config: Config) -> Iterator[str]:
             yield f"{where}: completion"
 
 
-def tolerance(recording: Recording) -> tuple[str, tuple[float, float]]:
+def tolerance(recording: Recording, section: Model) -> tuple[str, tuple[float, float]]:
     """The coarser of the dtypes that the training and this machine give the base, and its `TOLERANCES`."""
-    section = recording.config.model
     dtypes = {str(pick_dtype(section.dtype, pick_device(section.device))).removeprefix("torch.")}
     if section.dtype == "auto":
         dtypes.add("float32" if str(recording.made_with.get("device")).startswith("cpu") else "bfloat16")
@@ -163,11 +184,24 @@ def tolerance(recording: Recording) -> tuple[str, tuple[float, float]]:
     return coarser, TOLERANCES[coarser]
 
 
-def model_lines(found: Sequence[Recomputed], dtype: str, allowed: tuple[float, float], epochs: int) -> list[str]:
+def rounding_causes(recording: Recording, section: Model) -> list[str]:
+    """Return why the log-probabilities may differ from the recorded ones in their last bits: equal bits need the same
+    kind of device and the same micro-batches."""
+    trained, here = str(recording.made_with.get("device")), card_name(pick_device(section.device))
+    causes = [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
+    if recording.config.optim.micro_batch_tokens == "auto":
+        causes.append('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
+    return causes
+
+
+def model_lines(
+    found: Sequence[Recomputed], dtype: str, allowed: tuple[float, float], epochs: int, causes: Sequence[str] = ()
+) -> list[str]:
     """What the model said, for people.
 
     Args:
         epochs: inner epochs of a step.
+        causes: of rounding, see `rounding_causes`.
     """
     lines = []
     for name in ("reference", "policy"):
@@ -182,6 +216,9 @@ def model_lines(found: Sequence[Recomputed], dtype: str, allowed: tuple[float, f
             f"{name:<11}  {len(drifts):,} of {len(found):,} steps, {tokens:,} tokens: max |Δ logprob| {largest:.3g}, "
             f"mean {mean:.3g}; rounding in {dtype} may be {allowed[0]:g} and {allowed[1]:g}"
         )
+        if largest and all(one.within(allowed) for one in drifts.values()):
+            why = f": {'; '.join(causes)}" if causes else ""
+            lines.append(f"{name:<11}  equal within rounding, not to the bit{why}")
         lines += [
             f"step {step}: {name}: max |Δ logprob| {one.largest:.3g}, mean {one.mean:.3g} is no rounding"
             for step, one in drifts.items()
