@@ -107,6 +107,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.cuda._utils import _get_device_index
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -337,7 +338,7 @@ def pretended(paper: Paper) -> Iterator[None]:
         "reset_peak_memory_stats": lambda device=None: None,
         "empty_cache": lambda: None,
         "synchronize": lambda device=None: paper.wait("synchronize"),
-        "set_device": lambda device: None,
+        "set_device": _get_device_index,  # torch's own check, and nothing to set
         "manual_seed_all": lambda seed: None,
         "_lazy_init": lambda: None,
         "CUDAGraph": Graph,
