@@ -16,7 +16,7 @@ import grpo.evaluation.request
 from grpo.base_model import load_tokenizer
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED, load_config
-from grpo.evaluate import comparison, main
+from grpo.evaluate import comparison, main, parser
 from grpo.evaluation.agreement import mcnemar, wilson
 from grpo.evaluation.answers import AnswersError, answer, append_answers, evaluate, read_answers
 from grpo.evaluation.comparison import AnsweredCase, Evaluated, between_modes, compare
@@ -359,7 +359,8 @@ def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {0: "NVIDIA H200"}[device.index])
     monkeypatch.setattr(grpo.evaluate, "load_policy", None)
-    line = [*asked(warm_start), "--out", out, "--set", "model.device=cuda", "--set", "model.dtype=float32"]
+    line = [*asked(warm_start), "--out", str(out), "--set", "model.device=cuda", "--set", "model.dtype=float32"]
+    assert grpo.evaluation.request.ask(parser().parse_args(line)).settings["device"] == "NVIDIA H200"
     assert "holds answers given with other device: name another folder" in refusal(capsys, *line)
 
 
