@@ -42,6 +42,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from grpo.account import advantage_shares, step_metrics, token_account
+from grpo.base_model import card_name, pick_device
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
 from grpo.groups import prompts_for_step, sample_step
@@ -436,7 +437,7 @@ def peak(device: torch.device) -> int:
 def alone(way: str, config: Config) -> dict[str, int]:
     """Peak bytes of two steps above what was held before the first; runs in a process of its own."""
     before: list[int] = []
-    device = torch.device(config.model.device)
+    device = pick_device(config.model.device)
 
     def begin() -> None:
         gc.collect()
@@ -464,13 +465,12 @@ def cpu() -> str:
 
 def facts(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]:
     """Where and with what."""
-    on_cuda = arguments.device.startswith("cuda")
     packages = ("torch", "transformers", "peft", "trl", "accelerate")
     return {
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "device": torch.cuda.get_device_name(arguments.device) if on_cuda else "cpu",
+        "device": card_name(pick_device(arguments.device)),
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
         "config": arguments.config.name,
         "overrides": overrides,
