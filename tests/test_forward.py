@@ -294,6 +294,26 @@ def test_a_scan_that_is_recomputed_keeps_less_and_changes_nothing(
     assert torch.equal(saving[0], plain[0]) and all(torch.equal(saving[1][n], g) for n, g in plain[1].items())
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_scan_runs_a_third_time(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """As on CUDA: the backward pass computes a scan once more, by itself or with its whole checkpointed layer."""
+    monkeypatch.setitem(shared_prefix.RECOMPUTED, "cpu", True)
+    policy = make_policy(target_modules=(*TARGETS, "in_proj_qkv"), checkpointing=checkpointing)
+    policy.model.train()
+    calls: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return gated_delta_scan(*given)
+
+    monkeypatch.setattr(shared_prefix, "gated_delta_scan", counted)
+    linear_layers = sum(layer.block_type == "linear_attention" for layer in policy.body.layers)
+    states_and_gradients(policy, predicting_states_shared, rows_of(policy, *MIXED))
+    assert len(calls) == 2 * 2 * linear_layers, "forward and backward, prompts and completions"
+
+
 def test_a_row_is_the_same_alone_and_in_any_order(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     prompts, completions = rows_of(policy, *MIXED)
