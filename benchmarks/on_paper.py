@@ -135,6 +135,8 @@ FREE = ("aten.empty", "aten.new_empty", "aten._unsafe_view", "aten.detach", "pri
 """Operations that start no kernel, beside those that give a view."""
 WRITES = ("aten.copy_.", "aten.fill_.", "aten.zero_.", "aten.zeros", "aten.ones", "aten.full", "aten.new_zeros")
 """Operations that do not read what they write over."""
+SIZED_BY_VALUES = (aten.nonzero.default, aten.masked_select.default, aten.masked_scatter_backward.default)
+"""Operations whose output's size the host has to read."""
 LOOKS_UP = ("aten.embedding.", "aten.index.", "aten.index_select.", "aten.gather.")
 
 
@@ -223,9 +225,10 @@ class Paper(TorchDispatchMode):
             self.wait("copy to the card" if isinstance(args[0], FakeTensor) else "copy to the host")
             if not isinstance(args[0], FakeTensor):
                 return args[0]
+        if func in SIZED_BY_VALUES:
+            self.wait(str(func))
         with self._shapes:
             if func is aten.nonzero.default:
-                self.wait("nonzero")
                 out = torch.zeros(args[0].numel(), args[0].dim(), dtype=torch.long, device=args[0].device)
             elif func is aten._to_copy.default and not given:
                 out = torch.empty(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype, device=device)

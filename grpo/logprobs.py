@@ -91,19 +91,31 @@ def predicting_states(hidden: Tensor, joined: Joined) -> Tensor:
     return hidden[rows, joined.predicts[joined.completion_mask]]
 
 
-def spread(values: Tensor, completion_mask: Tensor) -> Tensor:
-    """The [M] values back at their tokens, [n,T], zeros at padding; differentiable. A mask on the CPU is moved to the
-    values, and counted without a wait for their device.
+def token_slots(completion_mask: Tensor, device: torch.device) -> Tensor:
+    """Return the flat indices [M] of the True entries of a mask [n,T], on ``device``. They are computed where the mask
+    is: a mask on the CPU is read without a wait for the device.
+
+    >>> token_slots(torch.tensor([[True, False], [True, True]]), torch.device("cpu"))
+    tensor([0, 2, 3])
+    """
+    return completion_mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
+
+
+def spread(values: Tensor, completion_mask: Tensor, slots: Tensor | None = None) -> Tensor:
+    """The [M] values back at their tokens, [n,T], zeros at padding; differentiable, and neither direction waits for the
+    values' device. (The derivative of `masked_scatter` does: it is a `masked_select`, whose size the host has to read.)
+
+    Args:
+        slots: `token_slots` of the mask, where the caller has them already.
 
     >>> spread(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
     tensor([[1., 0.],
             [2., 3.]])
     """
-    tokens = int(completion_mask.sum())
-    if values.shape != (tokens,):
-        raise ValueError(f"expected one value per True in the mask, [{tokens}], got {list(values.shape)}")
-    mask = completion_mask.to(values.device, non_blocking=True)
-    return torch.zeros_like(mask, dtype=values.dtype).masked_scatter(mask, values)
+    slots = token_slots(completion_mask, values.device) if slots is None else slots
+    if values.shape != slots.shape:
+        raise ValueError(f"expected one value per True in the mask, {list(slots.shape)}, got {list(values.shape)}")
+    return values.new_zeros(completion_mask.numel()).index_copy_(0, slots, values).view(completion_mask.shape)
 
 
 def head_logits(hidden: Tensor, head_weight: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from grpo.cases import row_key
 from grpo.config import Config
 from grpo.forward.memory import Room, room
 from grpo.forward.passes import forward_of
-from grpo.logprobs import spread, token_logprobs
+from grpo.logprobs import spread, token_logprobs, token_slots
 from grpo.loss import LossTerms, grpo_loss, silent_rows
 from grpo.out_of_memory import UPDATE, OutOfMemory, memory_errors
 from grpo.policy import Policy, adapter_swapped
@@ -284,7 +284,9 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
         bias=getattr(head, "bias", None),
     )
     mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)]
-    return spread(logprobs, mask), spread(entropy, mask), mask.to(policy.device, non_blocking=True)
+    slots = token_slots(mask, policy.device)
+    sent = mask.to(policy.device, non_blocking=True)
+    return spread(logprobs, mask, slots), spread(entropy, mask, slots), sent
 
 
 def reference_logprobs(

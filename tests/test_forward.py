@@ -13,7 +13,14 @@ from torch.autograd import gradcheck
 
 from grpo.engine.gated_delta import gated_delta_step
 from grpo.forward import shared_prefix
-from grpo.forward.gated_delta import CHUNK, _fla_scan, chunked_scan, gated_delta_scan, unit_lower_inverse
+from grpo.forward.gated_delta import (
+    CHUNK,
+    INVERSE_BASE,
+    _fla_scan,
+    chunked_scan,
+    gated_delta_scan,
+    unit_lower_inverse,
+)
 from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
 from grpo.forward.memory import kept_bytes
 from grpo.forward.modules import predicting_states_by_modules
@@ -68,20 +75,46 @@ def test_linear_is_the_formula() -> None:
 
 
 def test_chunks_are_powers_of_two_as_the_inverse_by_halves_asks() -> None:
-    assert all(size.bit_count() == 1 for size in CHUNK.values())
+    assert all(size.bit_count() == 1 for size in (*CHUNK.values(), *INVERSE_BASE.values()))
 
 
-@pytest.mark.parametrize("size", [1, 2, 32, 64])
+@pytest.fixture(params=sorted(INVERSE_BASE.values()), ids=lambda base: f"base{base}")
+def inverse_base(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The base case of each device type, on the CPU."""
+    monkeypatch.setitem(INVERSE_BASE, "cpu", request.param)
+
+
+@pytest.mark.usefixtures("inverse_base")
+@pytest.mark.parametrize("size", [1, 2, 8, 16, 32, 64])
 def test_the_inverse_by_halves_is_the_inverse(size: int) -> None:
     lower = drawn(3, size, size, grad=False)
     whole = torch.eye(size, dtype=lower.dtype) + lower.tril(-1)
     torch.testing.assert_close(unit_lower_inverse(lower) @ whole, torch.eye(size).double().expand(3, -1, -1))
 
 
+@pytest.mark.usefixtures("inverse_base")
 def test_the_inverse_is_exact_where_powers_would_cancel() -> None:
     ones = torch.ones(1, 64, 64)  # equal keys, beta 1: (I + L)⁻¹ is the identity minus its first subdiagonal
     expected = torch.eye(64) - torch.eye(63, 63).new_zeros(64, 64).diagonal_scatter(torch.ones(63), -1)
     assert torch.equal(unit_lower_inverse(ones)[0], expected)
+
+
+@pytest.mark.usefixtures("inverse_base")
+def test_the_inverse_is_as_exact_as_substitution() -> None:
+    """Of triangles as they occur, in fp32, against fp64: both bases err by a few units in the last place."""
+    keys = torch.nn.functional.normalize(drawn(8, 64, 16, grad=False), dim=-1).float()
+    lower = keys @ keys.mT
+    exact = torch.linalg.inv(torch.eye(64).double() + lower.double().tril(-1))
+    torch.testing.assert_close(unit_lower_inverse(lower).double(), exact, atol=2e-5, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("inverse_base")
+def test_the_inverse_leaves_its_argument_alone_and_reads_below_the_diagonal_only() -> None:
+    lower = drawn(2, 32, 32, grad=False)
+    before = lower.clone()
+    inverse = unit_lower_inverse(lower)
+    assert torch.equal(lower, before) and torch.equal(inverse, unit_lower_inverse(lower.tril(-1)))
+    assert torch.equal(inverse.triu(1), torch.zeros_like(inverse))
 
 
 # --- the gated delta rule -------------------------------------------------------------------------------------
@@ -259,6 +292,26 @@ def test_a_scan_that_is_recomputed_keeps_less_and_changes_nothing(
     )
     assert few < 0.7 * many
     assert torch.equal(saving[0], plain[0]) and all(torch.equal(saving[1][n], g) for n, g in plain[1].items())
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_scan_runs_a_third_time(
+    make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch, checkpointing: bool
+) -> None:
+    """As on CUDA: the backward pass computes a scan once more, by itself or with its whole checkpointed layer."""
+    monkeypatch.setitem(shared_prefix.RECOMPUTED, "cpu", True)
+    policy = make_policy(target_modules=(*TARGETS, "in_proj_qkv"), checkpointing=checkpointing)
+    policy.model.train()
+    calls: list[int] = []
+
+    def counted(*given: Any) -> Any:
+        calls.append(1)
+        return gated_delta_scan(*given)
+
+    monkeypatch.setattr(shared_prefix, "gated_delta_scan", counted)
+    linear_layers = sum(layer.block_type == "linear_attention" for layer in policy.body.layers)
+    states_and_gradients(policy, predicting_states_shared, rows_of(policy, *MIXED))
+    assert len(calls) == 2 * 2 * linear_layers, "forward and backward, prompts and completions"
 
 
 def test_a_row_is_the_same_alone_and_in_any_order(make_policy: Callable[..., Policy]) -> None:

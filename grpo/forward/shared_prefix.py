@@ -26,7 +26,8 @@ from grpo.policy import Policy
 
 RECOMPUTED = {"cpu": False, "cuda": True}
 """Whether the backward pass computes a scan once more instead of keeping what it was made of: on a GPU memory is what
-is short, on a CPU time. At Qwen3.5-9B's shape 6.3 MB a token are kept instead of 12.6."""
+is short, on a CPU time. At Qwen3.5-9B's shape 6.3 MB a token are kept instead of 12.6. Where a checkpoint computes the
+whole layer once more, the scan is not computed a third time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,12 +82,13 @@ def predicting_states_shared(
     body = policy.body
     turns = rotary_table(policy, int(layout.prompts[1] + layout.completions[1]))
     x = embedding(layout.ids, body.embed_tokens.weight)
-    recompute = torch.is_grad_enabled() and bool(getattr(body, "gradient_checkpointing", False))
+    checkpointed = torch.is_grad_enabled() and bool(getattr(body, "gradient_checkpointing", False))
+    recompute_scan = RECOMPUTED[x.device.type] and not checkpointed
     for layer in body.layers:
         x = (
-            checkpoint(_layer, layer, x, layout, turns, use_reentrant=False)
-            if recompute
-            else _layer(layer, x, layout, turns)
+            checkpoint(_layer, layer, x, layout, turns, recompute_scan, use_reentrant=False)
+            if checkpointed
+            else _layer(layer, x, layout, turns, recompute_scan)
         )
     return _norm(body.norm, x.index_select(0, layout.predicts))
 
@@ -145,10 +147,10 @@ def lay_out(
     )
 
 
-def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary) -> Tensor:
+def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary, recompute_scan: bool) -> Tensor:
     h = _norm(layer.input_layernorm, x)
     if layer.block_type == "linear_attention":
-        x = x + _recur(layer.linear_attn, h, layout)
+        x = x + _recur(layer.linear_attn, h, layout, recompute_scan)
     else:
         x = x + _attend(layer.self_attn, h, layout, turns)
     h = _norm(layer.post_attention_layernorm, x)
@@ -157,7 +159,7 @@ def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary) -> Tensor:
     return x + linear(swiglu(gate, up), [read_linear(mlp.down_proj)])[0]
 
 
-def _recur(module: Any, h: Tensor, layout: Layout) -> Tensor:
+def _recur(module: Any, h: Tensor, layout: Layout, recompute_scan: bool) -> Tensor:
     """Gated linear attention of m packed tokens, [m,H]."""
     names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
     qkv, z, b, a = linear(h, [read_linear(getattr(module, name)) for name in names])
@@ -172,7 +174,7 @@ def _recur(module: Any, h: Tensor, layout: Layout) -> Tensor:
     before = len(taps) - 1
     inputs = torch.cat([grid.new_zeros(len(grid), before, grid.shape[-1]), grid], 1)
     (b_grid, b_answers), (a_grid, a_answers) = _grids(b, layout), _grids(a, layout)
-    scan = partial(recomputed, mix) if RECOMPUTED[h.device.type] else mix
+    scan = partial(recomputed, mix) if recompute_scan else mix
     out, state = scan(inputs, a_grid, b_grid)
     packed = [from_grid(out, layout.prompt_slots)]
     if layout.completions[1]:
