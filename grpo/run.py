@@ -35,6 +35,7 @@ from grpo.config import Config, Source
 from grpo.durable import append_line, discard, make_folder, write_whole, writing
 from grpo.evaluation.rates import Verdict, row
 from grpo.ledger import cut_ledger
+from grpo.recorded.terminal import fit, visible
 from rewards import Reward, dump_reward
 from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
@@ -303,43 +304,55 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def before_after(records: Iterable[dict[str, Any]]) -> str:
-    """The evaluations of a run as a table: one row a set and mode, first evaluation → last, and the 95 % interval of
-    the last one's exact.
+    """Return the evaluations of a run as a table of at most 80 columns: for each set and thinking mode, the first
+    evaluation above the last one, in percent of the cases, with the 95 % interval of exact.
 
-    >>> row = {"cases": "test", "thinking": "on", "n": 4, "exact": 0.5, "adjacent": 1.0, "dangerous_under": 0.0,
-    ...        "no_parse": 0.25, "clipped_ratio": 0.25}
-    >>> last = {**row, "step": 9, "exact": 1.0, "intervals": {"exact": [0.51, 1.0]}}
-    >>> print(before_after([{**row, "step": 0}, last]))
-    cases  thinking    n  exact           95 % interval   adjacent        dangerous       no parse        clipped
-    test   on          4  50.0 → 100.0 %  51.0–100.0      100.0 → 100.0 % 0.0 → 0.0 %     25.0 → 25.0 %   25.0 → 25.0 %
+    A set that was evaluated once has a single row. The interval is blank where the record has none.
+
+    >>> first = {"cases": "test", "thinking": "on", "step": 0, "n": 4, "exact": 0.5, "adjacent": 1.0,
+    ...          "dangerous_under": 0.0, "no_parse": 0.25, "clipped_ratio": 0.25}
+    >>> print(before_after([first, {**first, "step": 9, "exact": 1.0, "intervals": {"exact": [0.51, 1.0]}}]))
+    % of cases          exact  95 % interval  adjacent  dangerous  no parse  clipped
+    test, thinking on, n = 4
+      step 0             50.0                    100.0        0.0      25.0     25.0
+      step 9            100.0     51.0–100.0     100.0        0.0      25.0     25.0
     """
     spans: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for record in records:
         spans.setdefault((record["cases"], record["thinking"]), []).append(record)
-    width = max([5, *(len(name) for name, _ in spans)])
-    columns: dict[str, Callable[[dict[str, Any], dict[str, Any]], str]] = {
-        "exact": _change("exact"),
-        "95 % interval": lambda first, last: _interval(last),
-        "adjacent": _change("adjacent"),
-        "dangerous": _change("dangerous_under"),
-        "no parse": _change("no_parse"),
-        "clipped": _change("clipped_ratio"),
-    }
-    lines = [f"{'cases':<{width}}  thinking    n  " + "".join(f"{title:<16}" for title in columns)]
+    lines = [_table_row("% of cases", list(_TABLE))]
     for (name, thinking), span in spans.items():
-        cells = [cell(span[0], span[-1]) for cell in columns.values()]
-        lines.append(f"{name:<{width}}  {thinking:<8}{span[0]['n']:>5}  " + "".join(f"{cell:<16}" for cell in cells))
-    return "\n".join(line.rstrip() for line in lines)
+        title = f"{fit(visible(name), 48).rstrip()}, thinking {visible(thinking)}, n = {span[-1]['n']}"
+        lines.append(fit(title, 80).rstrip())
+        for record in span[:1] + span[1:][-1:]:
+            lines.append(_table_row(f"  step {record['step']}", [cell(record) for cell in _TABLE.values()]))
+    return "\n".join(lines)
 
 
-def _change(rate: str) -> Callable[[dict[str, Any], dict[str, Any]], str]:
-    return lambda first, last: f"{100 * first[rate]:.1f} → {100 * last[rate]:.1f} %"
+def _rate(key: str) -> Callable[[dict[str, Any]], str]:
+    return lambda record: f"{100 * record[key]:.1f}"
 
 
 def _interval(record: dict[str, Any]) -> str:
-    """Of exact; "" for a record written before there were intervals."""
-    bounds = record.get("intervals", {}).get("exact")
-    return "–".join(f"{100 * bound:.1f}" for bound in bounds) if bounds else ""
+    bounds = record.get("intervals", {}).get("exact", ())
+    return "–".join(f"{100 * bound:.1f}" for bound in bounds[:2])
+
+
+_TABLE: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exact": _rate("exact"),
+    "95 % interval": _interval,
+    "adjacent": _rate("adjacent"),
+    "dangerous": _rate("dangerous_under"),
+    "no parse": _rate("no_parse"),
+    "clipped": _rate("clipped_ratio"),
+}
+"""Column of `before_after` → its cell for a record."""
+
+
+def _table_row(label: str, cells: Sequence[str]) -> str:
+    """A label of 18 columns and cells as wide as their titles, at least the five of "100.0": 80 columns in all."""
+    widths = [max(5, len(title)) for title in _TABLE]
+    return (fit(label, 18) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))).rstrip()
 
 
 def _read_json(path: Path) -> Any:

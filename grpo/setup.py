@@ -107,24 +107,27 @@ def device_name(device: torch.device) -> str:
 
 
 def plan(setup: Setup) -> str:
-    """What is about to happen: the batch arithmetic and the sizes, for a person to check before it starts."""
+    """Return the batch arithmetic and the sizes of the run as lines of 80 columns, which only a long name or a reason
+    exceeds, for a person to check before it starts."""
     config, policy = setup.config, setup.policy
     rows = config.rollout.prompts_per_step * config.rollout.group_size
+    micro_batches = -(-rows // config.optim.micro_batch_size)
     trained = sum(p.numel() for p in policy.trainable().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
     reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
     ranks = f", one of {policy.ranks.size} ranks" if policy.ranks.size > 1 else ""
     return "\n".join(
         (
-            f"model     {config.model.name} on {policy.device}{ranks}: {frozen:,} frozen, {trained:,} trained "
-            f"(LoRA r={config.lora.r})",
-            f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling; "
-            f"reward {setup.reward.name}{reason}",
-            f"step      {config.rollout.prompts_per_step} prompts × {config.rollout.group_size} completions = {rows} "
-            f"completions = {-(-rows // config.optim.micro_batch_size)} micro-batches of "
-            f"≤ {config.optim.micro_batch_size}; × {config.optim.inner_epochs} inner epoch(s)",
-            f"budget    {config.rollout.max_new_tokens} tokens a completion, "
-            f"≤ {rows * config.rollout.max_new_tokens:,} a step",
-            f"run       {config.train.steps} steps = {config.train.steps * rows:,} completions",
+            f"model     {config.model.name} on {policy.device}{ranks}",
+            f"weights   {frozen:,} frozen, {trained:,} trained (LoRA r={config.lora.r})",
+            f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling",
+            f"reward    {setup.reward.name}{reason}",
+            f"step      {config.rollout.prompts_per_step:,} prompts × {config.rollout.group_size:,} completions = "
+            f"{rows:,} completions",
+            f"update    micro-batches: {micro_batches:,} of up to {config.optim.micro_batch_size:,} completions; "
+            f"inner epochs: {config.optim.inner_epochs:,}",
+            f"budget    {config.rollout.max_new_tokens:,} tokens per completion, "
+            f"{rows * config.rollout.max_new_tokens:,} per step at most",
+            f"run       {config.train.steps:,} steps = {config.train.steps * rows:,} completions",
         )
     )

@@ -37,7 +37,7 @@ from grpo.opening import check_alike, checksum, open_run, start_alike
 from grpo.out_of_memory import OutOfMemory
 from grpo.policy import save_adapter
 from grpo.ranks import RankLost, Ranks, expected, joined, leave
-from grpo.recorded.terminal import say_anyhow, tell, visible
+from grpo.recorded.terminal import fit, say_anyhow, tell, visible
 from grpo.roofline import floor_of
 from grpo.run import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
 from grpo.setup import Setup, build, plan
@@ -48,6 +48,9 @@ from grpo.update import learning_rate, update
 T = TypeVar("T")
 KEEPING = (Stopped, RankLost, OutOfMemory)
 """What ends a run and leaves the policy as the last completed step left it."""
+
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+"""tqdm's format without the rate, for which 80 columns have no room; the metrics record the seconds of every step."""
 
 
 def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
@@ -61,7 +64,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
     standing(progress, evaluate_due, setup, run, progress.step)
     first = progress.step
     steps = range(first, config.train.steps)
-    bar = tqdm(steps, initial=first, total=config.train.steps, unit="step", disable=not ranks.leads)
+    bar = tqdm(steps, initial=first, total=config.train.steps, bar_format=BAR_FORMAT, disable=not ranks.leads)
     for step in bar:
         started = time.perf_counter()
         groups, scores, dropped = standing(progress, sample_step, setup, step)
@@ -200,9 +203,9 @@ def evaluate_due(setup: Setup, run: Run, step: int) -> None:
     there = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in records])
     due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in there]
     total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads)
-    with tqdm(total=total, unit="case", leave=False, disable=hidden) as bar:
+    with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
         for name, mode in due:
-            bar.set_description(f"evaluate {name}, thinking {mode}")
+            bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")
             verdicts = evaluate(
                 setup.policy,
                 setup.sets[name],

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -27,6 +27,15 @@ if "OMP_NUM_THREADS" not in os.environ:  # more threads than cores wait for each
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:  # `nohup` and a shell's background hand that on to what tests start
         signal.signal(number, usual)
+
+
+@pytest.fixture(autouse=True)
+def file_mode_mask() -> Iterator[None]:
+    """Restore the mask, which commands that run in this process change."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    yield
+    os.umask(mask)
 
 
 @pytest.fixture(scope="session")

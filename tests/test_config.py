@@ -171,5 +171,5 @@ def test_reading_a_config_imports_no_torch() -> None:
         "import sys; from grpo.config import load_config; load_config('configs/v49.toml'); "
         "print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "False"

@@ -27,7 +27,7 @@ def test_a_run_comes_through_faults_of_every_kind_to_the_same_bits(world: str, t
         cwd=Path(__file__).parent.parent,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(record.read_text())[world]

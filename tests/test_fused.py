@@ -26,7 +26,7 @@ def test_the_kernels_in_the_interpreter(random_base: Path) -> None:
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"TRITON_INTERPRET": "1"},
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
 

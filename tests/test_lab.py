@@ -403,14 +403,14 @@ def test_a_lab_from_end_to_end_and_again(tmp_path: Path, capsys: pytest.CaptureF
     assert main(call(tmp_path)) == 0
     said = capsys.readouterr().out
     assert "1/2  v46, seed 7: exact" in said and "2/2  v49, seed 7: exact" in said
-    record = json.loads((tmp_path / "lab" / "lab.json").read_text())
+    record = json.loads((tmp_path / "lab" / "lab.json").read_text("utf-8"))
     assert list(record["runs"]) == ["v46", "v49"] and record["seeds"] == [7] and not record["failed"]
-    warm = json.loads((tmp_path / "lab/runs/v49/seed-7/config.json").read_text())["config"]["lora"]["warm_start"]
+    warm = json.loads((tmp_path / "lab/runs/v49/seed-7/config.json").read_text("utf-8"))["config"]["lora"]["warm_start"]
     assert warm == str(tmp_path / "lab/runs/v46/seed-7/adapter"), "v49 starts from this lab's own v46"
     assert record["runs"]["v49"]["rates"]["after"]["exact"]["by_seed"].keys() == {"7"}
     assert len(record["runs"]["v49"]["curves"]["reward/mean"]["mean"]) == 2
     assert {claim["verdict"] for claim in record["claims"]} <= {"reproduced", "not reproduced", "not run"}
-    page = (tmp_path / "lab" / "lab.html").read_text()
+    page = (tmp_path / "lab" / "lab.html").read_text("utf-8")
     assert "v49" in page and "Content-Security-Policy" in page
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "lab" / "runs").rglob("*") if file.is_file()}
     assert main(call(tmp_path)) == 0
@@ -453,11 +453,11 @@ def test_an_interrupted_lab_goes_on_where_it_was(tmp_path: Path) -> None:
     job = jobs(chosen(["v46"]), [7], tmp_path / "lab", laid)[0]
     assert not job.done
     shorter = replace(job, command=tuple(part.replace("steps=400", f"steps={done + 1}") for part in job.command))
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text("utf-8"))
     config["config"]["train"]["steps"] = done + 1
     (folder / "config.json").write_text(json.dumps(config))
     assert work([shorter], at_once=1, tell=lambda line: None) == {}
-    told = json.loads((folder / "lab.json").read_text())
+    told = json.loads((folder / "lab.json").read_text("utf-8"))
     assert told["resumed"] and shorter.done
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, done + 2))

@@ -263,7 +263,7 @@ def test_companions_go_along_and_code_does_not(adapter: Path, random_base: Path,
     assert sorted(ends) == sorted([im_end, end_of_text])
     (tmp_path / "usual").write_text("")
     assert {path.stat().st_mode for path in out.iterdir()} == {(tmp_path / "usual").stat().st_mode}
-    assert str(tmp_path) not in (out / "merge.json").read_text()
+    assert str(tmp_path) not in (out / "merge.json").read_text("utf-8")
     chat = [{"role": "user", "content": "Chest pain."}]
     again = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert again.apply_chat_template(chat) == tokenizer.apply_chat_template(chat)

@@ -27,7 +27,7 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> Any:
         [*command, "--set", f"rollout.max_new_tokens={BUDGET}", "--record", str(record)],
         cwd=ROOT,
         capture_output=True,
-        text=True,
+        encoding="utf-8",
     )
     assert done.returncode == 0, done.stderr
     return json.loads(record.read_text())
@@ -97,5 +97,5 @@ def test_what_the_backward_pass_keeps_of_a_token(found: Any) -> None:
 )
 def test_bad_input_is_one_line(arguments: list[str], said: str) -> None:
     command = [sys.executable, "benchmarks/on_paper.py", *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8")
     assert done.returncode == 2 and said in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr

@@ -457,7 +457,7 @@ def test_neither_torch_nor_transformers_is_imported_and_seconds_are_enough() -> 
         f"code = main([{V49!r}, '--reward-only'])\n"
         "print(code, sorted({'torch', 'transformers', 'peft'} & set(sys.modules)), time.process_time() < 10)"
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[-1] == "0 [] True"
 
 

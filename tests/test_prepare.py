@@ -316,7 +316,7 @@ def test_arguments_out_of_range_exit_with_2(tmp_path: Path, more: list[str]) -> 
 
 def test_preparing_imports_no_torch() -> None:
     code = "import sys, grpo.prepare; print({'torch', 'transformers', 'pandas'} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, encoding="utf-8")
     assert done.stdout.strip() == "set()"
 
 

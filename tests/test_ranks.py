@@ -313,7 +313,7 @@ def test_a_signal_ends_the_wait_for_a_rank_that_hangs_and_the_step_is_kept(world
             env={**os.environ, **started, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             cwd=Path(__file__).parent.parent,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
         )
         for rank in (0, 1)
     ]
@@ -426,7 +426,7 @@ def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> No
         "grpo.train",
     ]
     done = subprocess.run(
-        [*command, TINY, *world, "--out", str(out)], capture_output=True, text=True, timeout=ranked.PATIENCE_S
+        [*command, TINY, *world, "--out", str(out)], capture_output=True, encoding="utf-8", timeout=ranked.PATIENCE_S
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("config  ") == 1

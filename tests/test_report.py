@@ -554,7 +554,7 @@ def test_long_runs_are_smoothed_and_still_read_every_step(whole: Path) -> None:
 
 
 def test_style_sheet_and_script_agree_with_the_code() -> None:
-    style, script = (Path(page_module.__file__).with_name(f"page.{kind}").read_text() for kind in ("css", "js"))
+    style, script = (Path(page_module.__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
     for shading, letter in TOKEN_CLASSES.items():
         signs = letter + (letter.upper() if shading in ("loss", "kl", "ratio") else "")
         for sign in signs:
@@ -696,7 +696,7 @@ def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
             f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=2000",
             "--window-size=900,2200", "--dump-dom", (tmp_path / "probe.html").as_uri(),
         ],
-        capture_output=True, text=True, timeout=120, check=True,
+        capture_output=True, encoding="utf-8", timeout=120, check=True,
     )  # fmt: skip
     said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
     assert len(said) == 1 and "the probe was here" in said[0], said

@@ -754,5 +754,5 @@ import rewards, rewards.proof, rewards.probes
 assert rewards.proof.prove(rewards.load_reward("v49")).sound
 """
     root = Path(rewards.__file__).parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, encoding="utf-8", check=False)
     assert done.returncode == 0, done.stderr

@@ -1,12 +1,18 @@
 """The whole loop on the embedded model: what it leaves, that it resumes to the bit, and how it refuses."""
 
+import contextlib
 import dataclasses
+import fcntl
 import hashlib
 import json
+import os
+import pty
 import re
 import stat
+import struct
 import subprocess
 import sys
+import termios
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,12 +20,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from tqdm import tqdm
 
 from grpo import groups
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
 from grpo.groups import noise_keys
 from grpo.ledger import ledger_steps, read_step
+from grpo.recorded.terminal import columns
 from grpo.train import main
 from grpo.types import Case, Prompt
 
@@ -103,10 +111,46 @@ def test_a_run_leaves_what_the_readme_says(
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
     shown = capsys.readouterr().out
-    assert "2 prompts × 3 completions = 6 completions = 2 micro-batches of ≤ 4" in shown
-    assert re.search(r"test +on", shown) and "→" in shown and str(out / "adapter") in shown
+    assert "2 prompts × 3 completions = 6 completions\n" in shown
+    assert "micro-batches: 2 of up to 4 completions; inner epochs: 1\n" in shown
+    assert (
+        "\n\n% of cases" in shown and "\ntest, thinking on, n = 5\n  step 0 " in shown and str(out / "adapter") in shown
+    )
     assert stat.S_IMODE(out.stat().st_mode) == 0o700
     assert stat.S_IMODE((out / "metrics.jsonl").stat().st_mode) == 0o600
+
+
+def test_everything_a_run_prints_fits_a_terminal_of_80_columns(world: list[str], tmp_path: Path) -> None:
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    command = [sys.executable, "-m", "grpo.train", TINY, *world, "--set", "train.steps=2", "--out", "out"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": follower, "stderr": follower}
+    path = {"PYTHONPATH": str(Path(TINY).parents[1])}
+    with subprocess.Popen(command, **streams, cwd=tmp_path, env={**os.environ, **path}) as process:
+        os.close(follower)
+        said = bytearray()
+        with contextlib.suppress(OSError):  # the last writer has closed it
+            while part := os.read(leader, 1 << 16):
+                said += part
+    os.close(leader)
+    text = said.decode()
+    assert process.returncode == 0, text
+    drawn = [line for line in re.split(r"[\r\n]+|\x1b\[A", text) if line.strip()]
+    assert max(map(columns, drawn)) <= 80, [line for line in drawn if columns(line) > 80]
+    for complete in (
+        r"evaluate validation, thinking off: +\d+%\|.+\| +\d+/20 \[\d\d:\d\d<\d\d:\d\d\]",
+        r"100%\|.+\| 2/2 \[.*, reward [+-]\d\.\d\d, clipped \d+ %, KL \d\.\d{4}\]",
+    ):
+        assert any(re.fullmatch(complete, line) for line in drawn), complete
+
+
+@pytest.mark.parametrize(("step", "steps", "seconds"), [(60, 60, 251), (100, 300, 4_070), (30, 1_000, 12_000)])
+def test_the_bar_of_a_long_run_fits_80_columns(step: int, steps: int, seconds: int) -> None:
+    config, _ = load_config(TINY)
+    record = {"reward/mean": -12.251, "completions/clipped_ratio": 1.0, f"kl/{config.loss.kl}": 12.01681}
+    shown = train_module.postfix(record, config)
+    bar = tqdm.format_meter(step, steps, seconds, ncols=79, postfix=shown, bar_format=train_module.BAR_FORMAT)
+    assert len(bar) == 79 and bar.endswith(", reward -12.25, clipped 100 %, KL 12.0168]")
 
 
 def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 
 def call(*command: object, cwd: Path) -> str:
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "VIRTUAL_ENV", "PYTEST"))}
-    done = subprocess.run([str(part) for part in command], cwd=cwd, env=plain, capture_output=True, text=True)
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=plain, capture_output=True, encoding="utf-8")
     assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
