@@ -13,13 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.config import Lora, Model
-from grpo.engine import decode, fused, plain
+from grpo.engine import fused, plain
 from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta
-from grpo.policy import load_policy
-from tests.conftest import TARGETS
-from tests.test_engines import FEW, assert_same_draws, move, prompts_of, sample
 
 EPSILON = 1e-6
 
@@ -47,19 +43,22 @@ def cloned(value: Any) -> Any:
     return replace(value, **{name: getattr(value, name).clone() for name in names})
 
 
-def norms(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, width in ((1, 16), (3, 40), (8, 128), (2, 1536)):
-        yield draw(n, width) * 3, draw.fp32(width), EPSILON
+def norms(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
     yield draw(2, 8) * 0, draw.fp32(8), EPSILON
+    shapes = [(1, 16), (3, 40), (8, 128), (2, 1536)]
+    for n, width in [*shapes, (8, 4096)] if large else shapes:
+        yield draw(n, width) * 3, draw.fp32(width), EPSILON
 
 
-def gates(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, width in ((1, 5), (3, 96), (8, 1300)):
+def gates(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [(1, 5), (3, 96), (8, 1300)]
+    for n, width in [*shapes, (8, 12_288)] if large else shapes:
         yield tuple(x.mul_(8) for x in draw.slices(n, width, width))
 
 
-def convolutions(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, channels, taps in ((1, 6, 4), (3, 200, 4), (2, 1100, 2), (2, 9, 3), (2, 9, 1)):
+def convolutions(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [(1, 6, 4), (3, 200, 4), (2, 1100, 2), (2, 9, 3), (2, 9, 1)]
+    for n, channels, taps in [*shapes, (8, 8192, 4)] if large else shapes:
         yield Recurrent(draw(n, taps - 1, channels), draw.fp32(1)), draw.slices(n, channels, 1)[0], draw(taps, channels)
 
 
@@ -132,11 +131,11 @@ def far_apart(draw: Draws) -> tuple[Any, ...]:
 
 
 def drawn_cases(draw: Draws, large: bool) -> dict[str, Iterator[tuple[Any, ...]]]:
-    """The arguments of each piece."""
+    """The arguments of each piece; with ``large``, the last are of Qwen3.5-9B's shapes."""
     return {
-        "norm": norms(draw),
-        "swiglu": gates(draw),
-        "convolve": convolutions(draw),
+        "norm": norms(draw, large),
+        "swiglu": gates(draw, large),
+        "convolve": convolutions(draw, large),
         "remember": memories(draw, large),
         "attend": attentions(draw, large),
     }
@@ -188,6 +187,12 @@ def teach_bfloat16() -> None:
 
 def check_rollout(base: Path) -> None:
     """Whole completions with the kernels are those without."""
+    from grpo.config import Lora, Model
+    from grpo.engine import decode
+    from grpo.policy import load_policy
+    from tests.conftest import TARGETS
+    from tests.test_engines import FEW, assert_same_draws, move, prompts_of, sample
+
     policy = load_policy(
         Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False),
         Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
