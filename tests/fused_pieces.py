@@ -18,6 +18,8 @@ from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta
 
 EPSILON = 1e-6
+NEAR = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
+"""How far a kernel may be from plain torch: the order of sums in float32, a few roundings in bfloat16."""
 
 
 class Draws:
@@ -141,30 +143,37 @@ def drawn_cases(draw: Draws, large: bool) -> dict[str, Iterator[tuple[Any, ...]]
     }
 
 
+def run_both(name: str, given: tuple[Any, ...], tested: Any = fused) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What a piece of ``tested`` and its namesake in plain torch return, then what they leave in each buffer."""
+    ours, theirs = ([cloned(x) if isinstance(x, (Recurrent, KeyValues)) else x for x in given] for _ in "ab")
+    for x in (*theirs, *(ours if tested is plain else ())):
+        if isinstance(x, KeyValues):  # a product with what nobody sees: 0 · NaN
+            x.keys.nan_to_num_(0.0), x.values.nan_to_num_(0.0)
+    yield "output", getattr(tested, name)(*ours), getattr(plain, name)(*theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, (Recurrent, KeyValues)):
+            for buffer in mine.__slots__:
+                left, right = (getattr(x, buffer).nan_to_num(0.0) for x in (mine, other))
+                yield buffer, left, right
+
+
 def check(device: str, dtype: torch.dtype, seed: int, *, large: bool) -> None:
     """Every piece as a kernel equals its namesake, and leaves the same in the buffers."""
-    near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
     draw = Draws(seed, device, dtype)
     cases = drawn_cases(draw, large)
     if dtype == torch.float32:  # else plain torch's own product rounds such scores
         cases["attend"] = chain([far_apart(draw)], cases["attend"])
     for name, drawn in cases.items():
         for i, given in enumerate(drawn):
-            ours, theirs = ([cloned(x) if isinstance(x, (Recurrent, KeyValues)) else x for x in given] for _ in "ab")
-            for x in theirs:
-                if isinstance(x, KeyValues):  # a product with what nobody sees: 0 · NaN
-                    x.keys.nan_to_num_(0.0), x.values.nan_to_num_(0.0)
-            found, expected = getattr(fused, name)(*ours), getattr(plain, name)(*theirs)
-            assert found.dtype == expected.dtype and found.is_contiguous()
-            where = f"{name} {i} {dtype}"
-            torch.testing.assert_close(found, expected, **near, msg=lambda text, where=where: f"{where}: {text}")
-            if name == "norm" and device != "cpu":  # both round once; the interpreter cuts bfloat16 off instead
-                assert (found != expected).float().mean() < 0.02, where
-            for mine, other in zip(ours, theirs, strict=True):
-                if isinstance(mine, (Recurrent, KeyValues)):
-                    for buffer in mine.__slots__:
-                        left, right = (getattr(x, buffer).nan_to_num(0.0) for x in (mine, other))
-                        torch.testing.assert_close(left, right, **near)
+            for part, ours, theirs in run_both(name, given):
+                where = f"{name} {i} {dtype} {part}"
+                if part == "output":
+                    assert ours.dtype == theirs.dtype and ours.is_contiguous(), where
+                if (name, part) == ("norm", "output") and device != "cpu":  # both round once; the interpreter cuts off
+                    assert (ours != theirs).float().mean() < 0.02, where
+                torch.testing.assert_close(
+                    ours, theirs, **NEAR[dtype], msg=lambda text, where=where: f"{where}: {text}"
+                )
 
 
 def teach_bfloat16() -> None:
