@@ -206,13 +206,13 @@ def beside(setup: Setup, source: Source, stop: Stop) -> Taken:
 # --- what is said ----------------------------------------------------------------------------------------------------
 
 
-def summary(setup: Setup, steps: Sequence[Taken], made: float, peer: Taken | None) -> dict[str, Any]:
+def summary(steps: Sequence[Taken], made: float) -> dict[str, Any]:
     """Medians over the steps after the first."""
     first, *rest = steps
     taken = rest or [first]
     seconds = {name: statistics.median(one.seconds.get(name, 0.0) for one in taken) for name in first.seconds}
     floor = {name: statistics.median(one.floor[name] for one in taken) for name in first.floor}
-    found: dict[str, Any] = {
+    return {
         "seconds": seconds,
         "step_seconds": [one.seconds["step"] for one in taken],
         "floor_seconds": floor,
@@ -223,10 +223,14 @@ def summary(setup: Setup, steps: Sequence[Taken], made: float, peer: Taken | Non
         "made_seconds": made,
         "first_step_seconds": first.seconds["step"],
     }
-    if peer:
-        ratios = {name: peer.seconds[name] / seconds[name] for name in ("rollout", "step")}
-        found["generate"] = {"seconds": peer.seconds, "times_ours": ratios}
-    return found
+
+
+def peer_summary(peer: Taken, seconds: dict[str, float]) -> dict[str, Any]:
+    """The peer's seconds, and their ratios to ours."""
+    return {
+        "seconds": peer.seconds,
+        "times_ours": {name: peer.seconds[name] / seconds[name] for name in ("rollout", "step")},
+    }
 
 
 def table(found: dict[str, Any]) -> str:
@@ -245,7 +249,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def said(found: dict[str, Any], setup: Setup) -> str:
-    """The whole report."""
+    """The report on our own steps."""
     rates, apart = setup.rates, found["drift_nats"]
     steps = found["step_seconds"]
     device = device_name(setup.policy.device)
@@ -269,13 +273,16 @@ def said(found: dict[str, Any], setup: Setup) -> str:
             if setup.policy.device.type == "cuda"
         ),
     ]
-    if peer := found.get("generate"):
-        times = peer["times_ours"]
-        lines.append(
-            f"generate  the same loop on transformers' generate: step {peer['seconds']['step']:.2f} s, "
-            f"{times['step']:.2f} times ours; rollout {times['rollout']:.2f} times"
-        )
     return "\n".join(lines)
+
+
+def peer_line(peer: dict[str, Any]) -> str:
+    """The report on the peer."""
+    times = peer["times_ours"]
+    return (
+        f"generate  the same loop on transformers' generate: step {peer['seconds']['step']:.2f} s, "
+        f"{times['step']:.2f} times ours; rollout {times['rollout']:.2f} times"
+    )
 
 
 def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Config, Source]:
@@ -322,13 +329,16 @@ def bench(arguments: argparse.Namespace) -> int:
             setup = build(config)
             made = now(setup.policy.device) - started
         print(f"config    {source.path}\n{plan(setup)}", flush=True)
-        steps = take(setup, source, stop)
-        peer = beside(setup, source, stop) if arguments.against else None
-    found = summary(setup, steps, made, peer)
-    print(said(found, setup))
-    if arguments.json:
-        facts = {"config": str(source.path), "overrides": source.overrides, **provenance(**machine(setup)), **found}
-        write_json(arguments.json, facts)
+        found = summary(take(setup, source, stop), made)
+        print(said(found, setup), flush=True)
+        facts = {"config": str(source.path), "overrides": source.overrides, **provenance(**machine(setup))}
+        if arguments.json:  # before the peer, which may take longer than anyone waits
+            write_json(arguments.json, facts | found)
+        if arguments.against:
+            found["generate"] = peer_summary(beside(setup, source, stop), found["seconds"])
+            print(peer_line(found["generate"]))
+            if arguments.json:
+                write_json(arguments.json, facts | found)
     return 0
 
 

@@ -13,15 +13,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.config import Lora, Model
-from grpo.engine import decode, fused, plain
+from grpo.engine import fused, plain
 from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta
-from grpo.policy import load_policy
-from tests.conftest import TARGETS
-from tests.test_engines import FEW, assert_same_draws, move, prompts_of, sample
 
 EPSILON = 1e-6
+NEAR = {torch.float32: {"rtol": 2e-5, "atol": 2e-5}, torch.bfloat16: {"rtol": 2e-2, "atol": 4e-2}}
+"""How far a kernel may be from plain torch: the order of sums in float32, a few roundings in bfloat16."""
 
 
 class Draws:
@@ -47,19 +45,22 @@ def cloned(value: Any) -> Any:
     return replace(value, **{name: getattr(value, name).clone() for name in names})
 
 
-def norms(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, width in ((1, 16), (3, 40), (8, 128), (2, 1536)):
-        yield draw(n, width) * 3, draw.fp32(width), EPSILON
+def norms(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
     yield draw(2, 8) * 0, draw.fp32(8), EPSILON
+    shapes = [(1, 16), (3, 40), (8, 128), (2, 1536)]
+    for n, width in [*shapes, (8, 4096)] if large else shapes:
+        yield draw(n, width) * 3, draw.fp32(width), EPSILON
 
 
-def gates(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, width in ((1, 5), (3, 96), (8, 1300)):
+def gates(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [(1, 5), (3, 96), (8, 1300)]
+    for n, width in [*shapes, (8, 12_288)] if large else shapes:
         yield tuple(x.mul_(8) for x in draw.slices(n, width, width))
 
 
-def convolutions(draw: Draws) -> Iterator[tuple[Any, ...]]:
-    for n, channels, taps in ((1, 6, 4), (3, 200, 4), (2, 1100, 2), (2, 9, 3), (2, 9, 1)):
+def convolutions(draw: Draws, large: bool) -> Iterator[tuple[Any, ...]]:
+    shapes = [(1, 6, 4), (3, 200, 4), (2, 1100, 2), (2, 9, 3), (2, 9, 1)]
+    for n, channels, taps in [*shapes, (8, 8192, 4)] if large else shapes:
         yield Recurrent(draw(n, taps - 1, channels), draw.fp32(1)), draw.slices(n, channels, 1)[0], draw(taps, channels)
 
 
@@ -132,40 +133,47 @@ def far_apart(draw: Draws) -> tuple[Any, ...]:
 
 
 def drawn_cases(draw: Draws, large: bool) -> dict[str, Iterator[tuple[Any, ...]]]:
-    """The arguments of each piece."""
+    """The arguments of each piece; with ``large``, the last are of Qwen3.5-9B's shapes."""
     return {
-        "norm": norms(draw),
-        "swiglu": gates(draw),
-        "convolve": convolutions(draw),
+        "norm": norms(draw, large),
+        "swiglu": gates(draw, large),
+        "convolve": convolutions(draw, large),
         "remember": memories(draw, large),
         "attend": attentions(draw, large),
     }
 
 
+def run_both(name: str, given: tuple[Any, ...], tested: Any = fused) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """What a piece of ``tested`` and its namesake in plain torch return, then what they leave in each buffer."""
+    ours, theirs = ([cloned(x) if isinstance(x, (Recurrent, KeyValues)) else x for x in given] for _ in "ab")
+    for x in (*theirs, *(ours if tested is plain else ())):
+        if isinstance(x, KeyValues):  # a product with what nobody sees: 0 · NaN
+            x.keys.nan_to_num_(0.0), x.values.nan_to_num_(0.0)
+    yield "output", getattr(tested, name)(*ours), getattr(plain, name)(*theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        if isinstance(mine, (Recurrent, KeyValues)):
+            for buffer in mine.__slots__:
+                left, right = (getattr(x, buffer).nan_to_num(0.0) for x in (mine, other))
+                yield buffer, left, right
+
+
 def check(device: str, dtype: torch.dtype, seed: int, *, large: bool) -> None:
     """Every piece as a kernel equals its namesake, and leaves the same in the buffers."""
-    near = {"rtol": 2e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-2}
     draw = Draws(seed, device, dtype)
     cases = drawn_cases(draw, large)
     if dtype == torch.float32:  # else plain torch's own product rounds such scores
         cases["attend"] = chain([far_apart(draw)], cases["attend"])
     for name, drawn in cases.items():
         for i, given in enumerate(drawn):
-            ours, theirs = ([cloned(x) if isinstance(x, (Recurrent, KeyValues)) else x for x in given] for _ in "ab")
-            for x in theirs:
-                if isinstance(x, KeyValues):  # a product with what nobody sees: 0 · NaN
-                    x.keys.nan_to_num_(0.0), x.values.nan_to_num_(0.0)
-            found, expected = getattr(fused, name)(*ours), getattr(plain, name)(*theirs)
-            assert found.dtype == expected.dtype and found.is_contiguous()
-            where = f"{name} {i} {dtype}"
-            torch.testing.assert_close(found, expected, **near, msg=lambda text, where=where: f"{where}: {text}")
-            if name == "norm" and device != "cpu":  # both round once; the interpreter cuts bfloat16 off instead
-                assert (found != expected).float().mean() < 0.02, where
-            for mine, other in zip(ours, theirs, strict=True):
-                if isinstance(mine, (Recurrent, KeyValues)):
-                    for buffer in mine.__slots__:
-                        left, right = (getattr(x, buffer).nan_to_num(0.0) for x in (mine, other))
-                        torch.testing.assert_close(left, right, **near)
+            for part, ours, theirs in run_both(name, given):
+                where = f"{name} {i} {dtype} {part}"
+                if part == "output":
+                    assert ours.dtype == theirs.dtype and ours.is_contiguous(), where
+                if (name, part) == ("norm", "output") and device != "cpu":  # both round once; the interpreter cuts off
+                    assert (ours != theirs).float().mean() < 0.02, where
+                torch.testing.assert_close(
+                    ours, theirs, **NEAR[dtype], msg=lambda text, where=where: f"{where}: {text}"
+                )
 
 
 def teach_bfloat16() -> None:
@@ -188,6 +196,12 @@ def teach_bfloat16() -> None:
 
 def check_rollout(base: Path) -> None:
     """Whole completions with the kernels are those without."""
+    from grpo.config import Lora, Model
+    from grpo.engine import decode
+    from grpo.policy import load_policy
+    from tests.conftest import TARGETS
+    from tests.test_engines import FEW, assert_same_draws, move, prompts_of, sample
+
     policy = load_policy(
         Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False),
         Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+import grpo.bench as benchmark
 import grpo.groups as sampling
 import grpo.train as loop
 import grpo.update as updating
@@ -68,6 +69,23 @@ def test_it_times_the_loop_and_leaves_everything_as_it_was(
     shown = capsys.readouterr().out
     for word in ("prefill", "decode", "reference forward", "forward and backward", "optimiser", "drift", "generate"):
         assert word in shown
+
+
+def test_its_own_figures_are_written_before_the_peer_starts(
+    few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = tmp_path / "figures.json"
+
+    def no_peer(*_: Any) -> Any:
+        assert json.loads(record.read_text())["seconds"]["step"] > 0
+        assert "phase" in capsys.readouterr().out
+        raise RuntimeError("the peer does not start")
+
+    monkeypatch.setattr(benchmark, "beside", no_peer)
+    with pytest.raises(RuntimeError, match="does not start"):
+        more = ["--steps", "1", "--against", "generate", "--json", str(record)]
+        main(["configs/tiny.toml", *with_set(few), *more])
+    assert "generate" not in json.loads(record.read_text())
 
 
 def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

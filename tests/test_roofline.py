@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
 from grpo.config import load_config
@@ -190,6 +191,34 @@ def test_a_step_is_read_off_its_groups_and_its_batch() -> None:
 def test_the_rates_are_those_of_a_machine() -> None:
     rates = measure_rates(torch.device("cpu"), torch.float32, 1 << 20)
     assert 1e7 < rates.bandwidth < 1e14 and 1e7 < rates.matmul < 1e16
+
+
+class Products(TorchDispatchMode):
+    """Records the operands of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.operands += args
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_matmul_rate_is_measured_on_the_same_random_numbers_every_time(dtype: torch.dtype) -> None:
+    measured = []
+    for _ in range(2):
+        with Products() as products:
+            measure_rates(torch.device("cpu"), dtype, 1 << 12)
+        measured.append(products.operands[0])
+        for operand in products.operands:
+            assert operand.dtype == dtype and torch.equal(operand, measured[0])
+    assert torch.equal(*measured)
+    values = measured[0].float()
+    assert abs(values.mean()) < 0.05 and abs(values.std() - 1) < 0.05
+    assert values.std(0).min() > 0.3 and values.std(1).min() > 0.3, "no row or column is constant"
 
 
 def test_measuring_draws_no_noise() -> None:
