@@ -26,9 +26,9 @@ CHUNK = {"cpu": 32, "cuda": 64}
 """Tokens a chunk: work grows with it, and the number of steps one after the other falls."""
 
 INVERSE_BASE = {"cpu": 1, "cuda": 16}
-"""Size of the blocks that are inverted by substitution, column after column in place, before the inverse grows by halves.
-On CUDA those halves would begin with 65,536 products of 2 × 2 (8 rows of 1,024 tokens, 32 heads). On a CPU 8 would be
-faster too, but the inverse is 3 % of an update, and recorded runs would no longer be repeated to the bit."""
+"""Size of the blocks that are inverted by substitution, column after column in place, before the inverse grows by
+halves. On CUDA those halves would begin with 65,536 products of 2 × 2 (8 rows of 1,024 tokens, 32 heads). On a CPU 8
+would be faster too, but the inverse is 3 % of an update, and recorded runs would no longer be repeated to the bit."""
 
 Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
@@ -186,8 +186,8 @@ def _chunks(x: Tensor, size: int) -> Tensor:
 def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ of what stands below the diagonal of ``lower`` [..., C, C]; C a power of two.
 
-    Blocks of `INVERSE_BASE` by substitution, then by halves: [[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹QP⁻¹, R⁻¹]], as exact.
-    (The product (I - L)(I + L²)(I + L⁴)… is not: with equal keys its terms grow like binomials and cancel.)
+    Blocks of `INVERSE_BASE` by substitution, then by halves: [[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹QP⁻¹, R⁻¹]]. Both are
+    as exact as substitution. (The product (I - L)(I + L²)(I + L⁴)… is not: with equal keys its terms grow like binomials and cancel.)
 
     >>> unit_lower_inverse(torch.tensor([[9.0, 9.0], [2.0, 9.0]]))
     tensor([[ 1.,  0.],
