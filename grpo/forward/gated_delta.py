@@ -187,7 +187,8 @@ def unit_lower_inverse(lower: Tensor) -> Tensor:
     """(I + L)⁻¹ of what stands below the diagonal of ``lower`` [..., C, C]; C a power of two.
 
     Blocks of `INVERSE_BASE` by substitution, then by halves: [[P, 0], [Q, R]]⁻¹ = [[P⁻¹, 0], [-R⁻¹QP⁻¹, R⁻¹]]. Both are
-    as exact as substitution. (The product (I - L)(I + L²)(I + L⁴)… is not: with equal keys its terms grow like binomials and cancel.)
+    as exact as substitution. (The product (I - L)(I + L²)(I + L⁴)… is not: with equal keys its terms grow like
+    binomials and cancel.)
 
     >>> unit_lower_inverse(torch.tensor([[9.0, 9.0], [2.0, 9.0]]))
     tensor([[ 1.,  0.],
