@@ -28,10 +28,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
+from itertools import product
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,8 +49,9 @@ MAX_ATTENTION_ERROR = {"bfloat16": 3e-2, "float32": 1e-3}
 """Of output and gradients, relative to the largest number of each: a few roundings of 2^-8; sums in another order."""
 MAX_LOGIT_DIFF = {"bfloat16": 0.06, "float32": 1e-4}
 """Between two runs of the same kernels, captured and eager: cuBLAS may choose another kernel under capture."""
-MAX_DRIFT = {"bfloat16": (0.05, 0.5), "float32": (1e-4, 1e-2)}
-"""Mean and largest difference in nats between sampler and trainer, which round in another order."""
+MAX_DRIFT = {"bfloat16": (0.02, 0.2), "float32": (1e-4, 1e-3)}
+"""Mean and largest difference in nats between sampler and trainer, which round in another order. Four random layers in
+bfloat16 differ by 0.002 and 0.008 on a CPU, and by 0.04 and 0.16 with a SwiGLU scaled by 0.7."""
 CAPTURE_TOKENS = 8
 
 Result = tuple[dict[str, Any], list[str]]
@@ -106,26 +108,37 @@ def nvidia_smi() -> str | None:
 
 
 def check_attention(arguments: argparse.Namespace) -> Result:
-    """The trainer's own attention against softmax in float32."""
+    """The trainer's own attention against softmax in float32; on CUDA, beside it, what cuDNN would have made of it."""
+    from grpo.base_model import pick_device, prepare_cuda
+
+    device = pick_device(arguments.device)
+    facts: dict[str, Any] = {"torch_default": enabled_backends()}
+    if device.type == "cuda":
+        prepare_cuda(device)
+    facts |= {"enabled": enabled_backends(), "cases": attention_cases(device, DTYPES, small=arguments.small)}
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(True)
+        facts["with_cudnn"] = attention_cases(device, ("bfloat16",), small=arguments.small)
+    wrong = [
+        x for x in facts["cases"] if not (x["finite"] and max(x["errors"].values()) <= MAX_ATTENTION_ERROR[x["dtype"]])
+    ]
+    return facts, [f"attention differs from softmax: {json.dumps(case)}" for case in wrong]
+
+
+def attention_cases(device: torch.device, dtypes: Iterable[str], *, small: bool) -> list[dict[str, Any]]:
+    """The masks of two micro-batches, prompts and completions, each with ordinary and with low scores."""
     from grpo.forward.shared_prefix import lay_out
 
-    device = torch.device(arguments.device)
-    rows, kv_heads, share, d = (2, 2, 2, 16) if arguments.small else (8, 4, 4, 256)
-    # with the second lengths, keys ≡ 64 mod 128, one backend is reported to return NaN (pytorch#196678)
-    lengths = [(5, 12), (9, 8)] if arguments.small else [(200, 1024), (193, 1024)]
-    cases, problems = [], []
-    for name, dtype in DTYPES.items():
-        for prompt, completion in lengths:
-            layout = lay_out([range(prompt)] * rows, [range(completion)] * rows, device)
-            for seen in (layout.prompt_seen, layout.completion_seen):
-                for low in (False, True):
-                    case = attention_case(seen, (kv_heads, share, d), dtype, low=low)
-                    case |= {"dtype": name, "queries": seen.shape[2], "keys": seen.shape[3], "low_scores": low}
-                    cases.append(case)
-                    if not case["finite"] or not max(case["errors"].values()) <= MAX_ATTENTION_ERROR[name]:
-                        shape = f"{name}, {seen.shape[2]} queries, {seen.shape[3]} keys"
-                        problems.append(f"{case['backend']} ({shape}, low scores: {low}): errors {case['errors']}")
-    return {"enabled": enabled_backends(), "cases": cases}, problems
+    rows, shape = (2, (2, 2, 16)) if small else (8, (4, 4, 256))
+    # with the second lengths, keys ≡ 64 mod 128, cuDNN is reported to return NaN (pytorch#196678)
+    lengths = [(5, 12), (9, 8)] if small else [(200, 1024), (193, 1024)]
+    cases = []
+    for name, (prompt, completion), low in product(dtypes, lengths, (False, True)):
+        layout = lay_out([range(prompt)] * rows, [range(completion)] * rows, device)
+        for seen in (layout.prompt_seen, layout.completion_seen):
+            case = {"dtype": name, "queries": seen.shape[2], "keys": seen.shape[3], "low_scores": low}
+            cases.append(case | attention_case(seen, shape, DTYPES[name], low=low))
+    return cases
 
 
 def enabled_backends() -> dict[str, bool]:
@@ -254,7 +267,7 @@ def worst_of(pairs: Iterator[tuple[str, Tensor, Tensor]], rtol: float, atol: flo
         if not ours.numel():  # a convolution of one tap keeps nothing
             continue
         apart = (ours.float() - theirs.float()).abs()
-        share = float((apart / (atol + rtol * theirs.float().abs())).nan_to_num(nan=math.inf).max())
+        share = float((apart / (atol + rtol * theirs.float().abs())).nan_to_num(nan=math.inf, posinf=math.inf).max())
         if share >= worst["of_tolerance"]:
             worst = {"where": where, "max_abs": float(apart.max()), "of_tolerance": share}
     return worst
