@@ -429,9 +429,9 @@ def leaving(policy: Any, watched: Callable[..., Tensor]) -> dict[str, Any]:
     replayed, and how much of the cache's columns each was allowed to read."""
     seen: list[tuple[int, int, int]] = []
 
-    def noted(weights: Any, rotary: Any, state: Any, window: int) -> Tensor:
+    def noted(weights: Any, rotary: Any, state: Any, window: int, *rest: Any) -> Tensor:
         seen.append((len(state.ids), window, state.unseen.shape[1]))
-        return watched(weights, rotary, state, window)
+        return watched(weights, rotary, state, window, *rest)
 
     with mock.patch.object(decode, "step", noted), torch.no_grad():
         logits, decoder = decode.start_own(policy, [Prompt(Case("a", "", 1), (1, 2, 3), False)], [0] * 16, 300)

@@ -86,6 +86,9 @@ class Model(Section):
     dtype: Literal["auto", "bfloat16", "float32"]
     """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
     gradient_checkpointing: bool
+    kernels: Literal["auto", "plain"] = "auto"
+    """On CUDA "auto" decodes with Triton's kernels and trains with flash-linear-attention's, where they are installed
+    and pass `grpo.self_check`; "plain" takes neither. CUDA graphs are used with both."""
     shard: bool = False
     """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 

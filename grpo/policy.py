@@ -40,6 +40,19 @@ ODD_BUT_EXACT = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_trans
 
 
 @dataclass(frozen=True, slots=True)
+class Kernels:
+    """Which kernels run on CUDA beside torch's own, each only where it is available. `grpo.self_check` switches off
+    those that fail."""
+
+    triton: bool = True
+    """Decode with `grpo.engine.fused` instead of `grpo.engine.plain`."""
+    graphs: bool = True
+    """Replay the decode step as a CUDA graph."""
+    fla: bool = True
+    """Train through the scan of flash-linear-attention instead of `grpo.forward.gated_delta`'s."""
+
+
+@dataclass(frozen=True, slots=True)
 class Policy:
     """The trainable model and what is needed to speak with it."""
 
@@ -55,6 +68,7 @@ class Policy:
     sharded: bool = False
     """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
     call of it is made by all ranks together."""
+    kernels: Kernels = Kernels()
 
     @property
     def independent_ranks(self) -> Ranks:
@@ -119,7 +133,15 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
         base.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.eval()
     config = base.config.get_text_config()
-    policy = Policy(wrapped, tokenizer, end_ids(tokenizer, base), here, config.max_position_embeddings, ranks)
+    policy = Policy(
+        wrapped,
+        tokenizer,
+        end_ids(tokenizer, base),
+        here,
+        config.max_position_embeddings,
+        ranks,
+        kernels=Kernels(triton=model.kernels == "auto", fla=model.kernels == "auto"),
+    )
     _check_head(policy)
     if lora.warm_start:
         _check_effect(policy, folder)

@@ -41,7 +41,7 @@ from rewards.reading import MEBIBYTE, Unreadable, check_contents, is_regular, pa
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
-FREE = {"model.shard", "train.rank_timeout_s"}
+FREE = {"model.kernels", "model.shard", "train.rank_timeout_s"}
 """Keys that a resume may change: nothing in a checkpoint depends on them."""
 
 
@@ -154,6 +154,7 @@ def start_run(
     device: str,
     rates: Mapping[str, float] | None = None,
     inputs: Mapping[str, str] | None = None,
+    kernels: Mapping[str, Any] | None = None,
 ) -> Run:
     """A new run folder, readable by its owner alone, with its resolved config and reward. ``config.json`` is written
     last: killed before, the folder is one where no run was begun.
@@ -162,6 +163,7 @@ def start_run(
         device: what the policy runs on, for people.
         rates: its measured bandwidth (bytes a second) and matmul rate (FLOPs a second).
         inputs: key of the config → sha256 of what it names; `continue_run` holds them against those of a resume.
+        kernels: the record of `grpo.self_check`; None if none was checked.
     """
     make_folder(path)
     with writing(path):
@@ -171,6 +173,7 @@ def start_run(
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         **provenance(device, rates),
+        "kernels": None if kernels is None else dict(kernels),
         "reward": {"name": reward.name, "sha256": reward.sha256},
         "inputs": dict(inputs or {}),
     }

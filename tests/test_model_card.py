@@ -151,7 +151,7 @@ def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None
     assert rows["lora.target_modules"][1] == "I" and "the only set" in rows["lora.target_modules"][2]
     ours = {"cases.format", "optim.micro_batch_size", "train.max_skipped_steps", "evaluate.batch_size", "reward.set"}
     ours |= {"reward.allow_unsound", "reward.reason", "loss.dual_clip", "train.steps", "evaluate.during", "key", "---"}
-    ours |= {"rollout.ignore_end", "optim.micro_batch_tokens", "model.shard", "train.rank_timeout_s"}
+    ours |= {"rollout.ignore_end", "optim.micro_batch_tokens", "model.shard", "model.kernels", "train.rank_timeout_s"}
     ours |= {"cases.strict", "reward.overlong", "ledger.every", "ledger.text"}
     assert {key for key, row in rows.items() if not row[1]} <= ours
     graded = {

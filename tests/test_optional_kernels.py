@@ -97,7 +97,7 @@ def test_cuda_tensors_are_theirs_in_a_version_that_is_right(tmp_path: Path, vers
     make_fla(tmp_path, version)
     asks = """
 from unittest import mock
-from grpo.forward.gated_delta import has_fla
+from grpo.optional_kernels import has_fla
 x = mock.Mock(is_cuda=True)
 try:
     modeling.torch_chunk_gated_delta_rule(x)

@@ -9,7 +9,7 @@ the same bits whatever it is batched with.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -51,13 +51,24 @@ def pieces(device: torch.device) -> ModuleType:
     return fused
 
 
-def step(weights: Weights, rotary: Rotary, state: State, window: int) -> Tensor:
+def ops_of(policy: Policy) -> ModuleType:
+    """Return the module whose ops the policy's decode step is made of."""
+    return pieces(policy.device) if policy.kernels.triton else plain
+
+
+def uses_graphs(policy: Policy) -> bool:
+    """Return whether the policy's decode step is captured and replayed."""
+    return policy.kernels.graphs and policy.device.type == "cuda"
+
+
+def step(weights: Weights, rotary: Rotary, state: State, window: int, ops: Any = plain) -> Tensor:
     """Logits [n,V] after ``state.ids``; ``state`` moves one token on.
 
     Args:
         window: columns that attention may read, more than any row's position.
+        ops: has the functions of `grpo.engine.plain`.
     """
-    do, epsilon = pieces(state.ids.device), weights.epsilon
+    do, epsilon = ops, weights.epsilon
     x = embedding(state.ids, weights.embedding)
     state.unseen.scatter_(1, state.positions[:, None], 0.0)
     for layer, memory in zip(weights.layers, state.layers, strict=True):
@@ -96,24 +107,40 @@ def _add(x: Tensor, h: Tensor, layer: Residual) -> None:
         x.addmm_(h @ down, up)
 
 
-class GraphDecoder:
-    """Drives `step`. On CUDA the first step of a number of rows runs eagerly, the second is captured, and the graph is
-    replayed from then on."""
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record what ``run`` launches as a CUDA graph; return its replay and the tensor that each replay writes."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = run()
+    return graph.replay, logits
 
-    def __init__(self, weights: Weights, rotary: Rotary, state: State, longest: int) -> None:
+
+class GraphDecoder:
+    """Drives `step`. With ``graphs`` the first step of a number of rows runs eagerly, the second is captured, and the
+    graph is replayed from then on."""
+
+    def __init__(
+        self, weights: Weights, rotary: Rotary, state: State, longest: int, ops: Any = plain, graphs: bool = False
+    ) -> None:
         self._weights, self._rotary, self._state = weights, rotary, state
+        self.ops, self._graphs = ops, graphs
         self._columns = longest
         self._warm = False
-        self._captured: tuple[torch.cuda.CUDAGraph, Tensor] | None = None
+        self._captured: tuple[Callable[[], None], Tensor] | None = None
 
     def step(self, ids: Tensor) -> Tensor:
         """Logits [n,V] after one more token each; written over by the next step."""
         self._state.ids.copy_(ids)
         self._columns += 1
-        if ids.is_cuda and self._warm:
+        if self._graphs and self._warm:
             return self._replayed()
         self._warm = True
-        return step(self._weights, self._rotary, self._state, self._window())
+        return self._eager()
+
+    @property
+    def state(self) -> State:
+        """The buffers of the rows under way."""
+        return self._state
 
     def keep(self, slots: Tensor) -> None:
         """Goes on with the rows in ``slots``, moved to the front of the same buffers."""
@@ -122,16 +149,16 @@ class GraphDecoder:
 
     def _window(self) -> int:
         width = self._state.unseen.shape[1]
-        return width if self._state.ids.is_cuda else min(width, -(-self._columns // WINDOW) * WINDOW)
+        return width if self._graphs or self._state.ids.is_cuda else min(width, -(-self._columns // WINDOW) * WINDOW)
+
+    def _eager(self) -> Tensor:
+        return step(self._weights, self._rotary, self._state, self._window(), self.ops)
 
     def _replayed(self) -> Tensor:
         if self._captured is None:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                logits = step(self._weights, self._rotary, self._state, self._window())
-            self._captured = graph, logits
-        graph, logits = self._captured
-        graph.replay()
+            self._captured = capture(self._eager)
+        replay, logits = self._captured
+        replay()
         return logits
 
 
@@ -151,7 +178,8 @@ def start_own(policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], 
             rows = torch.tensor([row for row, owner in enumerate(owners) if owner == b], device=policy.device)
             hidden[rows] = last[i]
             fill(state, rows, weights, cache, i, len(prompts[b].ids))
-    decoder = GraphDecoder(weights, rotary_table(policy, longest + budget), state, longest)
+    rotary = rotary_table(policy, longest + budget)
+    decoder = GraphDecoder(weights, rotary, state, longest, ops_of(policy), uses_graphs(policy))
     return head_logits(hidden, weights.head), decoder
 
 

@@ -20,7 +20,6 @@ from torch.nn.functional import pad, softplus
 
 from grpo.engine.gated_delta import EPSILON
 from grpo.forward.layers import wide
-from grpo.optional_kernels import has_fla
 
 CHUNK = {"cpu": 32, "cuda": 64}
 """Tokens a chunk: work grows with it, and the number of steps one after the other falls."""
@@ -34,7 +33,14 @@ Scan = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor | None], tuple[T
 
 
 def gated_delta_scan(
-    mixed: Tensor, a: Tensor, b: Tensor, rate: Tensor, dt_bias: Tensor, heads: tuple[int, int], state: Tensor | None
+    mixed: Tensor,
+    a: Tensor,
+    b: Tensor,
+    rate: Tensor,
+    dt_bias: Tensor,
+    heads: tuple[int, int],
+    state: Tensor | None,
+    kind: str = "plain",
 ) -> tuple[Tensor, Tensor]:
     """Outputs [n,T,V,d_v] and the state [n,V,d_k,d_v] after T tokens of n rows, both fp32 (fp64 for fp64).
 
@@ -44,6 +50,7 @@ def gated_delta_scan(
         rate: [V], exp(A_log); dt_bias: [V].
         heads: (K, d_k); each key head serves R = V/K consecutive value heads.
         state: [n,V,d_k,d_v]; None is zeros.
+        kind: a name in `SCANS`.
 
     A column of zeros before the first token changes nothing; columns after the last change only the state.
     """
@@ -53,8 +60,7 @@ def gated_delta_scan(
     q, k = (_unit(x.unflatten(-1, (key_heads, d_k))) for x in (q, k))
     v = v.unflatten(-1, (value_heads, -1))
     decay = -rate * softplus(wide(a) + dt_bias)
-    scan = _fla_scan if mixed.is_cuda and has_fla() else chunked_scan
-    return scan(q * d_k**-0.5, k, v, decay, wide(b).sigmoid(), state)
+    return SCANS[kind](q * d_k**-0.5, k, v, decay, wide(b).sigmoid(), state)
 
 
 def _unit(x: Tensor) -> Tensor:
@@ -116,6 +122,10 @@ def chunked_scan(
     out, last = _Recurrence.apply(*given)
     out = out.flatten(3, 4)[:, :, :, :width]
     return out.flatten(1, 2).transpose(1, 2), last.flatten(1, 2)
+
+
+SCANS: dict[str, Scan] = {"plain": chunked_scan, "fla": _fla_scan}
+"""In plain torch; flash-linear-attention's kernels, on CUDA alone."""
 
 
 class _Recurrence(torch.autograd.Function):

@@ -22,6 +22,7 @@ from grpo.engine.state import Rotary
 from grpo.engine.weights import readable
 from grpo.forward.gated_delta import gated_delta_scan
 from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid, wide
+from grpo.optional_kernels import has_fla
 from grpo.policy import Policy
 
 RECOMPUTED = {"cpu": False, "cuda": True}
@@ -69,6 +70,11 @@ def shared(policy: Policy) -> bool:
     )
 
 
+def uses_fla(policy: Policy) -> bool:
+    """Return whether this pass runs flash-linear-attention's kernels."""
+    return policy.kernels.fla and policy.device.type == "cuda" and has_fla()
+
+
 def predicting_states_shared(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
@@ -84,11 +90,12 @@ def predicting_states_shared(
     x = embedding(layout.ids, body.embed_tokens.weight)
     checkpointed = torch.is_grad_enabled() and bool(getattr(body, "gradient_checkpointing", False))
     recompute_scan = RECOMPUTED[x.device.type] and not checkpointed
+    scan = "fla" if uses_fla(policy) else "plain"
     for layer in body.layers:
         x = (
-            checkpoint(_layer, layer, x, layout, turns, recompute_scan, use_reentrant=False)
+            checkpoint(_layer, layer, x, layout, turns, scan, recompute_scan, use_reentrant=False)
             if checkpointed
-            else _layer(layer, x, layout, turns, recompute_scan)
+            else _layer(layer, x, layout, turns, scan, recompute_scan)
         )
     return _norm(body.norm, x.index_select(0, layout.predicts))
 
@@ -147,10 +154,10 @@ def lay_out(
     )
 
 
-def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary, recompute_scan: bool) -> Tensor:
+def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary, scan: str, recompute_scan: bool) -> Tensor:
     h = _norm(layer.input_layernorm, x)
     if layer.block_type == "linear_attention":
-        x = x + _recur(layer.linear_attn, h, layout, recompute_scan)
+        x = x + _recur(layer.linear_attn, h, layout, scan, recompute_scan)
     else:
         x = x + _attend(layer.self_attn, h, layout, turns)
     h = _norm(layer.post_attention_layernorm, x)
@@ -159,7 +166,7 @@ def _layer(layer: Any, x: Tensor, layout: Layout, turns: Rotary, recompute_scan:
     return x + linear(swiglu(gate, up), [read_linear(mlp.down_proj)])[0]
 
 
-def _recur(module: Any, h: Tensor, layout: Layout, recompute_scan: bool) -> Tensor:
+def _recur(module: Any, h: Tensor, layout: Layout, kind: str, recompute_scan: bool) -> Tensor:
     """Gated linear attention of m packed tokens, [m,H]."""
     names = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
     qkv, z, b, a = linear(h, [read_linear(getattr(module, name)) for name in names])
@@ -168,7 +175,7 @@ def _recur(module: Any, h: Tensor, layout: Layout, recompute_scan: bool) -> Tens
 
     def mix(inputs: Tensor, a: Tensor, b: Tensor, *state: Tensor) -> tuple[Tensor, Tensor]:
         mixed = torch.nn.functional.silu(causal_conv(inputs, taps))
-        return gated_delta_scan(mixed, a, b, *rest, *(state or (None,)))
+        return gated_delta_scan(mixed, a, b, *rest, state[0] if state else None, kind)
 
     grid, answers = _grids(qkv, layout)
     before = len(taps) - 1
