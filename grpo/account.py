@@ -147,6 +147,7 @@ def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
         "ratio": (exact_sum(account.ratio.flatten()), float(account.ratio.numel())),
         "entropy": (exact_sum(tokens.entropy.double()), count),
         "sampler/abs_logprob_diff": (exact_sum(apart.abs()), count),
+        "sampler/max_abs_logprob_diff": (float(apart.abs().max()), 1.0),
         "sampler/kl_k3": (exact_sum(torch.expm1(apart) - apart), count),
     }
     if account.kl is not None:

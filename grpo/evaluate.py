@@ -40,6 +40,7 @@ from grpo.ranks import require_alone
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError
 from grpo.run import provenance, write_json
+from grpo.self_check import with_checked_kernels
 from grpo.types import Case
 from rewards import RewardError
 from rewards.reading import Unreadable, check_contents, is_regular, read_json
@@ -64,7 +65,9 @@ def answered(asked: Asked, out: Path) -> Verdicts:
     wanted = {part: len(asked.sets[part[0]]) * asked.samples for part in parts}
     missing = [part for part in parts if len(known[part]) < wanted[part]]
     with memory_errors("evaluation", EVALUATION), contextlib.ExitStack() as stack:
-        policy = load_policy(config.model, config.lora, seed=config.train.seed) if missing else None
+        policy = None
+        if missing:
+            policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
         if policy is not None and not config.lora.warm_start:
             stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter says nothing: none need be run
         open_folder(out, asked.settings)

@@ -23,7 +23,8 @@ def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
     """The folder of a run that is started, or, where one was started before, continued from its last whole
     checkpoint, which is put in place."""
     if not is_started(out):
-        run = start_run(out, setup.config, source, setup.reward, inputs=inputs(setup), **machine(setup))
+        records = {"kernels": setup.check.record() if setup.check else None, **machine(setup)}
+        run = start_run(out, setup.config, source, setup.reward, inputs=inputs(setup), **records)
         return run, Progress()
     checkpoint, damaged = latest_checkpoint(out / "checkpoints")
     for line in damaged:

@@ -16,6 +16,8 @@ backward pass (issues 640, 913, 984 and 999 of fla-org/flash-linear-attention)."
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
 
+_fla_in_layers = True
+
 
 @functools.cache
 def has_fla() -> bool:
@@ -35,9 +37,17 @@ def has_fla() -> bool:
     return False
 
 
+def allow_fla_in_layers(allowed: bool) -> bool:
+    """Choose whether transformers' layers may call flash-linear-attention at all, in this process; return what was
+    chosen before. They are chosen by name in their module, so the choice cannot be a model's."""
+    global _fla_in_layers
+    before, _fla_in_layers = _fla_in_layers, allowed
+    return before
+
+
 def guard_optional_kernels(model: nn.Module) -> None:
     """Let the layers of a transformers model call optional kernels for CUDA tensors alone, and those of
-    flash-linear-attention only where `has_fla`.
+    flash-linear-attention only where `has_fla` and `allow_fla_in_layers` allow it.
 
     transformers chooses them when it is imported, by what is installed, whatever the device: they raise on a CPU.
     """
@@ -45,7 +55,11 @@ def guard_optional_kernels(model: nn.Module) -> None:
         for name in (*DELTA_RULES, *CONVOLUTIONS):
             function = vars(modeling).get(name)
             if function is not None and not hasattr(function, "guarded"):
-                setattr(modeling, name, _guarded(function, has_fla if name in DELTA_RULES else lambda: True))
+                setattr(modeling, name, _guarded(function, _layers_use_fla if name in DELTA_RULES else lambda: True))
+
+
+def _layers_use_fla() -> bool:
+    return _fla_in_layers and has_fla()
 
 
 def _guarded(function: Callable[..., Any], is_usable: Callable[[], bool]) -> Callable[..., Any]:

@@ -28,6 +28,7 @@ from grpo.base_model import (
     refuse_adapter,
 )
 from grpo.config import Lora, Model, resolve
+from grpo.optional_kernels import allow_fla_in_layers
 from grpo.out_of_memory import LOADING, memory_errors
 from grpo.plan import RANDOM
 from grpo.prompts import encode, end_ids
@@ -102,6 +103,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     """
     from peft import LoraConfig, PeftModel, get_peft_model
 
+    allow_fla_in_layers(model.kernels == "auto")
     device = pick_device(model.device) if ranks.device.type == "cpu" else ranks.device
     shard = model.shard and ranks.size > 1
     here = torch.device("cpu") if shard else device

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from grpo.ranks import ALONE, Ranks
 from grpo.recorded.terminal import visible
 from grpo.rollout import check_length
 from grpo.roofline import Costs, Rates, costs_of, measure_rates, weights_read
+from grpo.self_check import SelfCheck, agree, with_kernels
 from grpo.types import Case
 from rewards import Reward
 
@@ -41,6 +42,16 @@ class Setup:
     costs: Costs
     """Of a token, and below of this device: how fast a step could be."""
     rates: Rates
+    check: SelfCheck | None = None
+    """Which kernels passed; None if none was checked."""
+
+
+def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
+    """Return the setup with the kernels that passed the check on every rank."""
+    if check is None:
+        return setup
+    check = agree(setup.policy, check)
+    return replace(setup, policy=with_kernels(setup.policy, check.kernels), check=check)
 
 
 @memory_errors("setup", LOADING)

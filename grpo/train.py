@@ -40,7 +40,8 @@ from grpo.ranks import RankLost, Ranks, expected, joined, leave
 from grpo.recorded.terminal import fit, say_anyhow, tell, visible
 from grpo.roofline import floor_of
 from grpo.run import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
-from grpo.setup import Setup, build, plan
+from grpo.self_check import DriftWarning, check_on_cuda
+from grpo.setup import Setup, build, plan, with_check
 from grpo.stop import Stop, Stopped, listening
 from grpo.types import Group, Step
 from grpo.update import learning_rate, update
@@ -64,6 +65,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
     standing(progress, evaluate_due, setup, run, progress.step)
     first = progress.step
     steps = range(first, config.train.steps)
+    drift = DriftWarning(policy.head.weight.dtype, config.rollout.temperature)
     bar = tqdm(steps, initial=first, total=config.train.steps, bar_format=BAR_FORMAT, disable=not ranks.leads)
     for step in bar:
         started = time.perf_counter()
@@ -80,6 +82,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
         if ranks.leads:
             record = write_down(setup, run, done, {"rollout": sampled - started, "update": moved - sampled})
             bar.set_postfix_str(postfix(record, config))
+            drift.look(done.number, record["sampler/max_abs_logprob_diff"])
         progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
         if is_due(progress, config):
             standing(progress, ranks.alike, {"adapter": checksum(policy.trainable().values())})
@@ -258,6 +261,10 @@ def run_config(
             setup = build(config, ranks)
         with stop.at_once():
             check_alike(setup)
+        with stop.at_once(), ranks.together(*INPUT_ERRORS):
+            check = check_on_cuda(setup.policy)
+        with stop.at_once():
+            setup = with_check(setup, check)
         with ranks.together(*INPUT_ERRORS):
             if ranks.leads:
                 told = f"config    {source.path}\n{plan(setup)}"

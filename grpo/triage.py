@@ -20,6 +20,7 @@ from grpo.policy import Policy, check_adapter, load_policy
 from grpo.prompts import render_prompt
 from grpo.recorded.terminal import error_lines, say_anyhow, visible
 from grpo.rollout import PromptError, rollout
+from grpo.self_check import with_checked_kernels
 from grpo.types import Case, Completion
 from rewards import Answer, parse_answer
 
@@ -197,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.model, arguments.adapter, device=arguments.device, dtype=arguments.dtype
         )
         result = triage(
-            policy,
+            with_checked_kernels(policy),
             text,
             system=arguments.system_prompt or system,
             thinking=arguments.thinking == "on",

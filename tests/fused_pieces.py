@@ -214,9 +214,29 @@ def check_rollout(base: Path) -> None:
         assert_same_draws(sample(policy, prompts, "own", budget=10), expected)
 
 
+def check_itself(base: Path) -> None:
+    """The self-check passes the kernels, and refuses one whose output is scaled."""
+    from grpo.config import Lora, Model
+    from grpo.engine import decode
+    from grpo.policy import load_policy
+    from grpo.self_check import self_check
+    from tests.conftest import TARGETS
+
+    model = Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False)
+    policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    remember = fused.remember
+    with mock.patch.object(decode, "pieces", lambda _: fused):
+        sound = self_check(policy)
+        with mock.patch.object(fused, "remember", lambda *given: 0.7 * remember(*given)):
+            faulty = self_check(policy)
+    assert sound.kernels.triton and 0.0 < sound.figures["op"] < 1e-5 and sound.figures["triton"] < 1e-5, sound
+    assert not faulty.kernels.triton and "the Triton op remember differs" in faulty.warnings[0], faulty
+
+
 if __name__ == "__main__":
     teach_bfloat16()
     for dtype in (torch.float32, torch.bfloat16):
         for seed in range(2):
             check("cpu", dtype, seed, large=False)
     check_rollout(Path(sys.argv[1]))
+    check_itself(Path(sys.argv[1]))

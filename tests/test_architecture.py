@@ -21,7 +21,7 @@ ROOMS = [
     "grpo.engine.decode",
     "grpo.rollout", "grpo.roofline", "grpo.batch",
     "grpo.forward.layers", "grpo.forward.gated_delta", "grpo.forward.shared_prefix", "grpo.forward.modules",
-    "grpo.forward.passes", "grpo.forward.memory",
+    "grpo.forward.passes", "grpo.forward.memory", "grpo.self_check",
     "grpo.score", "grpo.budget", "grpo.account", "grpo.ledger", "grpo.update", "grpo.checkpoint",
     "grpo.evaluation.answers", "grpo.evaluation.request", "grpo.run", "grpo.recorded.difference",
     "grpo.recorded.recording", "grpo.recorded.counterfactual", "grpo.recorded.recompute",

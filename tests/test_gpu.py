@@ -5,8 +5,11 @@ All but what a card alone can show runs on the CPU as well, so that the tests th
 
 import gc
 import json
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,7 +22,8 @@ from grpo.engine import decode
 from grpo.engine.sampling import draw, uniforms
 from grpo.groups import sample_step
 from grpo.logprobs import head_logits
-from grpo.policy import Policy, load_policy
+from grpo.policy import Kernels, Policy, load_policy
+from grpo.self_check import self_check
 from grpo.setup import build
 from grpo.train import main
 from grpo.update import update
@@ -95,6 +99,37 @@ def test_the_replayed_graph_is_the_eager_step(device_policy: Callable[[str], Pol
     for mine, theirs in zip(buffers(captured._state), buffers(eager._state), strict=True):
         torch.testing.assert_close(mine, theirs, **near)
     assert [t.data_ptr() for t in buffers(captured._state)] == places
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_self_check_passes_and_is_fast(device_policy: Callable[[str], Policy], dtype: str) -> None:
+    """The second time: the first compiles the kernels, which the run needs anyway."""
+    policy = device_policy(dtype)
+    check = self_check(policy)
+    assert check.kernels == Kernels() and not check.warnings, check
+    assert {"logprob", "gradient", *(("graphs",) if policy.device.type == "cuda" else ())} <= set(check.figures)
+    started = time.perf_counter()
+    self_check(policy)
+    assert time.perf_counter() - started < 2.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_capture_that_fails_on_the_card_gives_way(random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real: a step that waits for the device cannot be captured. The card still works afterwards."""
+    model = Model(name=str(random_base), device="cuda", dtype="float32", gradient_checkpointing=False)
+    policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    step = decode.step
+
+    def waits(*given: Any) -> torch.Tensor:
+        logits = step(*given)
+        float(logits.sum())
+        return logits
+
+    monkeypatch.setattr(decode, "step", waits)
+    check = self_check(policy)
+    assert check.kernels.triton and not check.kernels.graphs and "no CUDA graphs" in check.warnings[0], check
+    sample(replace(policy, kernels=check.kernels), prompts_of(policy), "own", members=2, budget=5)
 
 
 def test_bfloat16_drift_is_bounded(device_policy: Callable[[str], Policy]) -> None:
