@@ -10,13 +10,13 @@ bytes      what they read and write: operands whole, a tensor that is changed in
            columns, of what is written into it those
 memory     of all tensors alive at once, without what an allocator loses between them
 waits      where the host would have to wait for the card, with file and line: values read, copies to and from it
-           (unpinned, as all of ours are), captures
+           (unpinned, as all of ours are)
 
-A tensor on the wrong device, operands of two dtypes, a wait inside a graph: they fail here as they would there. Not
-seen: a launch that a library cuts in two, its workspaces, and its choices by device (attention is counted as torch's
-own products, AdamW tensor by tensor). What takes how long cannot be known. The seconds given are a sum over launches,
-of each the greatest of its bytes over the bandwidth, its FLOPs over the rate and a bare launch: what a card would need
-that is never late.
+A tensor on the wrong device, operands of two dtypes, a wait inside a graph, a capture of the default stream: they fail
+here as they would there. Not seen: a launch that a library cuts in two, its workspaces, and its choices by device
+(attention is counted as torch's own products, AdamW tensor by tensor). What takes how long cannot be known. The seconds
+given are a sum over launches, of each the greatest of its bytes over the bandwidth, its FLOPs over the rate and a bare
+launch: what a card would need that is never late.
 
 Needs Triton (the test extra brings it) and a C++ compiler: torch's CPU build has no notion of a CUDA device, and thirty
 lines give it one.
@@ -36,6 +36,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -306,21 +307,52 @@ def pretended(paper: Paper) -> Iterator[None]:
     """Inside, `torch.cuda` answers for a card that is not there."""
     from triton.runtime.jit import JITFunction
 
+    class Stream:
+        """Only which one is current, and what it waits for, is looked at."""
+
+        def __init__(self, device: Any = None) -> None:
+            self.waited_for: list[Any] = []
+
+        def wait_stream(self, other: Any) -> None:
+            self.waited_for.append(other)
+
+    streams = [Stream()]
+
+    @contextmanager
+    def stream(chosen: Stream) -> Iterator[None]:
+        streams.append(chosen)
+        try:
+            yield
+        finally:
+            streams.pop()
+
     class Graph:
         """What a capture asked for; a replay asks for it again."""
 
-        tally = Tally()
+        tally: Tally
+        ended = False
+
+        def capture_begin(self, pool: Any = None, capture_error_mode: str = "global") -> None:
+            if streams[-1] is streams[0]:
+                raise RuntimeError("the default stream cannot be captured")
+            if streams[0] not in streams[-1].waited_for:
+                raise RuntimeError("captured before what the current stream has under way")
+            self._tallying = paper.tallying(apart=True)
+            self.tally = self._tallying.__enter__()
+
+        def capture_end(self) -> None:
+            self._tallying.__exit__(None, None, None)
+            if self.tally.waits:
+                raise RuntimeError(f"a graph cannot wait: {dict(self.tally.waits)}")
+            self.ended = True
+
+        def pool(self) -> tuple[int, int]:
+            return (0, 1)
 
         def replay(self) -> None:
+            if not self.ended or streams[-1] is not streams[0]:
+                raise RuntimeError("a graph is replayed on the current stream, after its capture")
             paper.tally.add(self.tally)
-
-    @contextmanager
-    def capture(graph: Graph) -> Iterator[None]:
-        paper.wait("capture")
-        with paper.tallying(apart=True) as graph.tally:
-            yield
-        if graph.tally.waits:
-            raise RuntimeError(f"a graph cannot wait: {dict(graph.tally.waits)}")
 
     def run(kernel: Any, *given: Any, **options: Any) -> None:
         names = kernel.arg_names
@@ -339,13 +371,17 @@ def pretended(paper: Paper) -> Iterator[None]:
         "memory_allocated": lambda device=None: paper.alive,
         "max_memory_allocated": lambda device=None: paper.tally.peak,
         "reset_peak_memory_stats": lambda device=None: None,
-        "empty_cache": lambda: None,
+        "empty_cache": lambda: paper.wait("empty_cache"),
         "synchronize": lambda device=None: paper.wait("synchronize"),
         "set_device": _get_device_index,  # torch's own check, and nothing to set
         "manual_seed_all": lambda seed: None,
         "_lazy_init": lambda: None,
+        "get_device_properties": lambda device=None: SimpleNamespace(is_integrated=0),
+        "current_device": lambda: 0,
         "CUDAGraph": Graph,
-        "graph": capture,
+        "Stream": Stream,
+        "stream": stream,
+        "current_stream": lambda device=None: streams[-1],
     }
     lift = torch._C._only_lift_cpu_tensors()
     torch._C._set_only_lift_cpu_tensors(True)
@@ -416,6 +452,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         "card": card,
         "layers": setup.policy.model.get_base_model().config.num_hidden_layers,
         "tokens": int(batch.completion_mask.sum()),
+        "prompt_tokens": sum(len(ids) for ids in set(batch.prompt_ids)),
         "held_bytes": held,
         "decode_step": decoded,
         "rows_leave": left,

@@ -178,6 +178,6 @@ def test_the_full_size_recipe_is_v49s() -> None:
     own, real = (load_config(f"configs/{name}.toml")[0].model_dump() for name in ("v49_random", "v49"))
     different = {f"{s}.{k}" for s, v in own.items() if isinstance(v, dict) for k in v if v[k] != real[s][k]}
     assert different == {
-        "model.name", "model.gradient_checkpointing", "lora.warm_start", "cases.train", "cases.oversample",
+        "model.name", "lora.warm_start", "cases.train", "cases.oversample",
         "rollout.ignore_end", "train.steps", "evaluate.ends",
     }  # fmt: skip

@@ -198,6 +198,18 @@ def test_rollouts_give_their_memory_back(device_policy: Callable[[str], Policy],
     assert held[-1] == held[1]
 
 
+@pytest.mark.parametrize("device", [pytest.param("cuda", marks=NEEDS_CARD)])
+def test_a_capture_leaves_the_allocators_cache_alone(device_policy: Callable[[str], Policy]) -> None:
+    """What an update has reserved, the next one finds again; and graphs hand their pool on."""
+    policy = device_policy("bfloat16")
+    reserved = []
+    for _ in range(4):
+        torch.empty(1 << 29, dtype=torch.uint8, device="cuda")
+        sample(policy, prompts_of(policy), "own", members=12, budget=30)
+        reserved.append(torch.cuda.memory_reserved())
+    assert reserved[0] >= 1 << 29 and reserved[3] == reserved[1] >= reserved[0]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_whole_steps_on_the_device(tmp_path: Path, device: str, dtype: str) -> None:
     """Finite, the sampler near the trainer; in bfloat16, and on another device, about what the CPU does in fp32."""

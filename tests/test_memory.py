@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from grpo.endings import INPUT_ERRORS
 from grpo.forward import memory
 from grpo.forward.memory import Room, kept_bytes, room
 from grpo.forward.passes import FORWARDS
-from grpo.free_memory import free_bytes, group_rooms, host_available
+from grpo.free_memory import card_free, free_bytes, group_rooms, host_available
 from grpo.policy import Policy
 from grpo.types import Batch
 from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
@@ -295,3 +296,38 @@ def test_the_host_says_what_it_can_give(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal:  900 kB\nMemFree:  1 kB\nMemAvailable:  300 kB\n")
     assert host_available(tmp_path / "meminfo") == 300 * 1024
     assert list(group_rooms(tmp_path)) == [] and host_available(tmp_path / "none") > 1 << 20
+
+
+def test_an_integrated_card_has_what_the_host_has_available(tmp_path: Path) -> None:
+    """After a checkpoint of 18 GB was read: 2 GB free as CUDA reports them, 100 GB with the page cache."""
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 125000000 kB\nMemFree: 2000000 kB\nMemAvailable: 100000000 kB\n")
+    asked: list[int] = []
+
+    def reported() -> int:
+        asked.append(1)
+        return 2 << 30
+
+    integrated, discrete = SimpleNamespace(is_integrated=1), SimpleNamespace(is_integrated=0)
+    assert card_free(integrated, reported, tmp_path) == 100_000_000 * 1024 and not asked
+    assert card_free(discrete, reported, tmp_path) == 2 << 30 and asked == [1]
+
+
+def test_a_containers_limit_bounds_an_integrated_card_too(tmp_path: Path) -> None:
+    for name, text in {
+        "proc/meminfo": "MemAvailable: 100000000 kB\n",
+        "proc/self/cgroup": "0::/box\n",
+        "sys/fs/cgroup/box/memory.max": str(8 << 30),
+        "sys/fs/cgroup/box/memory.current": str(5 << 30),
+        "sys/fs/cgroup/box/memory.stat": f"inactive_file {1 << 30}\n",
+    }.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert card_free(SimpleNamespace(is_integrated=1), lambda: 0, tmp_path) == 4 << 30
+
+
+def test_torch_says_whether_a_card_is_integrated() -> None:
+    """The attribute, as the bindings of this torch declare it: no card is needed to see it."""
+    stubs = Path(torch.__file__).parent / "_C/__init__.pyi"
+    body = stubs.read_text(encoding="utf-8").partition("class _CudaDeviceProperties")[2].partition("\nclass ")[0]
+    assert "is_integrated" in body

@@ -141,7 +141,7 @@ def test_memory_of_v49_by_hand() -> None:
         "KV cache": 36 * 1224 * 32 * 1024,
         "DeltaNet state": 36 * 24 * (32 * 128 * 128 * 4 + 8192 * 4 * 2),
         "sampler": 36 * 248_320 * 22,
-        "activations": 1224 * (32 * 4096 * 2 + 12 * (4096 + 12288)),
+        "activations": 1224 * 32 * 12 * (4096 + 12288),
         "logits": 1024 * 248_320 * 10,
     }
 
@@ -149,12 +149,12 @@ def test_memory_of_v49_by_hand() -> None:
 def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
     plan = by_part(memory_plan(base, Shape(), 200))
-    stored = by_part(memory_plan(config("v49", "model.gradient_checkpointing=false"), Shape(), 200))
-    assert stored["activations"] == 1224 * 32 * 12 * 16384
+    saving = by_part(memory_plan(config("v49", "model.gradient_checkpointing=true"), Shape(), 200))
+    assert saving["activations"] == 1224 * (32 * 4096 * 2 + 12 * 16384)
     two, rows = (by_part(memory_plan(config("v49", o), Shape(), 200)) for o in
                  ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
     assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
-    assert {k: v for k, v in stored.items() if k != "activations"} == {
+    assert {k: v for k, v in saving.items() if k != "activations"} == {
         k: v for k, v in plan.items() if k != "activations"
     }
     full = by_part(memory_plan(config("v49", "model.dtype=float32"), Shape(), 200))

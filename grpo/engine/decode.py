@@ -10,6 +10,7 @@ the same bits whatever it is batched with.
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import cache, partial
 from importlib.util import find_spec
 from types import ModuleType
@@ -24,12 +25,19 @@ from grpo.engine.generic import padded_width, prefill
 from grpo.engine.sampling import Decoder
 from grpo.engine.state import KeyValues, Recurrent, Rotary, State
 from grpo.engine.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
+from grpo.free_memory import unreserved_bytes
 from grpo.logprobs import head_logits
 from grpo.policy import Policy
 from grpo.types import Prompt
 
 WINDOW = 16
 """On a CPU attention reads the columns in use, rounded up to this; on CUDA, where a graph fixes its shapes, all."""
+
+CAPTURE_BYTES = 1 << 30
+"""What the driver should have free before a capture. A graph's own memory comes from there, and while a capture is
+under way PyTorch cannot give back the blocks that it holds unused."""
+_latest_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+"""The last graph captured on each device, kept so that the next one takes over its memory pool."""
 
 
 @cache
@@ -108,11 +116,35 @@ def _add(x: Tensor, h: Tensor, layer: Residual) -> None:
 
 
 def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """Record what ``run`` launches as a CUDA graph; return its replay and the tensor that each replay writes."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        logits = run()
-    return graph.replay, logits
+    """Record what ``run`` launches as a CUDA graph; return its replay and the tensor that each replay writes.
+
+    `torch.cuda.graph` would synchronise and empty the allocator's cache first, and each update would allocate its tens
+    of gigabytes anew. Nothing here waits for the device. Other threads may use CUDA meanwhile.
+    """
+    device = torch.cuda.current_device()
+    if unreserved_bytes(torch.device("cuda", device)) < CAPTURE_BYTES:
+        torch.cuda.empty_cache()
+    graph, latest = torch.cuda.CUDAGraph(), _latest_graphs.get(device)
+    current, side = torch.cuda.current_stream(), _capture_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        graph.capture_begin(pool=latest.pool() if latest else None, capture_error_mode="thread_local")
+        try:
+            out = run()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(side)
+    _latest_graphs[device] = graph
+    return graph.replay, out
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)
 
 
 class GraphDecoder:
