@@ -5,8 +5,8 @@
 
 Everything happens inside the context manager, which puts every patched name back. Inside:
 
-- An operation whose tensors lie on different devices raises `RuntimeError`, as on CUDA. CPU indices of a CUDA tensor and
-  0-d CPU operands pass, as they do there. `numpy` refuses a tensor on the card.
+- An operation whose tensors lie on different devices raises `RuntimeError`, as on CUDA. CPU indices of a CUDA tensor
+  and 0-d CPU operands pass, as they do there. `numpy` refuses a tensor on the card.
 - ``torch.cuda`` is answered, and each function that takes a device checks it with torch's own
   ``torch.cuda._utils._get_device_index``: `torch.cuda.set_device` refuses a device without an index. As with CUDA, the
   current card is 0 until somebody sets another.
@@ -32,6 +32,7 @@ What it cannot show:
 import contextlib
 import sys
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -119,6 +120,7 @@ class Graph:
         return out
 
     def replay(self) -> None:
+        _state().replays += 1
         for func, args, kwargs, out in self._calls:
             fresh = _run(func, *args, **kwargs)
             if _makes_memory(func):
@@ -300,10 +302,7 @@ def _call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         raise torch.AcceleratorError("CUDA error: operation not permitted when stream is capturing")
     if target is not None and _makes_memory(func):
         _state().allocate()
-    if graph is None:
-        out = _run(func, *bare_args, **bare_kwargs)
-    else:
-        out = graph.record(func, bare_args, bare_kwargs)
+    out = _run(func, *bare_args, **bare_kwargs) if graph is None else graph.record(func, bare_args, bare_kwargs)
     if func is aten._to_copy.default and out is bare_args[0]:
         out = out.clone()
     given = {id(tensor.numbers): tensor for tensor in ours} if func._schema.is_mutable else {}
@@ -409,7 +408,7 @@ def simulated_card(*, index: int = 0, cards: int = 1, free_bytes: int = 64 << 30
             for name, value in names.items():
                 stack.enter_context(mock.patch.object(owner, name, value, create=not hasattr(owner, name)))
         stack.enter_context(_forgotten_choices())
-        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda")`: by way of the CPU, then `to`
+        torch._C._set_only_lift_cpu_tensors(True)  # `torch.tensor(..., device="cuda:0")`: by way of the CPU, then `to`
         stack.callback(torch._C._set_only_lift_cpu_tensors, lifted)
         stack.enter_context(_Dispatch())
         yield card
@@ -422,8 +421,8 @@ def _answers(card: Card) -> Iterator[tuple[Any, dict[str, Any]]]:
     yield torch.cuda.graph, {"default_capture_stream": Stream()}
     yield torch.accelerator, {"current_stream": Stream, "is_available": lambda: True}
     yield nn.Module, {"_apply": _apply}
+    yield ThreadPoolExecutor, {"submit": _submit}
     yield Tensor, {"to": _to, "cuda": _cuda}
-    yield torch, {name: _with_index(getattr(torch, name)) for name in ("tensor", "as_tensor", "asarray")}
     real = dist.init_process_group
 
     def init_process_group(backend: str | None = None, *args: Any, device_id: Any = None, **kwargs: Any) -> None:
@@ -549,8 +548,17 @@ def _indexed(value: Any) -> Any:
     return value
 
 
-def _with_index(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    return lambda *args, **kwargs: make(*args, **{key: _indexed(value) for key, value in kwargs.items()})
+_real_submit = ThreadPoolExecutor.submit
+
+
+def _submit(self: ThreadPoolExecutor, run: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+    """transformers loads in threads, and a dispatch mode belongs to one thread."""
+
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with _Dispatch():
+            return run(*args, **kwargs)
+
+    return _real_submit(self, inside, *args, **kwargs)
 
 
 def _to(self: Tensor, *args: Any, **kwargs: Any) -> Tensor:
