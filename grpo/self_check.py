@@ -410,10 +410,10 @@ def make_probe(policy: Policy) -> Probe:
 
 def nudged_adapter(policy: Policy) -> dict[str, Tensor]:
     """Return the adapter's tensors with noise on every B."""
-    generator = torch.Generator(policy.device).manual_seed(0)
+    generator = torch.Generator().manual_seed(0)
 
     def nudge(name: str, p: Tensor) -> Tensor:
-        noise = torch.randn(p.shape, generator=generator, device=p.device, dtype=p.dtype)
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
         return p.detach() + NUDGE * noise if ".lora_B." in name else p.detach().clone()
 
     return {name: nudge(name, p) for name, p in policy.trainable().items()}

@@ -467,9 +467,10 @@ def _device_answers(card: Card) -> dict[str, Any]:
         return before
 
     def properties(device: Any = None) -> SimpleNamespace:
-        _card_index(device)
+        index = _card_index(device)
         return SimpleNamespace(
             name="simulated card",
+            uuid=f"simulated-{index}",
             major=9,
             minor=0,
             total_memory=80 << 30,
