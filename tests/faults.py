@@ -25,6 +25,7 @@ import stat
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -34,6 +35,7 @@ from typing import Any
 
 import peft.peft_model
 import torch
+from tqdm import tqdm
 
 from grpo import checkpoint as checkpoint_module
 from grpo import groups
@@ -116,6 +118,8 @@ class World:
     def _run(self, out: Path, fault: Fault | None, more: tuple[str, ...]) -> None:
         code = 99
         try:
+            # tqdm's lock is shared with the other children: one that is killed while it holds it would stop them all
+            tqdm.set_lock(threading.RLock())
             log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
