@@ -29,7 +29,7 @@ import torch
 from grpo.cases import row_key
 from grpo.config import load_config
 from grpo.engine.sampling import uniforms
-from grpo.policy import Policy, load_policy
+from grpo.policy.policy import Policy, load_policy
 from grpo.rollout import ENGINES, rollout
 from grpo.types import Case, Completion, Prompt
 

@@ -1,6 +1,6 @@
 """Fuzzing: `python benchmarks/fuzz.py TARGET … --seconds 300`, all targets without one.
 
-    valid files → mutated (tests/fuzz_targets.py) → the reader → content, a named error, or a fault of ours
+    valid files → mutated (tests/support/fuzz_targets.py) → the reader → content, a named error, or a fault of ours
 
 Engines: `random` (seeded, needs nothing) and `atheris` (coverage-guided, `pip install -e '.[fuzz]'`). A fault is what
 is no named error, or takes longer than --hang seconds, or more memory than --memory; each is kept once by its place,
@@ -34,7 +34,7 @@ class Attack:
     """One target, and what came of it."""
 
     def __init__(self, name: str, hang: float, keep: Path) -> None:
-        from tests.fuzz_targets import TARGETS
+        from tests.support.fuzz_targets import TARGETS
 
         self.name, self.target, self.hang, self.keep = name, TARGETS[name], hang, keep
         self.seeds = self.target.seeds()
@@ -120,7 +120,7 @@ def by_coverage(one: Attack, arguments: argparse.Namespace) -> None:
     """libFuzzer's choice of inputs by the lines they reach; half of its mutants are ours. Ends the process."""
     import atheris
 
-    from tests.fuzz_targets import LONGEST
+    from tests.support.fuzz_targets import LONGEST
 
     corpus = arguments.keep / f"corpus-{one.name}"
     corpus.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,7 @@ def by_coverage(one: Attack, arguments: argparse.Namespace) -> None:
 def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Fuzz every reader of a file that somebody else may have written.")
-    parser.add_argument("targets", nargs="*", help="names in tests/fuzz_targets.py (default: all)")
+    parser.add_argument("targets", nargs="*", help="names in tests/support/fuzz_targets.py (default: all)")
     parser.add_argument("--engine", choices=["random", "atheris"], default="random")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each target (default: 60)")
     parser.add_argument("--seed", type=int, default=1)
@@ -162,10 +162,10 @@ def main() -> int:
             import atheris
 
             with atheris.instrument_imports(include=["grpo", "rewards", "tomllib"]):
-                import tests.fuzz_targets  # noqa: F401 — what is imported here is what coverage is counted in
+                import tests.support.fuzz_targets  # noqa: F401 — what is imported here is what coverage is counted in
         print(json.dumps(attack(arguments.targets[0], arguments)), flush=True)
         return 0
-    from tests.fuzz_targets import TARGETS
+    from tests.support.fuzz_targets import TARGETS
 
     found = []
     for name in arguments.targets or TARGETS:

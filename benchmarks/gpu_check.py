@@ -109,7 +109,7 @@ def nvidia_smi() -> str | None:
 
 def check_attention(arguments: argparse.Namespace) -> Result:
     """The trainer's own attention against softmax in float32; on CUDA, beside it, what cuDNN would have made of it."""
-    from grpo.base_model import pick_device, prepare_cuda
+    from grpo.policy.base_model import pick_device, prepare_cuda
 
     device = pick_device(arguments.device)
     facts: dict[str, Any] = {"torch_default": enabled_backends()}
@@ -127,7 +127,7 @@ def check_attention(arguments: argparse.Namespace) -> Result:
 
 def attention_cases(device: torch.device, dtypes: Iterable[str], *, small: bool) -> list[dict[str, Any]]:
     """The masks of two micro-batches, prompts and completions, each with ordinary and with low scores."""
-    from grpo.forward.shared_prefix import lay_out
+    from grpo.qwen3_5.train_forward import lay_out
 
     rows, shape = (2, (2, 2, 16)) if small else (8, (4, 4, 256))
     # with the second lengths, keys ≡ 64 mod 128, cuDNN is reported to return NaN (pytorch#196678)
@@ -174,7 +174,7 @@ def attention_case(seen: Tensor, shape: tuple[int, int, int], dtype: torch.dtype
         shape: key heads, queries that share one, head size.
         low: whether all scores are about -150, beyond what exp keeps in float32.
     """
-    from grpo.forward.shared_prefix import _mix
+    from grpo.qwen3_5.train_forward import _mix
 
     n, _, t, s = seen.shape
     kv_heads, share, d = shape
@@ -283,8 +283,8 @@ def short(error: BaseException) -> str:
 @cache
 def load(config_path: str, *overrides: str) -> Any:
     """Everything for the config's steps of 64 tokens, loaded once per process."""
-    from grpo.bench import bench_config
-    from grpo.setup import build
+    from benchmarks.bench import bench_config
+    from grpo.run.setup import build
 
     config, _ = bench_config(config_path, ["rollout.max_new_tokens=64", *overrides], 1)
     setup = build(config)
@@ -294,7 +294,7 @@ def load(config_path: str, *overrides: str) -> Any:
 
 def load_from(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """What `load` returns, and the facts of every record about it."""
-    from grpo.setup import machine
+    from grpo.run.setup import machine
 
     started = time.perf_counter()
     overrides = [f"model.device={arguments.device}", *arguments.set]
@@ -320,7 +320,7 @@ def check_step(arguments: argparse.Namespace) -> Result:
     import numpy as np
 
     from grpo.batch import make_batch
-    from grpo.groups import sample_step
+    from grpo.dynamic_sampling import sample_step
     from grpo.update import update
 
     setup, facts = load_from(arguments)
@@ -371,8 +371,9 @@ def step_problems(facts: dict[str, Any], gradients: dict[str, float]) -> list[st
 @torch.inference_mode()
 def check_capture(arguments: argparse.Namespace) -> Result:
     """The same forced tokens through a captured decode step, an eager one and one of plain torch."""
-    from grpo.engine import decode, plain
-    from grpo.groups import prompts_for_step
+    from grpo.dynamic_sampling import prompts_for_step
+    from grpo.qwen3_5 import decode
+    from grpo.qwen3_5 import decode_ops as plain
 
     with torch.inference_mode(False):
         setup, facts = load_from(arguments)

@@ -28,10 +28,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo.bench import bench_config, take
-from grpo.plan import RANDOM
-from grpo.setup import build
-from grpo.stop import Stop
+from benchmarks.bench import bench_config, take
+from grpo.policy.memory_plan import RANDOM
+from grpo.run.setup import build
+from grpo.runtime.interrupts import Stop
 
 CONFIG = Path(__file__).parent.parent / "configs" / "v49_random_small.toml"
 BASE = {"group_size": 8, "budget": 64, "layers": 4}

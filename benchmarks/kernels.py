@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.bench import bench_config
 from grpo.batch import make_batch
-from grpo.bench import bench_config
-from grpo.endings import INPUT_ERRORS
-from grpo.groups import sample_step
-from grpo.setup import Setup, build, machine
+from grpo.dynamic_sampling import sample_step
+from grpo.run.exit_messages import INPUT_ERRORS
+from grpo.run.setup import Setup, build, machine
 from grpo.update import update
 
 T = TypeVar("T")

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.ledger import ledger_steps, read_step, write_step
+from grpo.run.ledger import ledger_steps, read_step, write_step
 
 V49_TOKENS = 300 * 8 * 1024
 

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo.cases import LOADERS, load
-from grpo.loaders.report import Tally
+from grpo.data.row_report import Tally
 
 COMPLAINTS = ("CHEST PAIN", "ABD PAIN", "s/p FALL AT ___", "DYSPNEA, Transfer", "N/V", "BACK PAIN, WEAKNESS", "___", "")
 PAINS = (

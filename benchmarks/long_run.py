@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tests.faults import small_base
+from tests.support.faults import small_base
 
 ROOT = Path(__file__).parent.parent
 VALUES = (

@@ -119,9 +119,9 @@ def measure(root: Path, gigabytes: float) -> dict[str, Any]:
     modules = make_adapter(adapter, base, shapes)
     files = sorted(base.glob("*.safetensors"))
     arguments = [str(adapter), "--out", str(out), "--no-check", "--max-shard-size", "1GB"]
-    _, floor = child("import grpo.merge, peft, transformers.models.qwen3_5.modeling_qwen3_5")
+    _, floor = child("import grpo.commands.merge, peft, transformers.models.qwen3_5.modeling_qwen3_5")
     load = os.getloadavg()[0]
-    seconds, peak = child(f"from grpo.merge import main; assert main({arguments!r}) == 0")
+    seconds, peak = child(f"from grpo.commands.merge import main; assert main({arguments!r}) == 0")
     names = [n.removesuffix(".weight") for n in shapes if n.removesuffix(".weight").endswith(TARGETS)]
     check(base, adapter, out, [names[0], names[len(names) // 2], names[-1]])
     largest = max(file.stat().st_size for file in files)

@@ -114,15 +114,16 @@ from torch.utils._pytree import tree_leaves
 
 torch.inference_mode = lambda *_: torch.no_grad()  # where operations keep their composition, and cannot be looked at
 
-import grpo.setup as making
+import grpo.run.setup as making
 import grpo.update as updating
 from grpo.batch import make_batch
 from grpo.config import ConfigError, load_config
-from grpo.endings import INPUT_ERRORS
-from grpo.engine import decode, sampling
-from grpo.groups import sample_step
-from grpo.plan import RANDOM
-from grpo.roofline import Rates, floor_of
+from grpo.dynamic_sampling import sample_step
+from grpo.engine import sampling
+from grpo.policy.memory_plan import RANDOM
+from grpo.qwen3_5 import decode
+from grpo.run.exit_messages import INPUT_ERRORS
+from grpo.run.roofline import Rates, floor_of
 from grpo.types import Case, Prompt, Step
 
 CARDS = {

@@ -41,14 +41,14 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grpo.account import advantage_shares, step_metrics, token_account
-from grpo.base_model import card_name, pick_device
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
-from grpo.groups import prompts_for_step, sample_step
-from grpo.policy import Policy, load_policy
-from grpo.score import score_groups
-from grpo.setup import Setup, build
+from grpo.dynamic_sampling import prompts_for_step, sample_step
+from grpo.metrics import advantage_shares, step_metrics, token_account
+from grpo.policy.base_model import card_name, pick_device
+from grpo.policy.policy import Policy, load_policy
+from grpo.run.setup import Setup, build
+from grpo.scoring import score_groups
 from grpo.types import Completion, Group, Prompt, Step
 from grpo.update import update
 from rewards import Score

@@ -5,11 +5,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
-from grpo.loaders.jsonl import read_jsonl
-from grpo.loaders.mietic import read_instructions, read_validate
-from grpo.loaders.mimic import read_mimic_iv_ed
-from grpo.loaders.report import CaseError as CaseError
-from grpo.loaders.report import Loaded, Row, gather
+from grpo.data.jsonl import read_jsonl
+from grpo.data.mietic import read_instructions, read_validate
+from grpo.data.mimic_iv_ed import read_mimic_iv_ed
+from grpo.data.row_report import CaseError as CaseError
+from grpo.data.row_report import Loaded, Row, gather
 from grpo.types import Case
 
 LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {

@@ -23,7 +23,7 @@ from pydantic import (
     model_validator,
 )
 
-from rewards.reading import Unreadable, clipped, is_regular, parse_toml, read_text
+from rewards.safe_files import Unreadable, clipped, is_regular, parse_toml, read_text
 
 CONFIG_VERSION = 1
 """Raised when a key changes its meaning; a file of another version is refused."""
@@ -81,14 +81,14 @@ def _as_tuple(value: object) -> object:
 class Model(Section):
     name: Annotated[FileName, Field(min_length=1)]
     """A folder, ``embedded:base``, a hub id whose files are already on this machine, or ``random:qwen3.5-9b``: random
-    weights of a shape in `grpo.plan.RANDOM`."""
+    weights of a shape in `grpo.policy.memory_plan.RANDOM`."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["auto", "bfloat16", "float32"]
     """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
     gradient_checkpointing: bool
     kernels: Literal["auto", "plain"] = "auto"
     """On CUDA "auto" decodes with Triton's kernels and trains with flash-linear-attention's, where they are installed
-    and pass `grpo.self_check`; "plain" takes neither. CUDA graphs are used with both."""
+    and pass `grpo.run.self_check`; "plain" takes neither. CUDA graphs are used with both."""
     shard: bool = False
     """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 
@@ -114,7 +114,7 @@ class Cases(Section):
     """Of the files that name none: ``mietic-validate:data/samples.csv`` says its own."""
     train: FileName
     strict: bool = True
-    """Refuse a file for any faulty row; false leaves such rows out, counted and reported by `grpo.preflight`."""
+    """Refuse a file for any faulty row; false leaves such rows out, counted and reported by `grpo preflight`."""
     oversample: Annotated[
         dict[Annotated[int, Field(ge=1, le=5)], Annotated[int, Field(ge=1, le=1000)]], BeforeValidator(_int_keys)
     ]
@@ -152,7 +152,7 @@ class RewardSection(Section):
     overlong: Overlong | None = None
     """A length term on top of the set; the proof covers it."""
     allow_unsound: bool = False
-    """Train although `grpo.examine` refuses this reward for this run."""
+    """Train although `grpo.preflight.checks` refuses this reward for this run."""
     reason: str = ""
     """Why that is wanted; it stays in the run's config.json."""
 
@@ -231,7 +231,7 @@ class Checkpoint(Section):
 
 
 class Ledger(Section):
-    """What every k-th step writes down for `grpo.replay`, `grpo.inspect` and `grpo.report`; changes no number."""
+    """What every k-th step writes down for `grpo replay`, `grpo inspect` and `grpo report`; changes no number."""
 
     every: Count = 1
     """0 writes none."""

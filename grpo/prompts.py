@@ -3,7 +3,7 @@
 import re
 from typing import Any
 
-from grpo.base_model import ModelError
+from grpo.policy.base_model import ModelError
 from grpo.types import Case, Prompt
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")

@@ -10,13 +10,13 @@ from functools import partial
 
 import numpy as np
 
-from grpo.engine.decode import start_own
-from grpo.engine.generic import start_cached
-from grpo.engine.in_step import sample_in_step
-from grpo.engine.reference import sample_plainly
+from grpo.engine.lockstep import sample_in_step
+from grpo.engine.reference_engine import sample_plainly
 from grpo.engine.sampling import Drawn, sample, uniforms
-from grpo.engine.weights import readable
-from grpo.policy import Policy
+from grpo.engine.transformers_engine import start_cached
+from grpo.policy.policy import Policy
+from grpo.qwen3_5.decode import start_own
+from grpo.qwen3_5.weights import readable
 from grpo.types import Completion, Group, Prompt
 
 Engine = Callable[[Policy, Sequence[Prompt], Sequence[int], np.ndarray, float], Drawn]

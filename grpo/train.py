@@ -4,7 +4,7 @@
 
 Everything is built and checked before the first rollout. Exit codes: 0 done, 2 bad input, 3 a file could not be
 written, 4 another rank was lost, 130, 143, 129 stopped by SIGINT, SIGTERM, SIGHUP; after 3, 4 and these --resume goes
-on. Under ``torchrun`` each process runs this loop: see `grpo.ranks`.
+on. Under ``torchrun`` each process runs this loop: see `grpo.runtime.distributed`.
 """
 
 import argparse
@@ -22,27 +22,27 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from grpo.account import advantage_shares, step_metrics, token_account
 from grpo.batch import make_batch
-from grpo.checkpoint import Progress, damage, save_checkpoint
 from grpo.config import Config, Source, load_config
-from grpo.durable import DiskError, placed
-from grpo.endings import INPUT_ERRORS, NotFinite, how_to_go_on, say_refused, say_stopped
+from grpo.dynamic_sampling import sample_step
 from grpo.evaluation.answers import evaluate
-from grpo.evaluation.rates import summarise
-from grpo.groups import sample_step
-from grpo.ledger import LEDGER_VERSION, write_step
-from grpo.model_card import write_model_card
-from grpo.opening import check_alike, checksum, open_run, start_alike
-from grpo.out_of_memory import OutOfMemory
-from grpo.policy import save_adapter
-from grpo.ranks import RankLost, Ranks, expected, joined, leave
-from grpo.recorded.terminal import fit, say_anyhow, tell, visible
-from grpo.roofline import floor_of
-from grpo.run import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
-from grpo.self_check import DriftWarning, check_on_cuda
-from grpo.setup import Setup, build, plan, with_check
-from grpo.stop import Stop, Stopped, listening
+from grpo.evaluation.metrics import summarise
+from grpo.metrics import advantage_shares, step_metrics, token_account
+from grpo.policy.policy import save_adapter
+from grpo.report.model_card import write_model_card
+from grpo.run.checkpoint import Progress, damage, save_checkpoint
+from grpo.run.exit_messages import INPUT_ERRORS, NotFinite, how_to_go_on, say_refused, say_stopped
+from grpo.run.folder import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
+from grpo.run.ledger import LEDGER_VERSION, write_step
+from grpo.run.resume import check_alike, checksum, open_run, start_alike
+from grpo.run.roofline import floor_of
+from grpo.run.self_check import DriftWarning, check_on_cuda
+from grpo.run.setup import Setup, build, plan, with_check
+from grpo.runtime.atomic_files import DiskError, placed
+from grpo.runtime.distributed import RankLost, Ranks, expected, joined, leave
+from grpo.runtime.interrupts import Stop, Stopped, listening
+from grpo.runtime.out_of_memory import OutOfMemory
+from grpo.runtime.terminal import fit, say_anyhow, tell, visible
 from grpo.types import Group, Step
 from grpo.update import learning_rate, update
 
@@ -306,7 +306,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if records := evaluations(run):
         tell(f"\n{before_after(records)}\n")
     tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}" + (f"\nanswers   {run.path / 'eval'}" if records else ""))
-    tell(f"look      python -m grpo.report {run.path}; python -m grpo.replay {run.path}")
+    tell(f"look      python -m grpo report {run.path}; python -m grpo replay {run.path}")
     return 0
 
 

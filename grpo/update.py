@@ -23,12 +23,12 @@ from torch import Tensor
 
 from grpo.cases import row_key
 from grpo.config import Config
-from grpo.forward.memory import Room, room
-from grpo.forward.passes import forward_of
+from grpo.forward import forward_of
 from grpo.logprobs import spread, token_logprobs, token_slots
 from grpo.loss import LossTerms, grpo_loss, silent_rows
-from grpo.out_of_memory import UPDATE, OutOfMemory, memory_errors
-from grpo.policy import Policy, adapter_swapped
+from grpo.micro_batch_limit import Room, room
+from grpo.policy.policy import Policy, adapter_swapped
+from grpo.runtime.out_of_memory import UPDATE, OutOfMemory, memory_errors
 from grpo.types import Batch, TokenRecord
 
 T = TypeVar("T")

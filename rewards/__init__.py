@@ -1,6 +1,6 @@
 """Rewards as data: a table over the signed error, rule rows, and a proof over all they can say."""
 
-from rewards.length import Overlong, overlong
+from rewards.overlong import Overlong, overlong
 from rewards.parse import parse_answer
 from rewards.reward import Reward, dump_reward, load_reward
 from rewards.rules import NumberTrigger, PatternTrigger, Rule

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import regex
 
-from rewards.second import BLANK, DASH, JOINT, NAME, second_level
+from rewards.second_level import BLANK, DASH, JOINT, NAME, second_level
 from rewards.types import Answer, Reason, Span
 
 END_TOKENS = re.compile(r"<\|(?:im_end|endoftext)\|>")

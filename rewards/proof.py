@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from rewards.length import Overlong
+from rewards.overlong import Overlong
 from rewards.reward import Reward, combinations, modifiers_range, triggers_for
 from rewards.rules import Trigger
 from rewards.table import combine, total

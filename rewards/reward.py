@@ -13,7 +13,6 @@ from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
 
-from rewards.files import load_set
 from rewards.parse import parse_answer
 from rewards.rules import (
     CodeRule,
@@ -26,6 +25,7 @@ from rewards.rules import (
     levels,
 )
 from rewards.schema import NumberRow, PatternRow, ResolvedSet, RuleRow, SameRow
+from rewards.set_files import load_set
 from rewards.table import Table, combine, total
 from rewards.types import LARGEST, LEVELS, Fired, RewardError, Score, Span, View
 

@@ -1,4 +1,4 @@
-"""What a reward set's file may hold: every key, every row, every range. `rewards.files` reads it."""
+"""What a reward set's file may hold: every key, every row, every range. `rewards.set_files` reads it."""
 
 import math
 import re

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from grpo.config import Lora, Model
-from grpo.policy import Policy, load_policy
-from grpo.ranks import ALONE, Ranks
+from grpo.policy.policy import Policy, load_policy
+from grpo.runtime.distributed import ALONE, Ranks
 from grpo.tiny.model import make_model, make_tokenizer
 
 TEXTS = (
@@ -28,14 +28,15 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
     if signal.getsignal(number) is signal.SIG_IGN:  # `nohup` and a shell's background hand that on to what tests start
         signal.signal(number, usual)
 
+os.umask(MASK := os.umask(0o077))
+
 
 @pytest.fixture(autouse=True)
 def file_mode_mask() -> Iterator[None]:
-    """Restore the mask, which commands that run in this process change."""
-    mask = os.umask(0o077)
-    os.umask(mask)
+    """Give every test the mask the session began with: commands and fixtures in this process change it."""
+    os.umask(MASK)
     yield
-    os.umask(mask)
+    os.umask(MASK)
 
 
 @pytest.fixture(scope="session")

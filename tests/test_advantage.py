@@ -4,12 +4,13 @@ import subprocess
 import sys
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
-from maths_modules import REAL, Maths
+
+from tests.support import oracles
+from tests.support.maths_modules import REAL, Maths
 
 KINDS = ("group", "none", "batch", "leave_one_out")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from grpo.recorded.terminal import screen_width
-from tests.environment import OBEYED
+from grpo.runtime.terminal import screen_width
+from tests.support.environment import OBEYED
 
 ODD = {"COLUMNS": "120", "NO_COLOR": "1", "TERM": "dumb", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "0", "RANK": "1",
        "WORLD_SIZE": "2", "TRITON_INTERPRET": "1", "PYTHONWARNINGS": "always", "PYTHONUTF8": "0"}  # fmt: skip

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from grpo.engine.gated_delta import gated_delta_step
-from grpo.forward import shared_prefix
-from grpo.forward.gated_delta import (
+from grpo.micro_batch_limit import kept_bytes
+from grpo.policy.policy import Policy
+from grpo.policy.transformers_forward import predicting_states_by_modules
+from grpo.qwen3_5 import train_forward as shared_prefix
+from grpo.qwen3_5.gated_delta_scan import (
     CHUNK,
     INVERSE_BASE,
     _fla_scan,
@@ -21,11 +23,9 @@ from grpo.forward.gated_delta import (
     gated_delta_scan,
     unit_lower_inverse,
 )
-from grpo.forward.layers import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
-from grpo.forward.memory import kept_bytes
-from grpo.forward.modules import predicting_states_by_modules
-from grpo.forward.shared_prefix import lay_out, predicting_states_shared, read_linear, shared
-from grpo.policy import Policy
+from grpo.qwen3_5.gated_delta_step import gated_delta_step
+from grpo.qwen3_5.train_forward import lay_out, predicting_states_shared, read_linear, shared
+from grpo.qwen3_5.train_ops import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
 from tests.conftest import TARGETS
 
 Ids = list[tuple[int, ...]]

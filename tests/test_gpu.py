@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.bench import main as bench
 from grpo.batch import make_batch
-from grpo.bench import main as bench
 from grpo.config import Lora, Model, load_config
-from grpo.engine import decode
+from grpo.dynamic_sampling import sample_step
 from grpo.engine.sampling import draw, uniforms
-from grpo.groups import sample_step
 from grpo.logprobs import head_logits
-from grpo.policy import Kernels, Policy, load_policy
-from grpo.self_check import self_check
-from grpo.setup import build
+from grpo.policy.policy import Kernels, Policy, load_policy
+from grpo.qwen3_5 import decode
+from grpo.run.self_check import self_check
+from grpo.run.setup import build
 from grpo.train import main
 from grpo.update import update
 from tests.conftest import TARGETS
-from tests.test_engines import FEW, buffers, logprobs, move, prompts_of, sample, scored
+from tests.engine.test_engines import FEW, buffers, logprobs, move, prompts_of, sample, scored
 
 NEEDS_CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SHORT = (

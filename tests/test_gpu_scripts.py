@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-import grpo.forward.shared_prefix as training
+import grpo.qwen3_5.train_forward as training
 from benchmarks import gpu_check
-from grpo.engine import plain
+from grpo.qwen3_5 import decode_ops as plain
 from tests.test_readme import text_of
 
 ROOT = Path(__file__).parent.parent

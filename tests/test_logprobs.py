@@ -4,14 +4,15 @@ import itertools
 import math
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths_modules import REAL, Maths
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.support import oracles
+from tests.support.maths_modules import REAL, Maths
 
 CHUNKS = (1, 3, 4, 1024)
 TEMPERATURES = (0.7, 1.0, 1.3)

@@ -6,13 +6,14 @@ import math
 from typing import Any
 
 import numpy as np
-import oracles
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from maths_modules import REAL, Maths
 from torch import Tensor
+
+from tests.support import oracles
+from tests.support.maths_modules import REAL, Maths
 
 SURROGATES = ("clip", "dual_clip", "gspo", "cispo", "none")
 ESTIMATORS = ("k1", "k2", "k3", "ratio_k3")

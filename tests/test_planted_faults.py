@@ -15,10 +15,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import test_advantage
-import test_logprobs
-import test_loss
-from maths_modules import REAL, Maths
+
+from tests import test_advantage, test_logprobs, test_loss
+from tests.support.maths_modules import REAL, Maths
 
 
 @dataclass(frozen=True, slots=True)

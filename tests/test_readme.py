@@ -10,7 +10,7 @@ from grpo.config import EMBEDDED
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent
-PAGES = ("README.md", "benchmarks/README.md", "grpo/lab/README.md")
+PAGES = ("README.md", "benchmarks/README.md", "benchmarks/series/README.md")
 
 
 def text_of(page: str) -> str:

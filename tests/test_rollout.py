@@ -8,7 +8,7 @@ import torch
 
 from grpo.cases import row_key
 from grpo.engine.sampling import draw, uniforms
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import PromptError, rollout
 from grpo.types import Case, Group, Prompt

@@ -22,12 +22,12 @@ import torch
 from safetensors.torch import load_file
 from tqdm import tqdm
 
-from grpo import groups
+from grpo import dynamic_sampling as groups
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
-from grpo.groups import noise_keys
-from grpo.ledger import ledger_steps, read_step
-from grpo.recorded.terminal import columns
+from grpo.dynamic_sampling import noise_keys
+from grpo.run.ledger import ledger_steps, read_step
+from grpo.runtime.terminal import columns
 from grpo.train import main
 from grpo.types import Case, Prompt
 

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from grpo import update as update_module
-from grpo.account import token_account
 from grpo.batch import make_batch
 from grpo.config import Config, load_config
-from grpo.forward.memory import Room
-from grpo.policy import Policy, adapter_copy
+from grpo.metrics import token_account
+from grpo.micro_batch_limit import Room
+from grpo.policy.policy import Policy, adapter_copy
 from grpo.rollout import rollout
 from grpo.types import Batch, Completion, Group
 from grpo.update import learning_rate, micro_batches, update

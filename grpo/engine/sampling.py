@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo.logprobs import log_distribution
-from grpo.policy import Policy
+from grpo.policy.policy import Policy
 from grpo.types import Prompt
 
 LOOK_EVERY = 8

@@ -15,15 +15,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from grpo.cases import row_key
 from grpo.config import Config
-from grpo.evaluation.rates import Verdict, row
-from grpo.out_of_memory import EVALUATION, memory_errors
-from grpo.policy import Policy
+from grpo.evaluation.metrics import Verdict, row
+from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
+from grpo.runtime.out_of_memory import EVALUATION, memory_errors
 from grpo.types import Case, Prompt
 from rewards import Answer, parse_answer
 from rewards.parse import FORMATS
-from rewards.reading import MEBIBYTE, Unreadable, clipped, is_regular, raw_lines
+from rewards.safe_files import MEBIBYTE, Unreadable, clipped, is_regular, raw_lines
 from rewards.types import Reason
 
 LONGEST_LINE = 64 * MEBIBYTE
@@ -160,7 +160,7 @@ def in_order(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> tuple[Verdic
 
 
 class _Row(BaseModel):
-    """A line that `grpo.evaluation.rates.row` wrote."""
+    """A line that `grpo.evaluation.metrics.row` wrote."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 

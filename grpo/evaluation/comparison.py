@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grpo.config import Thinking
-from grpo.evaluation.agreement import cohen_kappa, majority, mcnemar, wilson
-from grpo.evaluation.fingerprint import text_sha256
+from grpo.evaluation.statistics import cohen_kappa, majority, mcnemar, wilson
+from grpo.run.input_hashes import text_sha256
 from grpo.types import Case
-from rewards.reading import MEBIBYTE, Unreadable, clipped, read_json
+from rewards.safe_files import MEBIBYTE, Unreadable, clipped, read_json
 
 MOST_BYTES = 256 * MEBIBYTE
 """Of an ``eval.json``: 300 a case."""
@@ -49,7 +49,7 @@ class Evaluated(_Read):
 
 
 def read_evaluation(path: Path) -> Evaluated:
-    """An ``eval.json`` that `grpo.evaluate` wrote.
+    """An ``eval.json`` that `grpo evaluate` wrote.
 
     Raises:
         ComparisonError: not there, not JSON, of a training run, or not of this format.
@@ -61,7 +61,7 @@ def read_evaluation(path: Path) -> Evaluated:
     if isinstance(value, list):
         raise ComparisonError(
             f"{path}: is of a training run, which keeps no hash of its cases: evaluate that adapter with "
-            f"`python -m grpo.evaluate CONFIG --adapter RUN/adapter`, then name the eval.json of that"
+            f"`python -m grpo evaluate CONFIG --adapter RUN/adapter`, then name the eval.json of that"
         )
     try:
         return Evaluated.model_validate(value)
@@ -94,7 +94,7 @@ def compare(before: Sequence[AnsweredCase], after: Sequence[AnsweredCase], mode:
     """What became of each case that both evaluations answered in this mode; of several answers the majority counts.
 
     ``fixed``: wrong → right. ``broken``: right → wrong. ``unchanged_right``, ``unchanged_wrong``; all as ids, in
-    ``after``'s order. ``p_value``: see `grpo.evaluation.agreement.mcnemar`.
+    ``after``'s order. ``p_value``: see `grpo.evaluation.statistics.mcnemar`.
     """
     old = {case.id: case for case in before if mode in case.levels}
     both = [case for case in after if mode in case.levels and case.id in old]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Literal
 
-from grpo.evaluation.agreement import majority
-from grpo.evaluation.rates import Verdict
+from grpo.evaluation.metrics import Verdict
+from grpo.evaluation.statistics import majority
 from grpo.types import Case
 from rewards import Reward, Rule
 

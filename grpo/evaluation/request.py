@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.adapter import lora_section, system_prompt
-from grpo.base_model import card_name, context_of, load_tokenizer, pick_device, pick_dtype
 from grpo.cases import CaseError, load
 from grpo.config import Config, Thinking, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
-from grpo.evaluation.fingerprint import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
-from grpo.policy import check_adapter, missing_parts
+from grpo.policy.adapter_files import lora_section, system_prompt
+from grpo.policy.base_model import card_name, context_of, load_tokenizer, pick_device, pick_dtype
+from grpo.policy.policy import check_adapter, missing_parts
 from grpo.prompts import encode_plain, render_prompt
+from grpo.run.input_hashes import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
 from grpo.types import Case
 from rewards import Reward, load_reward
-from rewards.reading import is_regular
+from rewards.safe_files import is_regular
 
 CARD = "configs/v49.toml"
 """What a bare MODEL is evaluated with: the card's token budget, temperature and modes, under the system prompt that the
-model or adapter brings (see `grpo.adapter.system_prompt`)."""
+model or adapter brings (see `grpo.policy.adapter_files.system_prompt`)."""
 MODES = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
 BARE = "none"
 """``--adapter none``: the base alone."""

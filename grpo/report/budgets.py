@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.budget import BudgetError, clipped_ratio_at
-from grpo.ledger import LedgerError, ledger_steps, read_lengths
+from grpo.inspection.run_records import RunRecord
 from grpo.report.charts import Line, Panel, chart
-from grpo.report.gather import RunRecord
 from grpo.report.views import View, reading
+from grpo.run.ledger import LedgerError, ledger_steps, read_lengths
+from grpo.token_budget import BudgetError, clipped_ratio_at
 
 
 def forecast(run: RunRecord) -> tuple[View, ...]:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from grpo.report.numerals import GIB, tick_labels, ticks
+from grpo.report.number_format import GIB, tick_labels, ticks
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 8.0, 10.0, 24.0
@@ -62,7 +62,7 @@ class Panel:
     levels: Sequence[Level] = ()
     stacked: bool = False
     kind: str = "plain"
-    """Of the y axis: a key of `grpo.report.numerals.FORMATS`."""
+    """Of the y axis: a key of `grpo.report.number_format.FORMATS`."""
     floor: float | None = None
     """The y axis begins here at the highest; None: where the data do."""
     ceiling: float | None = None

@@ -6,10 +6,10 @@ from xml.etree import ElementTree as ET
 
 from markupsafe import Markup
 
-from grpo.evaluation.agreement import mcnemar, wilson
+from grpo.evaluation.statistics import mcnemar, wilson
+from grpo.inspection.run_records import GOLD, Evaluation, RunRecord, Subset
 from grpo.report.charts import Line, Panel, chart
-from grpo.report.gather import GOLD, Evaluation, RunRecord, Subset
-from grpo.report.numerals import percent
+from grpo.report.number_format import percent
 from grpo.report.views import View, reading
 
 MODES = {"on": "with thinking", "off": "without thinking"}

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grpo.config import Config
+from grpo.inspection.run_records import Metrics
 from grpo.report.charts import Level
-from grpo.report.gather import Metrics
 
 Edges = Callable[[Metrics], tuple[float, float] | None]
 

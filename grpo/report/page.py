@@ -10,11 +10,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from grpo.inspection.run_records import ReportError, RunRecord, distinct_names, read_run
 from grpo.report.budgets import forecast
 from grpo.report.evaluation import RATES, Span, common_set, first_set, over_steps, spans, verdict
 from grpo.report.figures import SECTIONS
-from grpo.report.gather import ReportError, RunRecord, distinct_names, read_run
-from grpo.report.numerals import percent, plain, seconds, signed, whole
+from grpo.report.number_format import percent, plain, seconds, signed, whole
 from grpo.report.recipe import config_values, differences, reward_values
 from grpo.report.samples import Samples, sample_run
 from grpo.report.views import Drawn, View, draw

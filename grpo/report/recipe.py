@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import load_config, notes
-from grpo.report.gather import RunRecord
-from grpo.report.numerals import NOTHING, minus
+from grpo.inspection.run_records import RunRecord
+from grpo.report.number_format import NOTHING, minus
 
 GRADES = {
     "KNOWN": "known",

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from grpo.account import token_slices
-from grpo.budget import stop_cause
-from grpo.ledger import Entry, LedgerError, ledger_steps, read_step
-from grpo.report.gather import RunRecord
-from grpo.report.numerals import signed
+from grpo.inspection.run_records import RunRecord
+from grpo.metrics import token_slices
+from grpo.report.number_format import signed
 from grpo.report.tokens import Piece, Scale, case_pieces, completion_pieces, load_tokenizer, shadings, told
+from grpo.run.ledger import Entry, LedgerError, ledger_steps, read_step
+from grpo.token_budget import stop_cause
 
 GROUPS_A_STEP = 2
 """Groups shown of each of the first, the middle and the last recorded step."""

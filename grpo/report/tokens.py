@@ -11,8 +11,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from grpo.config import resolve
-from grpo.ledger import Entry
-from grpo.report.numerals import NOTHING, plain
+from grpo.report.number_format import NOTHING, plain
+from grpo.run.ledger import Entry
 from grpo.types import Completion
 from rewards import Score
 

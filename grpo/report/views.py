@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from grpo.config import Config
+from grpo.inspection.run_records import Metrics, RunRecord
 from grpo.report.charts import COLOURS, Band, Line, Panel, Values, chart
 from grpo.report.figures import Figure
-from grpo.report.gather import Metrics, RunRecord
-from grpo.report.numerals import shown
+from grpo.report.number_format import shown
 
 SMOOTHED_FROM = 80
 """Steps from which single curves are drawn as running means, the steps themselves thin behind."""

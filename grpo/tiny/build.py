@@ -27,10 +27,10 @@ from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
 from grpo.logprobs import join
-from grpo.recorded.terminal import say_anyhow
+from grpo.runtime.terminal import say_anyhow
 from grpo.tiny.model import make_model, make_tokenizer
 from grpo.tiny.patients import Summary, summary
-from grpo.tiny.teach import Teacher, answer, completion, right, thought, unsure_v46
+from grpo.tiny.teacher import Teacher, answer, completion, right, thought, unsure_v46
 from grpo.tiny.vignettes import STRATA, draw_vignettes
 
 SYSTEM_PROMPT = "Extract clinical fields, apply the ESI algorithm, then state the ESI level."
@@ -260,7 +260,7 @@ def held_out_scores(out: Path, plan: Plan) -> dict[str, dict[str, float]]:
     """Exact share of greedy answers on the validation vignettes, by model and mode, and by stratum for v46."""
     from grpo.cases import load_jsonl
     from grpo.config import Lora, Model
-    from grpo.policy import adapter_swapped, load_policy
+    from grpo.policy.policy import adapter_swapped, load_policy
     from grpo.prompts import render_prompt
     from grpo.rollout import rollout
     from rewards import parse_answer

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grpo.recorded.terminal import say_anyhow
+from grpo.runtime.terminal import say_anyhow
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PLAIN_ADDED = ("<think>", "</think>")

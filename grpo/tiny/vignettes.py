@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from grpo.recorded.terminal import say_anyhow
+from grpo.runtime.terminal import say_anyhow
 from grpo.tiny.lexicon import (
     ALLERGIES,
     DECOYS,

@@ -443,7 +443,7 @@ def _refuse_launch(*_: Any, **__: Any) -> Any:
 @contextlib.contextmanager
 def _forgotten_choices() -> Iterator[None]:
     """The decoder remembers for each device which operations work on it: what it learns here is of no use outside."""
-    from grpo.engine import decode
+    from grpo.qwen3_5 import decode
 
     forget = getattr(decode.pieces, "cache_clear", lambda: None)
     forget()

@@ -1,0 +1,1 @@
+"""Read a recorded run back: compare, recompute, rescore, show."""

@@ -1,1 +1,0 @@
-"""The series of the model card run again on the embedded world: python -m grpo.lab."""

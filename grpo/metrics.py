@@ -1,0 +1,190 @@
+"""A step, accounted for: what every token and every reward component contributed, and the metrics of the step.
+
+All of it is computed from a `Step` alone, on the CPU, in float64, in one place: the training loop and a replay of its
+ledger call the same functions on the same numbers. Sums are `math.fsum`'s, exactly rounded whatever the order, so the
+token contributions add up to the logged loss to the last bit.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from grpo.advantage import split_by_component, zero_variance
+from grpo.config import Advantage, Config, Loss
+from grpo.loss import grpo_loss
+from grpo.stats import Stats, mean_of, means
+from grpo.token_budget import answer_stats, budget_stats, forecast_stats, reward_by_status, truncation_pull
+from grpo.types import Batch, Step, TokenRecord
+
+
+@dataclass(frozen=True, slots=True)
+class TokenAccount:
+    """What each of M packed tokens did in each of E inner epochs, [E,M]."""
+
+    ratio: Tensor
+    """fp64; exp(logprob − old logprob), or the completion's for "gspo"."""
+    clip: Tensor
+    """int8; −1 where the lower bound cut the surrogate's gradient, +1 where the upper did, else 0."""
+    kl: Tensor | None
+    """fp64 nats, unweighted; None without a reference."""
+    loss: Tensor
+    """fp64; the token's term of the loss, weight and sign included. Its `fsum` over an epoch is that epoch's loss."""
+
+
+def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAccount:
+    """The terms of the loss, token by token, from the recorded log-probabilities."""
+    mask = batch.completion_mask
+    old = _spread(tokens.logprobs[0], mask)
+    ref = None if tokens.ref_logprobs is None else _spread(tokens.ref_logprobs, mask)
+    epochs = [
+        grpo_loss(
+            _spread(logprobs, mask),
+            old,
+            ref,
+            batch.advantages,
+            mask,
+            batch.token_weights,
+            surrogate=section.surrogate,
+            clip_low=section.clip_low,
+            clip_high=section.clip_high,
+            dual_clip=section.dual_clip,
+            kl=section.kl,
+            beta=section.beta,
+        )
+        for logprobs in tokens.logprobs
+    ]
+    return TokenAccount(
+        ratio=torch.stack([terms.ratio[mask] for terms in epochs]),
+        clip=torch.stack([terms.clipped_high[mask].char() - terms.clipped_low[mask].char() for terms in epochs]),
+        kl=None if ref is None else torch.stack([terms.kl[mask] for terms in epochs if terms.kl is not None]),
+        loss=torch.stack([terms.per_token[mask] for terms in epochs]),
+    )
+
+
+def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
+    """Component → [B,G] fp64: the part of each advantage that it gave. The parts add up to the advantage.
+
+    See `grpo.advantage.split_by_component`. Exact but for rounding: K components of magnitude a leave at most
+    K·a·2⁻⁵² between their sum and the advantage.
+    """
+    names = list(step.scores[0][0].parts)
+    shape = rewards_of(step).shape
+    return split_by_component(
+        {name: np.array([[score.parts[name] for score in row] for row in step.scores]) for name in names},
+        kind=section.kind,
+        epsilon=section.epsilon,
+        ddof=section.ddof,
+        in_baseline=step.batch.in_baseline.numpy().reshape(shape),
+        total=rewards_of(step),
+    )
+
+
+def rewards_of(step: Step) -> np.ndarray:
+    """[B,G] fp64 totals."""
+    return np.array([[score.total for score in row] for row in step.scores])
+
+
+def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
+    """Everything of a step's line in ``metrics.jsonl`` that follows from the step itself: all but time and memory.
+
+    Every name is defined in the README.
+    """
+    rewards = rewards_of(step)
+    completions = [completion for group in step.groups for completion in group.completions]
+    flat = [score for row in step.scores for score in row]
+    finished = np.array([completion.finished for completion in completions]).reshape(rewards.shape)
+    section, budget = config.advantage, config.rollout.max_new_tokens
+    stats: Stats = {
+        "reward/mean": mean_of(rewards.flatten()),
+        "reward/std_group": mean_of(rewards.std(axis=1, ddof=1)),
+        "groups/zero_variance": mean_of(
+            zero_variance(rewards, in_baseline=step.batch.in_baseline.numpy().reshape(rewards.shape))
+        ),
+        **budget_stats(completions, max_new_tokens=budget),
+        **forecast_stats(completions, max_new_tokens=budget),
+        **answer_stats(step.groups, step.scores),
+        **reward_by_status(completions, rewards.flatten()),
+        **truncation_pull(rewards, finished, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof),
+        "reward/timed_out": mean_of(score.timed_out for score in flat),
+        **{f"reward/{name}/mean": mean_of(score.parts[name] for score in flat) for name in flat[0].parts},
+        **{f"advantage/{name}/abs_mean": mean_of(np.abs(share).flatten()) for name, share in shares.items()},
+        **_dropped_stats(step),
+        **_token_stats(step, account, config.loss.kl),
+    }
+    return {
+        "step": step.number,
+        "loss": exact_sum(account.loss[0]),
+        "loss/trained": step.trained_loss,
+        "grad_norm": step.grad_norm,
+        "skipped": step.skipped,
+        "reward/std_batch": float(rewards.std(ddof=1)),
+        **means(stats),
+    }
+
+
+def exact_sum(values: Tensor) -> float:
+    """The exactly rounded sum; NaN if a value is not finite.
+
+    >>> exact_sum(torch.tensor([1e16, 1.0, -1e16], dtype=torch.float64))
+    1.0
+    """
+    return math.fsum(values.tolist()) if bool(torch.isfinite(values).all()) else math.nan
+
+
+def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
+    """Over the tokens of the first inner epoch; ratios and clipping over those of all."""
+    tokens = step.tokens
+    count = float(tokens.entropy.numel())
+    apart = (tokens.logprobs[0] - step.batch.sampler_logprobs[step.batch.completion_mask]).double()
+    stats: Stats = {
+        "clip_ratio/low": (float((account.clip == -1).sum()), float(account.clip.numel())),
+        "clip_ratio/high": (float((account.clip == 1).sum()), float(account.clip.numel())),
+        "ratio": (exact_sum(account.ratio.flatten()), float(account.ratio.numel())),
+        "entropy": (exact_sum(tokens.entropy.double()), count),
+        "sampler/abs_logprob_diff": (exact_sum(apart.abs()), count),
+        "sampler/max_abs_logprob_diff": (float(apart.abs().max()), 1.0),
+        "sampler/kl_k3": (exact_sum(torch.expm1(apart) - apart), count),
+    }
+    if account.kl is not None:
+        stats[f"kl/{estimator}"] = (exact_sum(account.kl[0]), count)
+    return stats
+
+
+def _dropped_stats(step: Step) -> Stats:
+    """What drop-and-refill cost, and the mean reward of all that was sampled: the batch alone is a selection."""
+    kept = rewards_of(step).flatten().tolist()
+    left_out = [reward for one in step.dropped for reward in one.rewards]
+    return {
+        "groups/dropped": (float(len(step.dropped)), 1.0),
+        "groups/dropped_tokens": (float(sum(sum(one.lengths) for one in step.dropped)), 1.0),
+        "reward/mean_sampled": mean_of([*kept, *left_out]),
+    }
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """[M] → [N,T] fp64, zeros in the padding."""
+    whole = torch.zeros(mask.shape, dtype=torch.float64)
+    whole[mask] = values.double()
+    return whole
+
+
+def rows(step: Step) -> Iterator[tuple[int, int]]:
+    """(group, member) of each of N rows, in the batch's order."""
+    for b, group in enumerate(step.groups):
+        for g in range(len(group.completions)):
+            yield b, g
+
+
+def token_slices(lengths: Sequence[int]) -> list[slice]:
+    """Where each row's tokens lie among the M packed ones.
+
+    >>> token_slices([2, 3])
+    [slice(0, 2, None), slice(2, 5, None)]
+    """
+    ends = np.cumsum(lengths).tolist()
+    return [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]

@@ -1,0 +1,297 @@
+"""What a config asks of the machine, from shapes alone: parameters, tokens, completions, bytes. Imports no torch.
+
+Every byte count is an estimate: a formula over the model's shape, with one measured constant for each kind of device
+(`ACTIVATION_BYTES`). Fragmentation, the libraries' own workspace and a display's share are not in it.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from grpo.config import Config, resolve
+from rewards.safe_files import Unreadable, is_regular, read_json
+
+KNOWN_HUB_SHAPES = ("Qwen/Qwen3.5-9B",)
+"""Hub ids whose shape is `Shape`'s defaults, so that a plan needs none of their files."""
+SHAPED = ("qwen3_5", "qwen3_5_text")
+"""Values of ``model_type`` in config.json whose parameters `projections` knows how to count."""
+
+CHUNK_TOKENS = 1024
+"""Completion tokens whose logits are alive at a time in the update; `grpo.logprobs.token_logprobs` has the same."""
+ACTIVATION_BYTES = {"cpu": 30, "cuda": 12}
+"""Saved for backward by `grpo.qwen3_5` in plain torch, a token, a layer and a unit of hidden + feed-forward width.
+Measured on small Qwen3.5 shapes on a CPU: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32 in
+both). Counted on the 9B's shapes as on CUDA, where scans are computed again (`benchmarks/on_paper.py`): 12."""
+BYTES_PER_TOKEN = 3
+"""Of English triage text, cautiously: real tokenizers need fewer tokens, a plan needs none of their files."""
+UNSEEN_NARRATIVE = 600
+"""Bytes taken for the longest narrative when there are no cases to look at."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes in a Qwen3.5 config.json, under its own keys. The defaults are Qwen3.5-9B's."""
+
+    vocab_size: int = 248_320
+    hidden_size: int = 4096
+    intermediate_size: int = 12_288
+    num_hidden_layers: int = 32
+    full_attention_layers: int = 8
+    """The other layers are Gated DeltaNet."""
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 4
+    head_dim: int = 256
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    tie_word_embeddings: bool = False
+
+    @property
+    def linear_layers(self) -> int:
+        return self.num_hidden_layers - self.full_attention_layers
+
+    @property
+    def key_width(self) -> int:
+        """Of a Gated DeltaNet layer, all heads together."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def value_width(self) -> int:
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+
+RANDOM: dict[str, Shape] = {
+    "random:qwen3.5-9b": Shape(),
+    "random:qwen3.5-small": Shape(
+        hidden_size=128,
+        intermediate_size=384,
+        num_hidden_layers=4,
+        full_attention_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=32,
+        linear_value_head_dim=32,
+    ),
+}
+"""Values of ``model.name`` that make random weights of a shape (`grpo.policy.random_model`): the whole 9B, and its
+vocabulary of 248,320 on a body small enough for two CPU cores."""
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """One line of the memory plan.
+
+    Example: ``Estimate("KV cache", "rollout", 322_961_408, "rows · tokens · 2 · layers · heads · head_dim · bytes")``
+    """
+
+    part: str
+    phase: str
+    """"rollout", "update", or "both"."""
+    bytes: int
+    formula: str
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do and need, before any weight is read."""
+
+    prompts: int
+    group_size: int
+    micro_batches: int
+    inner_epochs: int
+    steps: int
+    tokens_a_step: int
+    """At most: every completion as long as the budget, and every refill round drawn in full."""
+    frozen: int | None
+    """Parameters of the base; None where the model's shape cannot be read."""
+    trained: int | None
+    modules: int | None
+    """Linear layers that carry an adapter."""
+    memory: tuple[Estimate, ...]
+
+    @property
+    def rows(self) -> int:
+        """Completions a step."""
+        return self.prompts * self.group_size
+
+    @property
+    def completions(self) -> int:
+        return self.steps * self.rows
+
+    def peak(self, phase: str) -> int:
+        """Bytes alive together in a phase, by estimate."""
+        return sum(line.bytes for line in self.memory if line.phase in (phase, "both"))
+
+
+def read_shape(name: str) -> Shape | None:
+    """The shape behind ``model.name``: of `RANDOM`, of a known hub id, or of a folder's config.json.
+
+    None for what is neither, for another architecture, and for a file that does not hold what it should: whether the
+    model can be loaded is for the loader to say.
+
+    >>> read_shape("Qwen/Qwen3.5-9B") == Shape()
+    True
+    """
+    if name in RANDOM:
+        return RANDOM[name]
+    file = resolve(name) / "config.json"
+    if not is_regular(file):
+        return Shape() if name in KNOWN_HUB_SHAPES else None
+    try:
+        table = read_json(file, foreign=True)
+    except Unreadable:
+        return None
+    return _shape(table) if isinstance(table, dict) else None
+
+
+def _shape(table: Mapping[str, object]) -> Shape | None:
+    text = table.get("text_config")
+    table = text if isinstance(text, dict) else table
+    if table.get("model_type") not in SHAPED or table.get("attention_bias"):
+        return None
+    sizes = {f.name: table[f.name] for f in fields(Shape) if type(table.get(f.name)) in (int, bool)}
+    layers = table.get("layer_types")
+    if isinstance(layers, list):
+        sizes["full_attention_layers"] = layers.count("full_attention")
+    return Shape(**sizes)  # type: ignore[arg-type]
+
+
+def projections(shape: Shape) -> dict[str, tuple[int, int, int]]:
+    """Every kind of linear layer by its module name: (how many, input width, output width).
+
+    >>> projections(Shape())["q_proj"]
+    (8, 4096, 8192)
+    """
+    hidden, heads, head = shape.hidden_size, shape.num_attention_heads, shape.head_dim
+    full, linear, every = shape.full_attention_layers, shape.linear_layers, shape.num_hidden_layers
+    grouped = shape.num_key_value_heads * head
+    return {
+        "q_proj": (full, hidden, 2 * heads * head),  # queries and their output gates
+        "k_proj": (full, hidden, grouped),
+        "v_proj": (full, hidden, grouped),
+        "o_proj": (full, heads * head, hidden),
+        "in_proj_qkv": (linear, hidden, 2 * shape.key_width + shape.value_width),
+        "in_proj_z": (linear, hidden, shape.value_width),
+        "in_proj_b": (linear, hidden, shape.linear_num_value_heads),
+        "in_proj_a": (linear, hidden, shape.linear_num_value_heads),
+        "out_proj": (linear, shape.value_width, hidden),
+        "gate_proj": (every, hidden, shape.intermediate_size),
+        "up_proj": (every, hidden, shape.intermediate_size),
+        "down_proj": (every, shape.intermediate_size, hidden),
+    }
+
+
+def frozen_parameters(shape: Shape) -> int:
+    """Parameters of the text model: Σ in·out over its linear layers, convolutions, norms, embedding and head.
+
+    >>> round(frozen_parameters(Shape()) / 1e9, 3)
+    8.954
+    """
+    linear = sum(count * wide * high for count, wide, high in projections(shape).values())
+    convolution = (2 * shape.key_width + shape.value_width) * shape.linear_conv_kernel_dim
+    deltas = convolution + 2 * shape.linear_num_value_heads + shape.linear_value_head_dim
+    norms = shape.full_attention_layers * 2 * shape.head_dim + (2 * shape.num_hidden_layers + 1) * shape.hidden_size
+    tables = shape.vocab_size * shape.hidden_size * (1 if shape.tie_word_embeddings else 2)
+    return linear + shape.linear_layers * deltas + norms + tables
+
+
+def lora_parameters(shape: Shape, targets: Sequence[str], r: int) -> tuple[int, int]:
+    """(parameters, adapted layers) of a LoRA adapter: Σ r·(in + out) over the targets.
+
+    >>> lora_parameters(Shape(), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 32)
+    (58195968, 128)
+    """
+    adapted = [sizes for name, sizes in projections(shape).items() if name in targets]
+    return sum(count * r * (wide + high) for count, wide, high in adapted), sum(count for count, _, _ in adapted)
+
+
+def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None) -> Plan:
+    """The batch arithmetic of a config, and `memory_plan` where the model's shape is known.
+
+    Args:
+        config: the run.
+        shape: of its base, or None.
+        longest_narrative: bytes of UTF-8 of the longest case; None when no case was seen.
+    """
+    rollout = config.rollout
+    rows = rollout.prompts_per_step * rollout.group_size
+    trained, modules = lora_parameters(shape, config.lora.target_modules, config.lora.r) if shape else (None, None)
+    narrative = UNSEEN_NARRATIVE if longest_narrative is None else longest_narrative
+    prompt = -(-(len(config.cases.system_prompt.encode()) + narrative) // BYTES_PER_TOKEN)
+    return Plan(
+        prompts=rollout.prompts_per_step,
+        group_size=rollout.group_size,
+        micro_batches=-(-rows // config.optim.micro_batch_size),
+        inner_epochs=config.optim.inner_epochs,
+        steps=config.train.steps,
+        tokens_a_step=rows * rollout.max_new_tokens * (1 + rollout.refill_rounds),
+        frozen=frozen_parameters(shape) if shape else None,
+        trained=trained,
+        modules=modules,
+        memory=memory_plan(config, shape, prompt) if shape else (),
+    )
+
+
+def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estimate, ...]:
+    """Bytes by part, each an estimate, for prompts of ``prompt_tokens`` and completions of the whole budget.
+
+    With w bytes a weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
+    R the rows decoded together (a step's, or an evaluation's batch, whichever needs more), m rows a micro-batch (one if
+    ``micro_batch_tokens`` is "auto", which takes more where memory is free), S = prompt + budget tokens, V the
+    vocabulary, and a = `ACTIVATION_BYTES`:
+
+        base            w · parameters
+        adapter         4 · (weight + gradient + two moments), + 4 for a warm-start reference;  fp32
+        KV cache        R · S · w · 2 · full layers · KV heads · head_dim
+        DeltaNet state  R · linear layers · (4 · value heads · key dim · value dim + w · convolution width · kernel)
+        sampler         R · V · (w + 20):      the last logits, their fp32 logprobs, two fp64 arrays to draw from
+        activations     m · S · layers · a · (hidden + ffn);   with gradient checkpointing
+                        m · S · (layers · w · hidden + a · (hidden + ffn)): each layer's input, and one layer whole
+        logits          min(1024, m · budget) · V · (w + 8):   one chunk, its fp32 logprobs and its gradient
+
+    For Qwen3.5-9B in bfloat16 a row costs 32 KiB of KV a token and 52 MB of state, whatever its length.
+    """
+    rollout, width = config.rollout, _weight_bytes(config)
+    trained, _ = lora_parameters(shape, config.lora.target_modules, config.lora.r)
+    kv = 2 * shape.full_attention_layers * shape.num_key_value_heads * shape.head_dim * width
+    recurrent = 4 * shape.linear_num_value_heads * shape.linear_key_head_dim * shape.linear_value_head_dim
+    convolution = width * (2 * shape.key_width + shape.value_width) * shape.linear_conv_kernel_dim
+    state = shape.linear_layers * (recurrent + convolution)
+    rows, budget = max(
+        (rollout.prompts_per_step * rollout.group_size, rollout.max_new_tokens),
+        (config.evaluate.batch_size, config.evaluate.max_new_tokens),
+        key=lambda cut: cut[0] * ((prompt_tokens + cut[1]) * kv + state),
+    )
+    length = prompt_tokens + rollout.max_new_tokens
+    micro, bound = config.optim.micro_batch_size, config.optim.micro_batch_tokens
+    if bound is not None:
+        micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
+    more = ", more where memory is free" if bound == "auto" else ""
+    device = "cpu" if config.model.device == "cpu" else "cuda"
+    layer = ACTIVATION_BYTES[device] * (shape.hidden_size + shape.intermediate_size)
+    if config.model.gradient_checkpointing:
+        saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one layer whole"
+    else:
+        saved, how = shape.num_hidden_layers * layer, "every layer whole"
+    copies = 5 if config.loss.reference == "warm_start" else 4
+    held = "weight, gradient, two moments" + (", reference" if copies == 5 else "")
+    chunk = min(CHUNK_TOKENS, micro * rollout.max_new_tokens)
+    seen = prompt_tokens + budget
+    return (
+        Estimate("base weights", "both", width * frozen_parameters(shape), f"{width} B a parameter"),
+        Estimate("adapter", "both", 4 * copies * trained, f"{copies} fp32 copies: {held}"),
+        Estimate("KV cache", "rollout", rows * seen * kv, f"{rows} rows × {seen:,} tokens × {kv:,} B"),
+        Estimate("DeltaNet state", "rollout", rows * state, f"{rows} rows × {state:,} B"),
+        Estimate("sampler", "rollout", rows * shape.vocab_size * (width + 20), f"{rows} rows of logits, drawn in fp64"),
+        Estimate("activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}{more}"),
+        Estimate("logits", "update", chunk * shape.vocab_size * (width + 8), f"one chunk of {chunk:,} tokens"),
+    )
+
+
+def _weight_bytes(config: Config) -> int:
+    on_cpu = config.model.device == "cpu"
+    return {"bfloat16": 2, "float32": 4, "auto": 4 if on_cpu else 2}[config.model.dtype]

@@ -1,0 +1,80 @@
+"""A base of random weights in a true shape, made on the device in seconds: what a step costs, without the weights.
+
+It says nothing. So that a reward still has something to tell apart, its tokenizer ends every text with an answer line
+whose level is a checksum of the ids.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from grpo.config import EMBEDDED
+from grpo.policy.memory_plan import RANDOM, Shape
+
+SEED = 0
+
+
+class RandomTokenizer(PreTrainedTokenizerFast):
+    """The embedded tokenizer. Ids above its vocabulary, nearly all of a larger one, decode to nothing."""
+
+    def decode(self, token_ids: Any, *arguments: Any, **options: Any) -> Any:
+        """What the embedded vocabulary makes of the ids, and ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; of each list,
+        where they are several."""
+        if len(token_ids) and isinstance(token_ids[0], list | tuple):
+            return [self.decode(ids, *arguments, **options) for ids in token_ids]
+        said = super().decode(token_ids, *arguments, **options)
+        return f"{said}</think>\nANSWER: ESI {checksum(token_ids)}"
+
+
+def checksum(ids: Sequence[int]) -> int:
+    """A level from 1 to 5.
+
+    >>> checksum([3, 4]), checksum([])
+    (3, 1)
+    """
+    return 1 + sum(ids) % 5
+
+
+def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model of ``random:NAME`` and its tokenizer; the same weights every time on one kind of device."""
+    tokenizer = random_tokenizer()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        torch.manual_seed(SEED)
+        with torch.device(device):
+            model = Qwen3_5ForCausalLM(text_config(RANDOM[name]))
+    finally:
+        torch.set_default_dtype(before)
+    model.config.dtype = dtype
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    return model, tokenizer
+
+
+def random_tokenizer() -> Any:
+    """The embedded tokenizer, with answers."""
+    return RandomTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
+
+
+def text_config(shape: Shape) -> Qwen3_5TextConfig:
+    """The published model's configuration with the sizes of ``shape``; every k-th layer attends, the last one too."""
+    every = shape.num_hidden_layers // shape.full_attention_layers
+    kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(shape.num_hidden_layers)]
+    return Qwen3_5TextConfig(
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        layer_types=kinds,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        head_dim=shape.head_dim,
+        linear_num_key_heads=shape.linear_num_key_heads,
+        linear_num_value_heads=shape.linear_num_value_heads,
+        linear_key_head_dim=shape.linear_key_head_dim,
+        linear_value_head_dim=shape.linear_value_head_dim,
+        linear_conv_kernel_dim=shape.linear_conv_kernel_dim,
+        tie_word_embeddings=shape.tie_word_embeddings,
+    )

@@ -1,0 +1,21 @@
+"""The forward pass of any causal language model, through its own modules."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from grpo.logprobs import join, predicting_states
+from grpo.policy.policy import Policy
+
+
+def predicting_states_by_modules(
+    policy: Policy, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
+) -> Tensor:
+    """The hidden states [M,H] that predict the M completion tokens, row after row; differentiable in the adapter.
+
+    Prompt and completion are one right-padded sequence: padding on the right is never seen by a causal model, so no
+    mask is needed.
+    """
+    joined = join(prompt_ids, completion_ids, pad_id=0)
+    hidden = policy.body(input_ids=joined.input_ids.to(policy.device), use_cache=False).last_hidden_state
+    return predicting_states(hidden, joined)

@@ -1,0 +1,278 @@
+"""One token of Qwen3.5 for n rows at a time, over buffers that never move: so a CUDA graph can replay it.
+
+Every prompt is prefilled once and its state copied to its rows. From there each token is one call of `step`, which
+reads `grpo.qwen3_5.weights` and updates `State` where it lies: no modules, no cache objects, no masks, no sync.
+
+A row's prompt is padded for the prefill alone, to its own multiple of 64; in the buffers it begins at column 0. What a
+row sees then lies in the same place in every batch, and zeros at its end change no sum: in fp32 on a CPU its logits are
+the same bits whatever it is batched with.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import cache, partial
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+import grpo.qwen3_5.decode_ops as plain
+from grpo.engine.sampling import Decoder
+from grpo.engine.transformers_engine import padded_width, prefill
+from grpo.logprobs import head_logits
+from grpo.policy.policy import Policy
+from grpo.qwen3_5.decode_state import KeyValues, Recurrent, Rotary, State
+from grpo.qwen3_5.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
+from grpo.runtime.free_memory import unreserved_bytes
+from grpo.types import Prompt
+
+WINDOW = 16
+"""On a CPU attention reads the columns in use, rounded up to this; on CUDA, where a graph fixes its shapes, all."""
+
+CAPTURE_BYTES = 1 << 30
+"""What the driver should have free before a capture. A graph's own memory comes from there, and while a capture is
+under way PyTorch cannot give back the blocks that it holds unused."""
+_latest_graphs: dict[int, torch.cuda.CUDAGraph] = {}
+"""The last graph captured on each device, kept so that the next one takes over its memory pool."""
+
+
+@cache
+def pieces(device: torch.device) -> ModuleType:
+    """What a step is made of beside its matrix products: on CUDA `grpo.qwen3_5.decode_ops_triton`, where Triton is
+    installed and can compile, else `grpo.qwen3_5.decode_ops`. Both have the same functions."""
+    if device.type != "cuda" or not find_spec("triton"):
+        return plain
+    import grpo.qwen3_5.decode_ops_triton as fused
+
+    try:
+        fused.norm(torch.ones(1, 1, device=device), torch.ones(1, device=device), 0.0)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # no C compiler, a driver too old: of many kinds, and torch alone serves as well
+        told = " ".join(str(error).split())[:200]
+        print(f"decode    in plain torch, which is slower: Triton cannot compile here ({told})", file=sys.stderr)
+        return plain
+    return fused
+
+
+def ops_of(policy: Policy) -> ModuleType:
+    """Return the module whose ops the policy's decode step is made of."""
+    return pieces(policy.device) if policy.kernels.triton else plain
+
+
+def uses_graphs(policy: Policy) -> bool:
+    """Return whether the policy's decode step is captured and replayed."""
+    return policy.kernels.graphs and policy.device.type == "cuda"
+
+
+def step(weights: Weights, rotary: Rotary, state: State, window: int, ops: Any = plain) -> Tensor:
+    """Logits [n,V] after ``state.ids``; ``state`` moves one token on.
+
+    Args:
+        window: columns that attention may read, more than any row's position.
+        ops: has the functions of `grpo.qwen3_5.decode_ops`.
+    """
+    do, epsilon = ops, weights.epsilon
+    x = embedding(state.ids, weights.embedding)
+    state.unseen.scatter_(1, state.positions[:, None], 0.0)
+    for layer, memory in zip(weights.layers, state.layers, strict=True):
+        h, mixer = do.norm(x, layer.mixer_norm, epsilon), layer.mixer
+        if isinstance(mixer, Attention):
+            mixed = do.attend(*_products(h, mixer.qkv), mixer, memory, state, rotary, window, epsilon)
+        else:
+            qkv, z, b, a = _products(h, mixer.qkvzba)
+            mixed = do.remember(memory, do.convolve(memory, qkv, mixer.conv), a, b, z, mixer, epsilon)
+        _add(x, mixed, mixer.out)
+        _add(x, do.swiglu(*_products(do.norm(x, layer.mlp_norm, epsilon), layer.gate_up)), layer.down)
+    state.positions.add_(1)
+    return head_logits(do.norm(x, weights.norm, epsilon), weights.head)
+
+
+def _products(x: Tensor, joint: Joint) -> list[Tensor]:
+    """The outputs [n,o] of each layer."""
+    wide = x @ joint.fused
+    low = wide[:, joint.width :]
+    if joint.block is not None:
+        wide[:, : joint.width].addmm_(low, joint.block)
+    alone = iter(zip(joint.alone, joint.ups, strict=True))
+    return [_alone(x, low, *next(alone)) if span is None else wide[:, span] for span in joint.spans]
+
+
+def _alone(x: Tensor, low: Tensor, weight: Tensor, up: tuple[slice, Tensor] | None) -> Tensor:
+    y = x @ weight
+    return y if up is None else y.addmm_(low[:, up[0]], up[1])
+
+
+def _add(x: Tensor, h: Tensor, layer: Residual) -> None:
+    """x += layer(h)."""
+    x.addmm_(h, layer.weight)
+    if layer.adapter:
+        down, up = layer.adapter
+        x.addmm_(h @ down, up)
+
+
+def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Record what ``run`` launches as a CUDA graph; return its replay and the tensor that each replay writes.
+
+    `torch.cuda.graph` would synchronise and empty the allocator's cache first, and each update would allocate its tens
+    of gigabytes anew. Nothing here waits for the device. Other threads may use CUDA meanwhile.
+    """
+    device = torch.cuda.current_device()
+    if unreserved_bytes(torch.device("cuda", device)) < CAPTURE_BYTES:
+        torch.cuda.empty_cache()
+    graph, latest = torch.cuda.CUDAGraph(), _latest_graphs.get(device)
+    current, side = torch.cuda.current_stream(), _capture_stream(device)
+    side.wait_stream(current)
+    with torch.cuda.stream(side):
+        graph.capture_begin(pool=latest.pool() if latest else None, capture_error_mode="thread_local")
+        try:
+            out = run()
+        except BaseException:
+            with suppress(RuntimeError):  # the first error says more
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    current.wait_stream(side)
+    _latest_graphs[device] = graph
+    return graph.replay, out
+
+
+@cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
+    return torch.cuda.Stream(device)
+
+
+class GraphDecoder:
+    """Drives `step`. With ``graphs`` the first step of a number of rows runs eagerly, the second is captured, and the
+    graph is replayed from then on."""
+
+    def __init__(
+        self, weights: Weights, rotary: Rotary, state: State, longest: int, ops: Any = plain, graphs: bool = False
+    ) -> None:
+        self._weights, self._rotary, self._state = weights, rotary, state
+        self.ops, self._graphs = ops, graphs
+        self._columns = longest
+        self._warm = False
+        self._captured: tuple[Callable[[], None], Tensor] | None = None
+
+    def step(self, ids: Tensor) -> Tensor:
+        """Logits [n,V] after one more token each; written over by the next step."""
+        self._state.ids.copy_(ids)
+        self._columns += 1
+        if self._graphs and self._warm:
+            return self._replayed()
+        self._warm = True
+        return self._eager()
+
+    @property
+    def state(self) -> State:
+        """The buffers of the rows under way."""
+        return self._state
+
+    def keep(self, slots: Tensor) -> None:
+        """Goes on with the rows in ``slots``, moved to the front of the same buffers."""
+        self._state = front(self._state, slots, self._columns)
+        self._warm, self._captured = False, None
+
+    def _window(self) -> int:
+        width = self._state.unseen.shape[1]
+        return width if self._graphs or self._state.ids.is_cuda else min(width, -(-self._columns // WINDOW) * WINDOW)
+
+    def _eager(self) -> Tensor:
+        return step(self._weights, self._rotary, self._state, self._window(), self.ops)
+
+    def _replayed(self) -> Tensor:
+        if self._captured is None:
+            self._captured = capture(self._eager)
+        replay, logits = self._captured
+        replay()
+        return logits
+
+
+def start_own(policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], budget: int) -> tuple[Tensor, Decoder]:
+    """Logits [n,V] of the first token and the decoder of the next.
+
+    Each prompt is prefilled once, together with those of its own padded width, and its state copied to its rows.
+    """
+    longest = max(len(prompt.ids) for prompt in prompts)
+    weights = read_weights(policy)
+    state = blank(policy, weights, len(owners), longest + budget)
+    hidden = state.unseen.new_empty(len(owners), len(weights.norm), dtype=weights.embedding.dtype)
+    for width in sorted({padded_width(prompt) for prompt in prompts}):
+        members = [b for b, prompt in enumerate(prompts) if padded_width(prompt) == width]
+        last, cache, _ = prefill(policy, [prompts[b] for b in members])
+        for i, b in enumerate(members):
+            rows = torch.tensor([row for row, owner in enumerate(owners) if owner == b], device=policy.device)
+            hidden[rows] = last[i]
+            fill(state, rows, weights, cache, i, len(prompts[b].ids))
+    rotary = rotary_table(policy, longest + budget)
+    decoder = GraphDecoder(weights, rotary, state, longest, ops_of(policy), uses_graphs(policy))
+    return head_logits(hidden, weights.head), decoder
+
+
+def blank(policy: Policy, weights: Weights, rows: int, columns: int) -> State:
+    """The buffers of so many rows and at least so many columns, nothing written yet."""
+    columns = -(-columns // WINDOW) * WINDOW
+    zeros = partial(torch.zeros, device=policy.device, dtype=weights.embedding.dtype)
+    layers: list[KeyValues | Recurrent] = []
+    for layer in weights.layers:
+        if isinstance(layer.mixer, Attention):
+            shape = (rows, layer.mixer.kv_heads, columns, layer.mixer.norm.shape[1])
+            layers.append(KeyValues(zeros(shape), zeros(shape)))
+        else:
+            kernel, channels = layer.mixer.conv.shape
+            memory = zeros((rows, layer.mixer.key_heads, layer.mixer.d_k, layer.mixer.d_v), dtype=torch.float32)
+            layers.append(Recurrent(zeros((rows, kernel - 1, channels)), memory))
+    return State(
+        ids=zeros(rows, dtype=torch.long),
+        positions=zeros(rows, dtype=torch.long),
+        unseen=torch.full((rows, columns), float("-inf"), device=policy.device),
+        layers=tuple(layers),
+    )
+
+
+def fill(state: State, rows: Tensor, weights: Weights, cache: Any, member: int, length: int) -> None:
+    """Writes what a prefill left of prompt ``member``, whose last ``length`` columns are real, into ``rows`` [m]."""
+    state.positions[rows] = length
+    state.unseen[rows, :length] = 0.0
+    for layer, memory, left in zip(weights.layers, state.layers, cache.layers, strict=True):
+        if isinstance(memory, KeyValues):
+            memory.keys[rows, :, :length] = left.keys[member, :, -length:]
+            memory.values[rows, :, :length] = left.values[member, :, -length:]
+        else:
+            assert isinstance(layer.mixer, GatedDelta)
+            heads = left.recurrent_states[0][member].unflatten(0, (layer.mixer.key_heads, -1))
+            memory.memory[rows] = heads.transpose(1, 2).flatten(2)
+            memory.conv[rows] = left.conv_states[0][member, :, 1:].T
+
+
+def front(state: State, slots: Tensor, columns: int) -> State:
+    """The state of the rows in ``slots`` [m], copied to the front of its own buffers; ``columns`` are in use."""
+    n = len(slots)
+
+    def move(buffer: Tensor) -> Tensor:
+        buffer[:n].copy_(buffer[slots])
+        return buffer[:n]
+
+    layers: list[KeyValues | Recurrent] = []
+    for memory in state.layers:
+        if isinstance(memory, KeyValues):
+            move(memory.keys[:, :, :columns])
+            move(memory.values[:, :, :columns])
+            layers.append(KeyValues(memory.keys[:n], memory.values[:n]))
+        else:
+            layers.append(Recurrent(move(memory.conv), move(memory.memory)))
+    return State(move(state.ids), move(state.positions), move(state.unseen), tuple(layers))
+
+
+def rotary_table(policy: Policy, positions: int) -> Rotary:
+    """cos and sin of positions 0 .. positions - 1, as the model computes them, in fp32."""
+    at = torch.arange(positions, device=policy.device).expand(3, 1, -1)
+    cos, sin = policy.body.rotary_emb(torch.zeros(1, device=policy.device), at)
+    half = cos.shape[-1] // 2
+    return Rotary(cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1))

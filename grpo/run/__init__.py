@@ -1,0 +1,1 @@
+"""One run: its setup, folder, checkpoints, ledger, resume and exit messages."""

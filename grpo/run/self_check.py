@@ -1,0 +1,457 @@
+"""Compare the kernels with plain PyTorch before a run relies on them, and fall back to what agrees.
+
+A wrong kernel is silent: rewards fall, and nothing fails. So two short prompts over eight rows, with a non-zero
+adapter, go through everything that can differ:
+
+    each Triton op                  against its plain namesake, on copies of the same buffers
+    five tokens decoded with them   against plain ops: logits and buffers
+    the same as a CUDA graph        against the eager step: one token eager, one captured, two more replayed
+    log-probabilities decoded with  against those of the trainer's forward pass
+    the adapter's gradient          against that of transformers' own modules
+    the same through fla's scan     against the plain scan
+
+Where a kernel differs or raises, the plain one takes its place and one line says so. Where plain PyTorch does not agree
+with itself, nothing can be trusted, and the run stops.
+"""
+
+import contextlib
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import grpo.forward as passes
+import grpo.qwen3_5.decode as decode
+import grpo.qwen3_5.decode_ops as plain
+import grpo.qwen3_5.train_forward as shared_prefix
+from grpo.forward import Forward
+from grpo.logprobs import log_distribution, token_logprobs
+from grpo.policy.base_model import ModelError
+from grpo.policy.optional_kernels import allow_fla_in_layers
+from grpo.policy.policy import Kernels, Policy, adapter_swapped
+from grpo.policy.transformers_forward import predicting_states_by_modules
+from grpo.qwen3_5.decode_state import KeyValues, Recurrent
+from grpo.qwen3_5.weights import readable
+from grpo.runtime.out_of_memory import LOADING, memory_errors
+from grpo.types import Case, Prompt
+
+PROMPT_LENGTHS = (5, 67)
+"""On both sides of the prefill's grid of 64."""
+ROWS = 8
+STEPS = 4
+"""Forced tokens: the first is decoded eagerly, the second captured, and the graph replayed for the others."""
+NUDGE = 0.05
+"""Standard deviation of what is added to the adapter's B: a fresh adapter would hide its own path."""
+
+
+ROUNDING: dict[torch.dtype, float] = {torch.float32: 2**-16, torch.bfloat16: 2**-9}
+"""Part of a number that one op may be off by. In bfloat16 it is the rounding of a result. In float32 that is 2⁻²⁴, and
+256 of them are allowed for sums in another order and other approximations of exp."""
+ROUNDINGS: dict[str, tuple[int, bool]] = {
+    "op": (32, False),
+    "triton": (12, True),
+    "graphs": (12, True),
+    "logprob": (6, True),
+    "gradient": (40, True),
+    "fla": (40, True),
+}
+"""Roundings allowed in each comparison, and whether they add up over the layers, as the root of their number.
+
+One op: attention rounds scores before their exponential, which turns an absolute error into a relative one. Logits and
+buffers of two decoded runs: recurrent states keep errors from token to token. Gradients: errors go forward and back.
+Sound pieces measured on a CPU in bfloat16, in roundings per √layers: logprob 2.1, 1.4 and 1.5, gradient 16, 7 and 8
+with the tiny model of 4 layers and random ones of 8 and 32; less than 0.1 in float32. The faulty pieces of
+tests/run/test_self_check.py, with the tiny model, are at 12 and 60 or more.
+"""
+
+DRIFT_BAND: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
+"""Nats; the largest difference between sampler and trainer that the dtype explains at temperature 1, for any token of a
+step. In bfloat16 a logit of 32 is known to 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. On the
+tiny model on a CPU, over 3,500 tokens a step, the largest were 0.03 in bfloat16 and 4e-6 in float32; with one decode
+op's output scaled by 0.7 in float32, 0.48."""
+
+
+class SelfCheckError(ModelError):
+    """Decoding and training disagree in plain PyTorch. Contains the figures."""
+
+
+@dataclass(frozen=True, slots=True)
+class SelfCheck:
+    """The kernels that passed, the figures they passed with, and one line for each that did not."""
+
+    kernels: Kernels
+    figures: dict[str, float] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def record(self) -> dict[str, Any]:
+        """Return what ``config.json`` keeps; a figure that is not finite is None, since JSON has no NaN."""
+        finite = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
+        return {**asdict(self.kernels), "differences": finite, "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Rows with their tokens given."""
+
+    prompts: tuple[Prompt, ...]
+    owners: tuple[int, ...]
+    """The prompt of each row."""
+    tokens: Tensor
+    """[ROWS, STEPS + 1] long."""
+
+    @property
+    def rows(self) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+        """Prompt and completion of each row, as a forward pass takes them."""
+        return [self.prompts[owner].ids for owner in self.owners], self.tokens.tolist()
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """What a decoder made of the probe."""
+
+    logits: Tensor
+    """[ROWS, STEPS + 1, V] fp32."""
+    buffers: dict[str, Tensor]
+
+
+def with_checked_kernels(policy: Policy) -> Policy:
+    """Return the policy with the kernels that pass the check; print the others. Without CUDA nothing is checked."""
+    check = check_on_cuda(policy)
+    return policy if check is None else with_kernels(policy, check.kernels)
+
+
+def with_kernels(policy: Policy, kernels: Kernels) -> Policy:
+    """Return the policy with other kernels, also in transformers' layers, which fill the prompts' caches."""
+    allow_fla_in_layers(kernels.fla)
+    return replace(policy, kernels=kernels)
+
+
+@contextlib.contextmanager
+def fla_in_layers(allowed: bool) -> Iterator[None]:
+    """Inside, transformers' layers may call flash-linear-attention or may not; outside, what was chosen before."""
+    before = allow_fla_in_layers(allowed)
+    try:
+        yield
+    finally:
+        allow_fla_in_layers(before)
+
+
+def check_on_cuda(policy: Policy) -> SelfCheck | None:
+    """Run `self_check` and print its warnings; None without CUDA, where only plain PyTorch runs."""
+    if policy.device.type != "cuda":
+        return None
+    with memory_errors("self-check", LOADING):
+        check = self_check(policy)
+    for line in check.warnings:
+        print(line, file=sys.stderr)
+    return check
+
+
+def self_check(policy: Policy) -> SelfCheck:
+    """Return which of the policy's kernels agree with plain PyTorch. The policy is left as it was, to the bit, and no
+    random state is used. A model that has no kernels here is not checked.
+
+    Raises:
+        SelfCheckError: plain decoding differs from the trainer's forward pass, or that pass's gradient from
+            transformers'.
+    """
+    if not readable(policy):
+        return SelfCheck(policy.kernels)
+    with as_for_decoding(policy), adapter_swapped(policy, nudged_adapter(policy)):
+        figures: dict[str, float] = {}
+        probe = make_probe(policy)
+        check_plain(policy, probe, figures)
+        kernels, warnings = policy.kernels, []
+        for name, instead, compare in FALLBACKS:
+            if fault := compare(replace(policy, kernels=kernels), probe, figures):
+                kernels = replace(kernels, **{name: False})
+                warnings.append(f"kernels   {instead}: {fault}")
+        return SelfCheck(kernels, figures, tuple(warnings))
+
+
+def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None:
+    """Raise `SelfCheckError` unless plain decoding and plain training agree with the modules."""
+    policy = replace(policy, kernels=Kernels(triton=False, graphs=False, fla=False))
+    forward = passes.forward_of(policy)
+
+    def sampler_and_trainer() -> dict[str, float]:
+        logits = decode_probe(policy, probe).logits
+        logprobs, _ = train_probe(policy, probe, forward)
+        sampled = log_distribution(logits, 1.0).gather(-1, probe.tokens[..., None].to(logits.device)).flatten()
+        span = logits.amax() - logits.amin()
+        return {"a log-probability of the plain decode step": difference(sampled, logprobs, span)}
+
+    def gradients() -> dict[str, float]:
+        return gradient_differences(policy, probe, forward, policy, predicting_states_by_modules)
+
+    for name, other, measure in (
+        ("logprob", "the trainer's forward pass", sampler_and_trainer),
+        ("gradient", "transformers' modules", gradients),
+    ):
+        if fault := fault_of(name, other, limit_of(name, policy), measure, figures):
+            raise SelfCheckError(
+                f"self-check in plain torch: {fault}: sampler and trainer are not one policy, so nothing can be "
+                f'trained or evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
+            )
+
+
+def compare_triton(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
+    """Return how the Triton ops differ from the plain ones, op by op and then over whole steps."""
+    ops = decode.ops_of(policy)
+    if ops is plain:
+        return None
+    eager = replace(policy, kernels=replace(policy.kernels, graphs=False))
+
+    def each() -> dict[str, float]:
+        compared = ComparedOps(ops)
+        decode_probe(eager, probe, compared)
+        return compared.differences
+
+    def whole() -> dict[str, float]:
+        without = replace(eager, kernels=replace(eager.kernels, triton=False))
+        return decoded_differences(decode_probe(eager, probe), decode_probe(without, probe))
+
+    return fault_of("op", "plain torch", limit_of("op", policy), each, figures) or fault_of(
+        "triton", "plain torch", limit_of("triton", policy), whole, figures
+    )
+
+
+def compare_graphs(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
+    """Return how captured and replayed steps differ from eager ones with the same ops."""
+    if not decode.uses_graphs(policy):
+        return None
+    eager = replace(policy, kernels=replace(policy.kernels, graphs=False))
+
+    def replayed() -> dict[str, float]:
+        return decoded_differences(decode_probe(policy, probe), decode_probe(eager, probe))
+
+    return fault_of("graphs", "the eager step", limit_of("graphs", policy), replayed, figures)
+
+
+def compare_fla(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
+    """Return how prompts and a training pass through flash-linear-attention differ from those through plain scans."""
+    if not shared_prefix.uses_fla(policy):
+        return None
+    forward = passes.forward_of(policy)
+    policy = replace(policy, kernels=replace(policy.kernels, graphs=False))
+    without = replace(policy, kernels=replace(policy.kernels, fla=False))
+
+    def scans() -> dict[str, float]:
+        decoded = decoded_differences(decode_probe(policy, probe), decode_probe(without, probe))
+        return decoded | gradient_differences(policy, probe, forward, without, forward)
+
+    return fault_of("fla", "the plain scan", limit_of("fla", policy), scans, figures)
+
+
+FALLBACKS: tuple[tuple[str, str, Callable[[Policy, Probe, dict[str, float]], str | None]], ...] = (
+    ("triton", "plain torch", compare_triton),
+    ("graphs", "no CUDA graphs", compare_graphs),
+    ("fla", "no flash-linear-attention", compare_fla),
+)
+"""Field of `Kernels` that is switched off, what runs instead, and the comparison that decides."""
+
+
+def fault_of(
+    name: str, other: str, limit: float, measure: Callable[[], Mapping[str, float]], figures: dict[str, float]
+) -> str | None:
+    """Record the largest of the measured differences as ``figures[name]``; return a sentence if it is beyond the limit
+    or if nothing could be measured."""
+    try:
+        what, value = max(measure().items(), key=lambda pair: pair[1])
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a kernel that does not compile, launch or capture: of many kinds
+        figures[name] = math.inf
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    figures[name] = value
+    return None if value <= limit else f"{what} differs from {other} by {value:.2g} (limit {limit:.2g})"
+
+
+class ComparedOps:
+    """Run every op twice, on copies of its buffers, and record how far ``ops`` is from `grpo.qwen3_5.decode_ops`. The
+    plain result is returned, so that no op sees another one's error."""
+
+    def __init__(self, ops: Any) -> None:
+        self._ops = ops
+        self.differences: dict[str, float] = {}
+
+    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+        def run(*arguments: Any) -> Tensor:
+            copies = [copy_buffers(x) if isinstance(x, (KeyValues, Recurrent)) else x for x in arguments]
+            expected: Tensor = getattr(plain, name)(*arguments)
+            try:
+                pairs = [(getattr(self._ops, name)(*copies), expected)]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                raise RuntimeError(f"the Triton op {name} raises {type(error).__name__}: {error}") from error
+            for copy, original in zip(copies, arguments, strict=True):
+                if isinstance(original, (KeyValues, Recurrent)):
+                    pairs += [(getattr(copy, slot), getattr(original, slot)) for slot in original.__slots__]
+            label = f"the Triton op {name}"
+            worst = max(difference(actual, reference) for actual, reference in pairs)
+            self.differences[label] = max(worst, self.differences.get(label, 0.0))
+            return expected
+
+        return run
+
+
+def copy_buffers(buffers: KeyValues | Recurrent) -> KeyValues | Recurrent:
+    """Return the buffers of one layer, cloned."""
+    return replace(buffers, **{name: getattr(buffers, name).clone() for name in buffers.__slots__})
+
+
+@torch.inference_mode()
+def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> Decoded:
+    """Decode the probe's tokens with the policy's kernels, or with other ops."""
+    tokens = probe.tokens.to(policy.device)
+    with fla_in_layers(policy.kernels.fla):
+        logits, decoder = decode.start_own(policy, probe.prompts, probe.owners, STEPS + 1)
+    assert isinstance(decoder, decode.GraphDecoder)
+    if ops is not None:
+        decoder.ops = ops
+    steps = [logits.clone()]
+    for t in range(STEPS):
+        steps.append(decoder.step(tokens[:, t]).clone())
+    return Decoded(torch.stack(steps, 1), written(decoder))
+
+
+def written(decoder: decode.GraphDecoder) -> dict[str, Tensor]:
+    """Return copies of the decoder's buffers; columns that no row has written are zero."""
+    state = decoder.state
+    seen = state.unseen == 0
+    buffers = {"positions": state.positions.clone(), "mask": seen.clone()}
+    for number, layer in enumerate(state.layers):
+        for name in layer.__slots__:
+            buffer = getattr(layer, name)
+            if isinstance(layer, KeyValues):
+                buffer = torch.where(seen[:, None, :, None], buffer, 0)
+            buffers[f"{name} of layer {number}"] = buffer.clone()
+    return buffers
+
+
+def decoded_differences(actual: Decoded, expected: Decoded) -> dict[str, float]:
+    """Return the differences of logits and buffers by name."""
+    pairs = {"logits": (actual.logits, expected.logits)}
+    pairs |= {name: (actual.buffers[name], buffer) for name, buffer in expected.buffers.items()}
+    return {f"the decode step ({name})": difference(*pair) for name, pair in pairs.items()}
+
+
+def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the log-probabilities [M] of the probe's tokens under a forward pass, and the gradient of a weighted sum
+    of them for each tensor of the adapter; ``.grad`` is not touched."""
+    head, parameters = policy.head, policy.trainable()
+    with torch.enable_grad(), fla_in_layers(policy.kernels.fla):
+        targets = probe.tokens.flatten().to(policy.device)
+        hidden = forward(policy, *probe.rows)
+        bias = getattr(head, "bias", None)
+        logprobs, _ = token_logprobs(hidden, head.weight, targets, temperature=1.0, bias=bias)
+        weights = torch.linspace(-1.0, 1.0, len(targets), device=policy.device, dtype=logprobs.dtype)
+        gradients = torch.autograd.grad(logprobs @ weights, list(parameters.values()), materialize_grads=True)
+    return logprobs.detach(), dict(zip(parameters, gradients, strict=True))
+
+
+def gradient_differences(
+    policy: Policy, probe: Probe, forward: Forward, other_policy: Policy, other: Forward
+) -> dict[str, float]:
+    """Return ‖a − e‖/‖e‖ of the gradients of two passes by tensor. The norm of a tensor that is smaller than the
+    average one's is taken for that: what is left of a near cancellation is rounding."""
+    _, actual = train_probe(policy, probe, forward)
+    _, expected = train_probe(other_policy, probe, other)
+    norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
+    average = math.sqrt(sum(norm**2 for norm in norms.values()) / len(norms))
+    differences = {
+        f"the gradient of {name}": float((actual[name] - gradient).norm()) / (max(norms[name], average) or 1.0)
+        for name, gradient in expected.items()
+    }
+    return {name: value if math.isfinite(value) else math.inf for name, value in differences.items()}
+
+
+def difference(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
+    """Return the largest |actual − expected| as a part of the largest |expected|, or of ``scale``; infinite where
+    either is not finite.
+
+    >>> difference(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
+    0.25
+    >>> difference(torch.tensor([float("nan")]), torch.tensor([1.0]))
+    inf
+    """
+    actual, expected = actual.float(), expected.float()
+    if not (actual.isfinite().all() and expected.isfinite().all()):
+        return math.inf
+    scale = expected.abs().amax() if scale is None else scale
+    return float((actual - expected).abs().amax() / scale.clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def limit_of(name: str, policy: Policy) -> float:
+    """Return the largest difference that rounding explains, for the dtype and depth of the base. The operands of
+    flash-linear-attention are bfloat16 whatever the dtype."""
+    count, adds_up = ROUNDINGS[name]
+    dtype = torch.bfloat16 if name == "fla" else policy.head.weight.dtype
+    return count * ROUNDING[dtype] * (math.sqrt(len(policy.body.layers)) if adds_up else 1.0)
+
+
+def make_probe(policy: Policy) -> Probe:
+    """Return random rows, the same for every run."""
+    generator = torch.Generator().manual_seed(0)
+    size = policy.head.weight.shape[0]
+    draw = partial(torch.randint, size, generator=generator)
+    prompts = tuple(
+        Prompt(Case(f"probe{i}", "", 1), tuple(draw((n,)).tolist()), False) for i, n in enumerate(PROMPT_LENGTHS)
+    )
+    owners = tuple(row * len(prompts) // ROWS for row in range(ROWS))
+    return Probe(prompts, owners, draw((ROWS, STEPS + 1)))
+
+
+def nudged_adapter(policy: Policy) -> dict[str, Tensor]:
+    """Return the adapter's tensors with noise on every B."""
+    generator = torch.Generator().manual_seed(0)
+
+    def nudge(name: str, p: Tensor) -> Tensor:
+        noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
+        return p.detach() + NUDGE * noise if ".lora_B." in name else p.detach().clone()
+
+    return {name: nudge(name, p) for name, p in policy.trainable().items()}
+
+
+@contextlib.contextmanager
+def as_for_decoding(policy: Policy) -> Iterator[None]:
+    """Inside, every module is in evaluation mode; outside, each is in the mode it was in."""
+    modes = [(module, module.training) for module in policy.model.modules()]
+    policy.model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def agree(policy: Policy, check: SelfCheck) -> SelfCheck:
+    """Return the check with the kernels that passed on every rank, so that all sample and train alike."""
+    choices: Sequence[Any] = policy.ranks.exchange(asdict(check.kernels))
+    return replace(check, kernels=Kernels(**{name: all(c[name] for c in choices) for name in choices[0]}))
+
+
+class DriftWarning:
+    """Warns once, in one line, when sampler and trainer are further apart than the dtype explains."""
+
+    def __init__(self, dtype: torch.dtype, temperature: float) -> None:
+        self._dtype, self._band = str(dtype).removeprefix("torch."), DRIFT_BAND[dtype] / min(1.0, temperature)
+        self._done = False
+
+    def look(self, step: int, largest: float | None) -> None:
+        """Print the line if a step's ``sampler/max_abs_logprob_diff`` is beyond the band, or None: not finite."""
+        if self._done or (largest is not None and largest <= self._band):
+            return
+        self._done = True
+        difference = "is not finite" if largest is None else f"is {largest:.2g} nats for a token"
+        print(
+            f"warning: step {step}: the difference between sampler and trainer {difference}; {self._dtype} explains "
+            f'{self._band:.2g} at most (sampler/max_abs_logprob_diff). Try model.kernels = "plain"',
+            file=sys.stderr,
+        )

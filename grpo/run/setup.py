@@ -1,0 +1,144 @@
+"""All that a run is made of, loaded and checked before the first rollout; cheapest checks first."""
+
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo.cases import stream
+from grpo.config import Config
+from grpo.policy.policy import Policy, adapter_copy, load_policy, missing_parts
+from grpo.preflight.checks import check_reward, examine, gather
+from grpo.prompts import render_prompt
+from grpo.rollout import check_length
+from grpo.run.roofline import Costs, Rates, costs_of, measure_rates, weights_read
+from grpo.run.self_check import SelfCheck, agree, with_kernels
+from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.out_of_memory import LOADING, memory_errors
+from grpo.runtime.terminal import visible
+from grpo.types import Case
+from rewards import Reward
+
+
+class MissingInput(ValueError):
+    """Files that a run needs and this machine does not have: all of them, not the first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """All that a run is made of, loaded and checked."""
+
+    config: Config
+    reward: Reward
+    cases: tuple[Case, ...]
+    epoch: tuple[int, ...]
+    sets: dict[str, tuple[Case, ...]]
+    policy: Policy
+    reference: dict[str, Tensor] | None
+    optimizer: torch.optim.Optimizer
+    costs: Costs
+    """Of a token, and below of this device: how fast a step could be."""
+    rates: Rates
+    check: SelfCheck | None = None
+    """Which kernels passed; None if none was checked."""
+
+
+def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
+    """Return the setup with the kernels that passed the check on every rank."""
+    if check is None:
+        return setup
+    check = agree(setup.policy, check)
+    return replace(setup, policy=with_kernels(setup.policy, check.kernels), check=check)
+
+
+@memory_errors("setup", LOADING)
+def build(config: Config, ranks: Ranks = ALONE) -> Setup:
+    """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
+    unsound."""
+    material = gather(config)
+    if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
+        raise MissingInput("\n       ".join(faults))
+    assert material.cases is not None  # else there were faults
+    for line in material.left_out if ranks.leads else ():
+        print(f"left out  {visible(line)}", file=sys.stderr)
+    check_reward(config, examine(config, material))
+    cases, sets = material.cases, dict(material.sets)
+    policy = load_policy(config.model, config.lora, seed=config.train.seed, ranks=ranks)
+    check_prompts(policy, [*cases, *(case for members in sets.values() for case in members)], config)
+    section = config.optim
+    optimizer = torch.optim.AdamW(
+        policy.trainable().values(),
+        lr=section.learning_rate,
+        betas=(section.beta1, section.beta2),
+        eps=section.epsilon,
+        weight_decay=section.weight_decay,
+    )
+    base = policy.model.get_base_model()
+    costs = costs_of(base)
+    return Setup(
+        config=config,
+        reward=material.reward,
+        cases=cases,
+        epoch=stream(cases, config.cases.oversample),
+        sets=sets,
+        policy=policy,
+        reference=adapter_copy(policy) if config.loss.reference == "warm_start" else None,
+        optimizer=optimizer,
+        costs=costs,
+        rates=measure_rates(policy.device, base.dtype, weights_read(costs)),
+    )
+
+
+def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None:
+    """Raises `PromptError` for a case whose prompt and token budget do not fit the context. A text has at least a byte
+    a token, so only those of many bytes are encoded to find out."""
+    budget = max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens)
+    system = config.cases.system_prompt
+    empty = render_prompt(policy.tokenizer, Case("empty", "", 1), system_prompt=system, thinking=False)
+    for case in cases:
+        if len(case.text.encode()) + len(empty.ids) + budget > policy.context:
+            prompt = render_prompt(policy.tokenizer, case, system_prompt=system, thinking=False)
+            check_length(policy, prompt, budget)
+
+
+def machine(setup: Setup) -> dict[str, Any]:
+    """What `start_run` is told about the device."""
+    return {"device": device_name(setup.policy.device), "rates": asdict(setup.rates)}
+
+
+def device_name(device: torch.device) -> str:
+    """For people: "cpu (2 threads)" or the name of the card."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    threads = torch.get_num_threads()
+    return f"{device.type} ({threads} thread{'s' * (threads != 1)})"
+
+
+def plan(setup: Setup) -> str:
+    """Return the batch arithmetic and the sizes of the run as lines of 80 columns, which only a long name or a reason
+    exceeds, for a person to check before it starts."""
+    config, policy = setup.config, setup.policy
+    rows = config.rollout.prompts_per_step * config.rollout.group_size
+    micro_batches = -(-rows // config.optim.micro_batch_size)
+    trained = sum(p.numel() for p in policy.trainable().values())
+    frozen = sum(p.numel() for p in policy.model.parameters()) - trained
+    reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
+    ranks = f", one of {policy.ranks.size} ranks" if policy.ranks.size > 1 else ""
+    return "\n".join(
+        (
+            f"model     {config.model.name} on {policy.device}{ranks}",
+            f"weights   {frozen:,} frozen, {trained:,} trained (LoRA r={config.lora.r})",
+            f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling",
+            f"reward    {setup.reward.name}{reason}",
+            f"step      {config.rollout.prompts_per_step:,} prompts × {config.rollout.group_size:,} completions = "
+            f"{rows:,} completions",
+            f"update    micro-batches: {micro_batches:,} of up to {config.optim.micro_batch_size:,} completions; "
+            f"inner epochs: {config.optim.inner_epochs:,}",
+            f"budget    {config.rollout.max_new_tokens:,} tokens per completion, "
+            f"{rows * config.rollout.max_new_tokens:,} per step at most",
+            f"run       {config.train.steps:,} steps = {config.train.steps * rows:,} completions",
+        )
+    )

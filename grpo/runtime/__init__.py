@@ -1,0 +1,1 @@
+"""Processes, signals, files and the terminal; knows nothing of GRPO."""

@@ -1,0 +1,442 @@
+"""What a person sees of a step: it fits, it says what the ledger holds, and nothing in it reaches the terminal raw."""
+
+import contextlib
+import dataclasses
+import fcntl
+import io
+import json
+import math
+import os
+import pty
+import re
+import shutil
+import struct
+import termios
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from grpo.commands.inspect import main, step_record, token_records
+from grpo.inspection.run_reader import read_config
+from grpo.inspection.step_text import step_lines, token_lines
+from grpo.run.ledger import Entry, read_step
+from grpo.runtime.terminal import STYLED, columns, fit, screen_width, visible, wants_colour, wrap
+from tests.support.recorded_runs import recorded, rewritten
+
+HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202eevil\u2066\r\x9b31m\tESI"
+"""Clear the screen, set the title, turn the writing round, go back, one-byte CSI."""
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recorded(tmp_path_factory.getbasetemp(), "plain")
+
+
+@pytest.fixture(scope="module")
+def rich(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return recorded(tmp_path_factory.getbasetemp(), "rich")
+
+
+def look(run: Path, *more: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        code = main([str(run), *more])
+    return code, out.getvalue(), err.getvalue()
+
+
+def shown(run: Path, *more: str) -> str:
+    code, out, err = look(run, *more)
+    assert (code, err) == (0, "")
+    return out
+
+
+def record(run: Path, *more: str) -> Any:
+    return json.loads(shown(run, *more, "--json"))
+
+
+def case_of(run: Path, step: int, group: int) -> str:
+    return read_step(run / "ledger", step).step.groups[group].prompt.case.id
+
+
+@pytest.fixture(params=[60, 80, 123])
+def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
+    """(columns, a stream that is a terminal of that width)."""
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, request.param, 0, 0))
+
+    class Screen(io.StringIO):
+        encoding = "utf-8"
+
+        def isatty(self) -> bool:
+            return True
+
+        def fileno(self) -> int:
+            return follower
+
+    yield request.param, Screen()
+    os.close(leader)
+    os.close(follower)
+
+
+# --- it fits, and it says what the ledger holds ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "rich"])
+@pytest.mark.parametrize("text", ["full", "redacted"])
+def test_every_line_fits_80_columns_without_colours(
+    plain: Path, rich: Path, tmp_path: Path, kind: str, text: str
+) -> None:
+    run = {"plain": plain, "rich": rich}[kind]
+    run = run if text == "full" else rewritten(run, tmp_path / "run", text=text)
+    for step in ("1", "2", "3"):
+        case = case_of(run, int(step), 1)
+        for more in ([], ["--case", case], ["--case", case, "--member", "3"]):
+            for line in shown(run, "--step", step, *more).splitlines():
+                assert columns(line) <= 80 and line == line.rstrip() and visible(line) == line
+
+
+def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
+    entry = read_step(rich / "ledger", 2)
+    out = shown(rich, "--step", "2")
+    for group, row, rewards in zip(entry.step.groups, entry.step.scores, entry.rewards, strict=True):
+        (line,) = [line for line in out.splitlines() if re.match(rf"[= ] {group.prompt.case.id} ", line)]
+        cells = line[2:].split()
+        assert cells[1:3] == [str(group.prompt.case.esi), "on" if group.prompt.thinking else "off"]
+        mean = math.fsum(rewards) / 4
+        std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / 3)
+        assert cells[3:5] == [f"{mean:+.2f}", f"{std:.2f}"]
+        assert cells[5] == "".join(str(score.answer.level or "–") for score in row)
+        assert cells[6] == "".join("e" if c.finished else "b" for c in group.completions)
+        in_baseline = [r for r, c in zip(rewards, group.completions, strict=True) if c.finished]
+        assert line[0] == ("=" if len(set(in_baseline)) <= 1 else " ")
+    assert len(entry.step.dropped) == 1
+    assert f"left out   {entry.step.dropped[0].case_id}: 4 completions, " in out
+    assert "run tiny, step 2 of 3" in out and f"reward/mean {entry.metrics['reward/mean']:.4g}" in out
+
+
+def test_the_last_step_is_the_default(plain: Path) -> None:
+    assert shown(plain) == shown(plain, "--step", "3") != shown(plain, "--step", "2")
+
+
+def test_a_case_shows_its_completions_side_by_side(plain: Path) -> None:
+    entry = read_step(plain / "ledger", 1)
+    group, row = entry.step.groups[0], entry.step.scores[0]
+    out = shown(plain, "--step", "1", "--case", group.prompt.case.id)
+    lines = out.splitlines()
+    assert any(re.match(r"member 0 .*member 1 ", line) for line in lines)
+    assert any(re.match(r"member 2 .*member 3 ", line) for line in lines)
+    assert " ".join(group.prompt.case.text.split()) in " ".join(" ".join(lines).split())
+    one_by_one = "\n".join(line[:39].rstrip() for line in lines) + "\n" + "\n".join(line[41:] for line in lines)
+    for g, (completion, score) in enumerate(zip(group.completions, row, strict=True)):
+        for line in completion.text.splitlines():
+            assert all(word in one_by_one for word in line.split())
+        assert f"{'end' if completion.finished else 'budget'}, {len(completion.ids)} tokens" in one_by_one
+        assert f"{entry.advantages[0, g]:+.3f}" in one_by_one and f"{score.total:+.3f}" in one_by_one
+        for fired in score.fired:
+            assert fired.span is not None and fired.rule in one_by_one
+            assert group.prompt.case.text[slice(*fired.span)].split()[0] in one_by_one
+    assert re.search(r"^  open_injury_missed +-0\.500 +[+-]0\.\d{3}", out, re.MULTILINE)
+
+
+def test_the_record_of_a_case_adds_up(rich: Path) -> None:
+    for step in (1, 2, 3):
+        for b in (0, 1):
+            (group,) = record(rich, "--step", str(step), "--case", f"#{b}")["groups"]
+            entry = read_step(rich / "ledger", step)
+            assert (
+                group["case"] == case_of(rich, step, b) and group["case_text"] == entry.step.groups[b].prompt.case.text
+            )
+            for member in group["completions"]:
+                rewards = [part["reward"] for part in member["components"].values()]
+                advantages = [part["advantage"] for part in member["components"].values()]
+                assert math.fsum(rewards) == member["reward"]
+                assert math.fsum(advantages) == pytest.approx(member["advantage"], abs=1e-12)
+                if member["predicted"] is not None:
+                    assert str(member["predicted"]) in member["answer"]["text"]
+                for fired in member["fired"]:
+                    assert group["case_text"][slice(*fired["match"]["span"])] == fired["match"]["text"]
+
+
+def test_the_tokens_are_those_of_the_tensors(rich: Path) -> None:
+    sides = set()
+    for step in (1, 2, 3):
+        entry = read_step(rich / "ledger", step)
+        tensors = load_file(rich / "ledger" / f"step_00000{step}.safetensors")
+        for row in range(8):
+            start, length = int(tensors["lengths"][:row].sum()), int(tensors["lengths"][row])
+            terms = token_records(entry, row // 4, row % 4, None)
+            assert len(terms) == 2 * length
+            for token in terms:
+                e, t = token["epoch"] - 1, start + token["position"]
+                assert token["id"] == tensors["completion_ids"][t] and token["token"] is None
+                assert (
+                    token["logprob"] == tensors["logprobs"][e, t] and token["old_logprob"] == tensors["logprobs"][0, t]
+                )
+                assert token["ref_logprob"] == tensors["ref_logprobs"][t] and token["kl"] == tensors["kl"][e, t]
+                assert token["sampler_logprob"] == tensors["sampler_logprobs"][t]
+                assert token["ratio"] == tensors["ratio"][e, t] and token["loss"] == tensors["loss"][e, t]
+                assert token["weight"] == tensors["token_weights"][row] and token["entropy"] == tensors["entropy"][t]
+                assert token["clip"] in (None, "high" if token["ratio"] > 1 else "low")
+                assert (token["clip"] is None) == (tensors["clip"][e, t] == 0)
+                sides.add(token["clip"])
+    assert sides == {None, "low", "high"}
+
+
+def test_the_tokens_spell_the_completion(plain: Path) -> None:
+    (group,) = record(plain, "--step", "1", "--case", "#1", "--member", "2")["groups"]
+    (member,) = group["completions"]
+    assert member["member"] == 2 and member["stopped"] == "end" and len(member["token_terms"]) == member["tokens"]
+    assert "".join(token["token"] for token in member["token_terms"][:-1]) == member["text"]
+
+
+def test_a_member_shows_a_row_a_token_in_each_inner_epoch(rich: Path) -> None:
+    case = case_of(rich, 1, 0)
+    out = shown(rich, "--step", "1", "--case", case, "--member", "1")
+    (group,) = record(rich, "--step", "1", "--case", case, "--member", "1")["groups"]
+    terms = group["completions"][0]["token_terms"]
+    rows = [line for line in out.splitlines() if re.match(r" *\d+ .*e[-+]\d\d$", line)]
+    assert len(rows) == len(terms) and "inner epoch 1 of 2" in out and "inner epoch 2 of 2" in out
+    for token, line in zip(terms, rows, strict=True):
+        assert line.split()[0] == str(token["position"]) and line.endswith(f"{token['loss']:.2e}")
+        assert (f" {token['clip']} " in line) == (token["clip"] is not None)
+    total = math.fsum(token["loss"] for token in terms if token["epoch"] == 2)
+    assert out.splitlines()[-1].endswith(f"sum of loss {total:.3e}")
+    assert any(token["clip"] for token in terms)
+
+
+# --- nothing reaches the terminal raw ----------------------------------------------------------------------
+
+
+def hostile_entry(entry: Entry) -> Entry:
+    groups = []
+    for group in entry.step.groups:
+        case = dataclasses.replace(
+            group.prompt.case, id=f"{HOSTILE}{group.prompt.case.id}", text=HOSTILE * 20, tags=(HOSTILE,)
+        )
+        said = tuple(dataclasses.replace(c, text=f"{HOSTILE}\n{c.text}日本語" * 3) for c in group.completions)
+        groups.append(dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, case=case), completions=said))
+    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=tuple(groups)))
+
+
+@pytest.fixture(scope="module")
+def hostile(rich: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return rewritten(rich, tmp_path_factory.mktemp("hostile") / "run", hostile_entry)
+
+
+VIEWS = ([], ["--case", "#0"], ["--case", "#1", "--member", "2"])
+
+
+@pytest.mark.parametrize("more", VIEWS)
+def test_what_a_terminal_would_obey_is_shown_instead(hostile: Path, more: list[str]) -> None:
+    out = shown(hostile, *more)
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert all(columns(line) <= 80 for line in out.splitlines())
+    assert "\\x1b[2J" in out
+
+
+@pytest.mark.parametrize("more", [*VIEWS, ["--case", f"{HOSTILE}c99"]])
+def test_only_our_own_styles_reach_a_terminal(hostile: Path, terminal: tuple[int, Any], more: list[str]) -> None:
+    width, screen = terminal
+    with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
+        code = main([str(hostile), *more])
+    out = screen.getvalue()
+    without = STYLED.sub("", out)
+    assert code == (2 if more[1:] == [f"{HOSTILE}c99"] else 0)
+    assert all(c.isprintable() or c == "\n" for c in without)
+    if code == 0:
+        assert all(columns(line) <= width for line in without.splitlines())
+        assert (out != without) and out.count("\x1b[0m") * 2 == out.count("\x1b[")
+
+
+@pytest.mark.parametrize("more", VIEWS)
+def test_a_terminal_gets_colours_and_its_own_width(
+    rich: Path, terminal: tuple[int, Any], more: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    width, screen = terminal
+    with contextlib.redirect_stdout(screen):
+        assert main([str(rich), *more]) == 0
+    lines = STYLED.sub("", screen.getvalue()).splitlines()
+    assert all(columns(line) <= width for line in lines) and "\x1b[" in screen.getvalue()
+    if more[:1] == ["--case"] and len(more) == 2:
+        beside = max(len(re.findall(r"member \d ", line)) for line in lines)
+        assert beside == {60: 1, 80: 2, 123: 3}[width]
+    if len(more) == 4:
+        assert any("green: made likelier" in line for line in lines)
+        (head,) = {line for line in lines if line.startswith("   # token")}
+        assert ("weight" in head) == (width >= 80) and ("entropy" in head) == ("sampler" in head) == (width > 100)
+    monkeypatch.setenv("NO_COLOR", "1")
+    coloured = screen.getvalue()
+    screen.seek(0)
+    screen.truncate(0)
+    with contextlib.redirect_stdout(screen):
+        assert main([str(rich), *more]) == 0
+    assert "\x1b[" not in screen.getvalue()
+    if len(more) < 4:  # a member's running text says nothing without its colours
+        assert screen.getvalue() == STYLED.sub("", coloured)
+
+
+@pytest.mark.parametrize("width", [60, 68, 79, 80, 90, 100, 200])
+def test_a_token_table_has_the_columns_that_fit_and_no_empty_room(width: int) -> None:
+    values = dict.fromkeys(("logprob", "old_logprob", "sampler_logprob", "ref_logprob", "entropy", "ratio", "kl"), -0.5)
+    rows = [
+        {"epoch": 1, "position": i, "id": i, "token": text, "clip": None, "weight": 1e-3, "loss": 1e-3} | values
+        for i, text in enumerate(("a", "intubated", " on"))
+    ]
+    _, head, *body, total = token_lines(rows, width, lambda text, style: text)
+    names = head.split()[2:]
+    assert {"logprob", "ref", "ratio", "KL", "clip", "loss"} <= set(names)
+    assert len(names) == {60: 6, 68: 7, 79: 8, 80: 8, 90: 9, 100: 10, 200: 10}[width]
+    assert {columns(line) for line in (head, *body, total)} == {columns(head)} and columns(head) <= width
+    assert columns(head) <= 6 + 9 + 79, "no wider than its longest token asks for"
+    assert all(text in line for text, line in zip(("a", "intubat", "·on"), body, strict=True))
+
+
+def test_columns_in_the_environment_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+    for asked, wanted in (("132", 132), ("20", 60), ("0", 80), ("wide", 80), ("", 80)):
+        monkeypatch.setenv("COLUMNS", asked)
+        assert screen_width(io.StringIO()) == wanted
+
+
+def test_a_terminal_is_never_narrower_than_60_and_a_file_has_80(terminal: tuple[int, Any]) -> None:
+    width, screen = terminal
+    assert screen_width(screen) == max(60, width) and wants_colour(screen)
+    fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
+    assert screen_width(screen) == 60
+    fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
+    assert screen_width(screen) == 80
+    assert screen_width(io.StringIO()) == 80 and not wants_colour(io.StringIO())
+
+
+def test_a_dumb_terminal_gets_no_colours(terminal: tuple[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    assert not wants_colour(terminal[1])
+
+
+@given(st.text(alphabet=st.characters(), max_size=60), st.integers(2, 30))
+@example("日本" * 9, 5)
+@example("a\u0301" * 9, 2)
+@example("  two   blanks  ", 6)
+def test_wrapped_lines_fit_and_lose_nothing_but_blanks(text: str, width: int) -> None:
+    lines = list(wrap(text, width))
+    # an escape is longer than the letter it stands for, and may be broken
+    assert all(columns(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(visible(line) for line in text.split("\n")).replace(" ", "")
+    assert all(c.isprintable() for line in lines for c in line)
+    assert columns(fit(visible(text), width)) == width
+
+
+# --- what is kept out, and what is not there ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["redacted", "off"])
+def test_what_was_not_written_is_a_dash_with_its_reason(rich: Path, tmp_path: Path, text: str) -> None:
+    run = rewritten(rich, tmp_path / "run", text=text)
+    entry = read_step(rich / "ledger", 1)
+    for more in (["--case", "#0"], ["--case", "#0", "--member", "1"]):
+        out = shown(run, "--step", "1", *more)
+        assert f'(ledger.text = "{text}")' in " ".join(out.splitlines()[-2:]) and "\n—\n" in out
+        assert "ANSWER" not in out and entry.step.groups[0].prompt.case.text.split(",")[0] not in out
+    (group,) = record(run, "--step", "1", "--case", "#0", "--member", "1")["groups"]
+    (member,) = group["completions"]
+    assert group["case_text"] is None and member["text"] is None
+    assert all(token["id"] is None and token["token"] is None for token in member["token_terms"])
+    assert member["reward"] == entry.step.scores[0][1].total
+    assert (member["fired"] is None) == (member["reason"] is None) == (text == "off")
+    assert (group["case"] is None) == (text == "off")
+    assert (" #0 " in shown(run, "--step", "1")) == (text == "off")
+
+
+def test_without_the_tokenizer_ids_are_shown_and_why(rich: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(rich, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["config"]["model"]["name"] = "nobody/nothing"
+    (run / "config.json").write_text(json.dumps(config))
+    out = shown(run, "--case", "#0", "--member", "0")
+    first = read_step(run / "ledger", 3).step.groups[0].completions[0].ids[0]
+    assert f"   0 #{first} " in out
+    assert "no tokenizer of nobody/nothing on this machine" in out.splitlines()[-1]
+
+
+def test_numbers_that_are_none_stay_json(rich: Path, tmp_path: Path) -> None:
+    def spoil(entry: Entry) -> Entry:
+        logprobs = entry.step.tokens.logprobs.clone()
+        logprobs[0, 0] = -math.inf
+        tokens = dataclasses.replace(entry.step.tokens, logprobs=logprobs, ref_logprobs=None)
+        account = dataclasses.replace(entry.account, kl=None)
+        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens), account=account)
+
+    run = rewritten(rich, tmp_path / "run", spoil, step=3)
+    (group,) = record(run, "--case", "#0", "--member", "0")["groups"]
+    token = group["completions"][0]["token_terms"][0]
+    assert token["logprob"] is None and token["ref_logprob"] is None and token["kl"] is None
+    assert re.search(r"^ +0 .* -inf .* — .* —", shown(run, "--case", "#0", "--member", "0"), re.MULTILINE)
+
+
+def test_a_changed_ledger_says_so_first(rich: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(rich, tmp_path / "run")
+    file = run / "ledger" / "step_000003.jsonl"
+    file.write_text(file.read_text().replace("ANSWER: ESI 3", "ANSWER: ESI 1", 1))
+    assert shown(run).startswith("changed since it was written: ledger/step_000003.jsonl\n")
+    assert record(run)["changed"] == ["ledger/step_000003.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        (["--step", "9"], "no step 9 in this ledger: it holds 1 to 3"),
+        (["--case", "c77"], "no case 'c77' in it: it has c"),
+        (["--case", "#7"], "no case '#7' in it: it has c"),
+        (["--case", "#0", "--member", "4"], "no member 4 in that group: it has 0 to 3"),
+        (["--case", "#0", "--member", "-1"], "no member -1"),
+    ],
+)
+def test_what_is_not_there_is_one_line_and_exit_code_2(plain: Path, more: list[str], says: str) -> None:
+    code, out, err = look(plain, *more)
+    assert (code, out) == (2, "") and says in err and err.startswith("error: ") and err.count("\n") == 1
+    assert says in json.loads(look(plain, *more, "--json")[1])["error"]
+
+
+def test_a_missing_run_or_ledger_is_exit_code_2(plain: Path, tmp_path: Path) -> None:
+    assert "no run here" in look(tmp_path / "nowhere")[2]
+    run = shutil.copytree(plain, tmp_path / "run")
+    shutil.rmtree(run / "ledger")
+    assert look(run)[0] == 2 and "no ledger here" in look(run)[2]
+    with pytest.raises(SystemExit, match="2"), contextlib.redirect_stderr(io.StringIO()):
+        main([str(plain), "--member", "0"])
+
+
+def test_letters_are_as_wide_as_a_terminal_makes_them() -> None:
+    assert [columns(text) for text in ("", "a", "日", "\uff21", "a\u0301", "\u20dd")] == [0, 1, 2, 2, 1, 0]
+
+
+def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Path) -> None:
+    entry = read_step(plain / "ledger", 2)
+    config, _ = read_config(plain)
+    assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, False]
+    alone = entry.step.batch.in_baseline.clone()
+    alone[5:] = False
+    batch = dataclasses.replace(entry.step.batch, in_baseline=alone)
+    entry = dataclasses.replace(entry, step=dataclasses.replace(entry.step, batch=batch))
+    assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, True]
+
+
+def test_large_groups_are_counted(plain: Path) -> None:
+    def many(entry: Entry) -> Entry:
+        groups = tuple(dataclasses.replace(g, completions=g.completions * 5) for g in entry.step.groups)
+        scores = tuple(row * 5 for row in entry.step.scores)
+        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=groups, scores=scores))
+
+    entry = many(read_step(plain / "ledger", 2))
+    config, _ = read_config(plain)
+    lines = list(step_lines(step_record(entry, config), 80, lambda text, style: text))
+    assert any("4×20" in line and "e×20" in line for line in lines)
+    assert any("3×10 –×10" in line and "b×10 e×…" in line for line in lines) and max(map(columns, lines)) <= 80

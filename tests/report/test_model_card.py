@@ -1,0 +1,307 @@
+"""The card of a run: its figures, its grades, and that nothing of a run or a case becomes markup or leaks."""
+
+import html
+import json
+import math
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from grpo.commands.merge import merge
+from grpo.config import EMBEDDED, load_config, notes
+from grpo.report.model_card import (
+    LONGEST,
+    CardError,
+    escape,
+    evaluation_tables,
+    model_card,
+    recipe_rows,
+    reward_rows,
+    training_table,
+    write_model_card,
+)
+from grpo.run.folder import Run, add_metrics, start_run, write_json
+from rewards import load_reward, parse_answer
+
+SECRET = "Zoster at the left temple"
+"""What a case says; it must never be in a card."""
+
+
+def evaluation(step: int, exact: float, **values: Any) -> dict[str, Any]:
+    return {
+        "step": step, "cases": "mietic36", "thinking": "on", "n": 36, "exact": exact, "adjacent": 1.0,
+        "dangerous_under": 0.0, "high_acuity_under": 0.28, "high_acuity_n": 25, "no_parse": 0.0, "clipped_ratio": 0.0,
+        "mean_length": 60.0,
+        "by_rule": {"severe_pain_missed": {"n": 2, "exact": exact}, "never": {"n": 0, "exact": None}},
+        "by_tag": {SECRET: {"n": 1, "exact": 1.0}},
+        "confusion": {str(level): [n, 0, 0, 0, 0, 0] for level, n in enumerate((14, 11, 5, 4, 2), 1)},
+    } | values  # fmt: skip
+
+
+def make_run(folder: Path, *overrides: str) -> Run:
+    config, source = load_config("configs/v49.toml", overrides)
+    run = start_run(folder, config, source, load_reward(config.reward.set), device="cpu")
+    for step in range(1, 21):
+        record = {"step": step, "reward/mean": step / 10 - 1, "completions/clipped_ratio": 0.19 - step / 200}
+        add_metrics(run, record | {"grad_norm": math.nan if step == 3 else 0.5, "time/rollout_s": 200.0, "skipped": 0})
+    write_json(run.evaluations, [evaluation(0, 0.5), evaluation(150, 0.75), evaluation(300, 28 / 36)])
+    (run.path / "eval").mkdir()
+    (run.path / "eval" / "a.jsonl").write_text(json.dumps({"id": "x", "completion": SECRET}))
+    return run
+
+
+def table(card: str, title: str) -> list[list[str]]:
+    """The cells of the first table after a title."""
+    rows = re.search(r"(?:^\|.*\n)+", card[card.index(title) :], re.MULTILINE)
+    assert rows
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows[0].strip().splitlines()]
+
+
+# --- escaping --------------------------------------------------------------------------------------------------------
+
+
+@given(st.text(max_size=60) | st.text(alphabet="_ab \n|<>*[]()!`~\\#&@:/.w-", max_size=60))
+def test_an_escaped_value_is_one_line_of_plain_text(value: str) -> None:
+    shown = escape(value)
+    assert len(shown.splitlines()) <= 1 and not set("\\`*[]|~$<>@") & set(shown) and "://" not in shown
+    assert not re.search(r"&(?!#\d+;)", shown)
+    assert not re.search(r"(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])", shown)
+    plain = "".join(" " if unicodedata.category(c)[0] in "CZ" else c for c in value)
+    assert html.unescape(shown) == plain
+
+
+def test_long_values_are_cut() -> None:
+    assert escape("x" * (LONGEST + 1)) == "x" * (LONGEST - 1) + "…" and escape("x" * LONGEST) == "x" * LONGEST
+
+
+HOSTILE = '</td><script>alert(1)</script> | ![x](http://e.x/y) `code` **b** \\u202e"""'
+
+
+def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
+    reason = json.dumps(HOSTILE)
+    prompt = json.dumps('Say "the level".\n```\n<b>now</b>')
+    run = make_run(
+        tmp_path / "run",
+        "reward.allow_unsound=true",
+        f"reward.reason={reason}",
+        f"cases.system_prompt={prompt}",
+        f"lora.warm_start={reason}",
+        f"evaluate.ends={{x={reason}}}",
+    )
+    write_json(
+        run.evaluations, [evaluation(0, 0.5, cases=HOSTILE, thinking=HOSTILE, by_rule={HOSTILE: {"n": 1, "exact": 1}})]
+    )
+    plain = model_card(make_run(tmp_path / "plain").path)
+    for merged in (False, True):
+        card = model_card(run.path, merged=merged)
+        assert "<script" not in card and "![" not in card and "http://" not in card and "\u202e" not in card
+        assert card.count("```") == plain.count("```") == 2
+        code = card.split("```python\n")[1].split("```")[0]
+        compile(code, "card", "exec")
+        assert "<b>" not in card.replace(code, "")
+    for row in table(card, "## Recipe"):
+        assert len(row) == 4, row
+
+
+def test_no_case_is_told(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "cases.train=/home/someone/data/secret.jsonl")
+    for merged in (False, True):
+        card = model_card(run.path, merged=merged)
+        assert SECRET not in card and "/home/someone" not in card and str(tmp_path) not in card
+        assert "secret.jsonl" in card
+
+
+# --- recipe ----------------------------------------------------------------------------------------------------------
+
+
+def test_comments_belong_to_their_keys() -> None:
+    text = """# of the file
+[a]
+x = 1   # of x
+# of nothing
+y = "# no comment"      # of y
+z = \"\"\"a = 2 # text
+[b]
+\"\"\"   # of z
+w = [1, 2]
+    # of w
+    # and more
+[b.c]  # of the section
+'q' = 3
+v = '#'
+"""
+    assert notes(text) == {"a.x": "of x", "a.y": "of y", "a.z": "of z", "a.w": "of w and more"}
+
+
+def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", "train.steps=20")
+    rows = {row[0]: row[1:] for row in table(model_card(run.path), "## Recipe")}
+    assert rows["lora.r"] == ["32", "K", "KNOWN"]
+    assert rows["lora.alpha"][:2] == ["32.0", "I"]
+    assert rows["cases.oversample"][:2] == ["1 = 5", "K, I"]
+    assert rows["optim.schedule"][1] == "U" and rows["cases.system_prompt"][1] == "K"
+    assert rows["train.steps"] == ["20", "", "set on the command line"]
+    assert rows["lora.target_modules"][1] == "I" and "the only set" in rows["lora.target_modules"][2]
+    ours = {"cases.format", "optim.micro_batch_size", "train.max_skipped_steps", "evaluate.batch_size", "reward.set"}
+    ours |= {"reward.allow_unsound", "reward.reason", "loss.dual_clip", "train.steps", "evaluate.during", "key", "---"}
+    ours |= {"rollout.ignore_end", "optim.micro_batch_tokens", "model.shard", "model.kernels", "train.rank_timeout_s"}
+    ours |= {"cases.strict", "reward.overlong", "ledger.every", "ledger.text"}
+    assert {key for key, row in rows.items() if not row[1]} <= ours
+    graded = {
+        row["key"] for row in recipe_rows({"a": {"x": 1}}, {"toml": "[a]\nx = 2 # UNKNOWN", "overrides": ["a=3"]})
+    }
+    assert graded == {"a.x"}
+
+
+def test_reward_rows_carry_the_sets_grades() -> None:
+    about, rows = reward_rows("v49")
+    grades = {row["name"]: (row["value"], row["grade"]) for row in rows}
+    assert about and grades["no_parse"] == ("-2", "K") and grades["severe_pain_missed"] == ("-0.5", "K")
+    assert grades["exact"] == ("+1", "I") and all(grade in "KIU" for _, grade in grades.values())
+    assert reward_rows("gone.toml") == ("", [])
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+def test_training_figures_are_means_of_tenths_and_extremes(tmp_path: Path) -> None:
+    card = model_card(make_run(tmp_path / "run").path)
+    rows = {row[0]: row[1:] for row in table(card, "## Training")}
+    assert rows["metric"] == ["first 2 steps", "last 2 steps", "least", "greatest"]
+    assert rows["reward/mean"] == ["-0.85", "0.95", "-0.9", "1"]
+    assert rows["grad_norm"] == ["0.5"] * 4
+    assert "20 steps in 1.11 h of rollouts and updates, 200 s a step." in card
+    assert training_table([]) is None
+    one = training_table([{"reward/mean": None, "grad_norm": math.nan, "entropy": 0.5, "skipped": 2}])
+    assert (
+        one and [row["metric"] for row in one["rows"]] == ["entropy"] and "2 updates were not finite" in one["summary"]
+    )
+
+
+def test_evaluations_are_first_and_last_with_intervals_and_constants(tmp_path: Path) -> None:
+    card = model_card(make_run(tmp_path / "run").path)
+    assert "### mietic36 (36 cases, 25 of them of ESI 1 or 2)" in card
+    rows = {row[0]: row[1:] for row in table(card, "### mietic36")}
+    assert list(rows) == ["answers of", "---", "before training", "step 300", *(f"always {k}" for k in range(1, 6))]
+    assert rows["step 300"][:3] == ["on", "77.8 % (61.9–88.3)", "100.0 % (90.4–100.0)"]
+    assert rows["always 1"][1] == "38.9 %" and rows["always 2"][2] == "83.3 %", "as SERIES of the real 36 says"
+    assert rows["always 3"][1:] == ["13.9 %", "55.6 %", "38.9 %", "100.0 %", "–", "–"]
+    assert table(card, "Exact where a rule")[2:] == [["severe_pain_missed", "on", "2", "50.0 %", "77.8 %"]]
+
+
+def test_under_triage_of_esi_1_and_2_is_shown_as_a_share_of_them() -> None:
+    (shown,) = evaluation_tables([evaluation(9, 0.5)])
+    place = shown["columns"].index("high-acuity")
+    assert shown["rows"][0]["cells"][place] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
+    (none,) = evaluation_tables([evaluation(9, 0.5, high_acuity_under=None, high_acuity_n=0)])
+    assert none["rows"][0]["cells"][place] == "–"
+    old = {key: value for key, value in evaluation(9, 0.5).items() if key != "high_acuity_n"}
+    (before,) = evaluation_tables([old])
+    assert "high-acuity" not in before["columns"], "a record that does not say of how many meant all cases"
+
+
+def test_intervals_that_a_record_brings_are_shown() -> None:
+    (shown,) = evaluation_tables([evaluation(9, 0.5, intervals={"exact": [0.1, 0.9]})])
+    assert shown["rows"][0]["cells"][:2] == ["50.0 % (10.0–90.0)", "100.0 % (90.4–100.0)"]
+    (short,) = evaluation_tables([{"step": 0, "cases": "a", "thinking": "off", "n": 4, "exact": 0.5}])
+    assert short["columns"] == ["exact"] and len(short["rows"]) == 1
+
+
+# --- the whole -------------------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_it_is(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    adapter, merged = model_card(run.path), model_card(run.path, merged=True)
+    for card in (adapter, merged):
+        assert card.count("Research model, not approved for clinical use") == 2
+        assert card.startswith("---\n") and 'base_model: "Qwen/Qwen3.5-9B"\n' in card.split("---\n")[1]
+        assert "max_new_tokens=1024, temperature=0.1, do_sample=True" in card and "Be concise — stay under" in card
+        assert not re.search(r"\n\n\n|[ \t]\n", card) and card.endswith("\n")
+        assert model_card(run.path, merged=card is merged) == card
+    assert "library_name: peft" in adapter and "PeftModel" in adapter and "r = 32, alpha = 32.0" in adapter
+    assert "library_name: transformers" in merged and "PeftModel" not in merged and "merge.json" in merged
+
+
+def test_a_run_without_steps_and_evaluations(tmp_path: Path) -> None:
+    config, source = load_config("configs/tiny.toml")
+    card = model_card(start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
+    assert "This run holds no evaluation." in card and "This run holds no training step." in card
+    assert "base_model" not in card and "base    = str(EMBEDDED / 'base')\nadapter = " in card
+
+
+def usage(card: str) -> str:
+    """The code under Use."""
+    return card.split("```python\n")[1].split("```")[0]
+
+
+def test_the_adapters_card_is_code_that_runs_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = load_config("configs/tiny.toml")
+    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    card = write_model_card(run.path, run.adapter / "README.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(run.adapter)
+    torch.manual_seed(0)
+    exec(compile(usage(card), "README.md", "exec"), {})
+    said = capsys.readouterr().out
+    assert config.cases.system_prompt in said and parse_answer(said, thinking=True).level is not None
+
+
+def test_a_merged_models_card_is_code_that_runs_in_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, source = load_config("configs/tiny.toml")
+    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    merge(run.adapter, tmp_path / "merged", check=False)
+    code = usage((tmp_path / "merged" / "README.md").read_text(encoding="utf-8"))
+    assert "peft" not in code and "grpo" not in code
+    monkeypatch.chdir(tmp_path / "merged")
+    torch.manual_seed(0)
+    exec(compile(code, "README.md", "exec"), {})
+    assert parse_answer(capsys.readouterr().out, thinking=True).level is not None
+
+
+def test_a_base_of_ones_own_is_named_without_its_place(tmp_path: Path) -> None:
+    card = model_card(make_run(tmp_path / "run", 'model.name="/home/someone/models/base"').path)
+    assert "base    = 'base'  # its folder\n" in usage(card) and "/home/someone" not in card
+    assert "base    = 'Qwen/Qwen3.5-9B'\n" in usage(model_card(make_run(tmp_path / "hub").path))
+
+
+def test_it_is_written_whole(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    run.adapter.mkdir()
+    path = write_model_card(run.path, run.adapter / "README.md")
+    assert path.read_text(encoding="utf-8") == model_card(run.path)
+    assert [file.name for file in run.adapter.iterdir()] == ["README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("config.json", None, "config.json: cannot be read"),
+        ("config.json", "{", "config.json: cannot be read"),
+        ("config.json", '{"model_type": "x"}', "not the config.json of a run"),
+        ("config.json", '{"config": {"name": "x"}}', "not those of a run: KeyError 'model'"),
+        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2: not valid JSON"),
+        ("metrics.jsonl", "3\n", "metrics.jsonl:1: expected one object a line, got a int"),
+        ("eval.json", '[{"n": 3}]', "not the evaluations of a run"),
+        ("eval.json", "[3]", "not the evaluations of a run"),
+        ("eval.json", "[", "eval.json: cannot be read"),
+    ],
+)
+def test_damaged_records_are_named(name: str, text: str | None, message: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run").path / name
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        model_card(path.parent)
+    assert isinstance(caught.value, CardError) or name == "eval.json"

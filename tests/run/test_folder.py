@@ -1,0 +1,293 @@
+"""The run folder: one process at a time, nothing outside it, private, and cut back to what a checkpoint holds."""
+
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from grpo.commands.inspect import main as inspect
+from grpo.commands.replay import main as replay
+from grpo.commands.report import main as report
+from grpo.config import Config, Source, load_config
+from grpo.run.checkpoint import Progress
+from grpo.run.folder import (
+    Run,
+    RunError,
+    add_evaluation,
+    add_metrics,
+    before_after,
+    check_folder,
+    continue_run,
+    evaluations,
+    is_started,
+    locked,
+)
+from grpo.run.folder import start_run as start
+from grpo.runtime.terminal import columns
+from rewards import load_reward
+from tests.support.recorded_runs import recorded
+
+TINY = "configs/tiny.toml"
+RATES = {"n": 0, "exact": 0.5, "adjacent": 0.5, "dangerous_under": 0.0, "no_parse": 0.0, "clipped_ratio": 0.0,
+         "intervals": {"exact": [0.1, 0.9]}}  # fmt: skip
+INPUTS = {"cases.train": "a" * 64, "reward.set": "b" * 64}
+
+
+@pytest.fixture(scope="module")
+def made() -> tuple[Config, Source]:
+    return load_config(TINY, [])
+
+
+@pytest.fixture
+def run(made: tuple[Config, Source], tmp_path: Path) -> Run:
+    config, source = made
+    return start(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu", inputs=INPUTS)
+
+
+def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: Run) -> None:
+    with locked(run.path):
+        held = subprocess.run(
+            [sys.executable, "-c", "import sys, pathlib, grpo.run.folder as r\n"
+             "try:\n  r.locked(pathlib.Path(sys.argv[1])).__enter__()\nexcept r.RunError as e: print(e)", run.path],
+            capture_output=True, encoding="utf-8", check=True,
+        )  # fmt: skip
+        assert f"in use by process {os.getpid()} on " in held.stdout
+        with pytest.raises(RunError, match="in use by"), locked(run.path):
+            pass
+    with locked(run.path):
+        pass  # the file of before blocks nobody
+    (run.path / ".lock").write_text("process 1 on another machine\n")
+    with locked(run.path):
+        assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
+
+
+def test_a_run_that_is_going_on_can_be_read(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(recorded(tmp_path_factory.getbasetemp(), "plain"), run)
+    shutil.rmtree(run / "adapter")
+    with locked(run):
+        assert replay([str(run)]) == 0
+        assert inspect([str(run), "--step", "2"]) == 0
+        assert report([str(run), "--out", str(tmp_path / "report.html")]) == 0
+
+
+def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run: Run, tmp_path: Path) -> None:
+    config, source = made
+    for leaves in ((), ("reward.json",), ("reward.json", ".config.json.partial")):
+        folder = tmp_path / "".join(leaves) / "x"
+        with locked(folder):
+            for name in leaves:
+                (folder / name).write_text("{")
+            assert not is_started(folder)
+            check_folder(folder, config, resume=False)
+            check_folder(folder, config, resume=True)
+            start(folder, config, source, load_reward(config.reward.set), device="cpu")
+            assert is_started(folder) and json.loads((folder / "reward.json").read_text())
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    for resume, says in ((False, "never overwritten"), (True, "no run to resume here")):
+        with pytest.raises(RunError, match=says):
+            check_folder(tmp_path / "mine", config, resume=resume)
+    assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+def test_config_json_is_written_last(
+    made: tuple[Config, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, source = made
+    written = []
+    replace = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: (written.append(Path(b).name), replace(a, b)))
+    start(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    assert written == ["reward.json", "config.json"]
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "eval", "checkpoints", "ledger", "checkpoints/step_000001", ".lock"])
+def test_a_symlink_out_of_the_folder_is_refused(
+    made: tuple[Config, Source], run: Run, tmp_path: Path, name: str
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (run.path / name).parent.mkdir(exist_ok=True)
+    (run.path / name).symlink_to(outside)
+    with pytest.raises(RunError, match=f"{name}: a symlink"):
+        check_folder(run.path, made[0], resume=True)
+    assert not any(outside.iterdir())
+
+
+@pytest.mark.parametrize("name", ["../x", "..", ".x", "a/b", "/etc/x", "a\\\\b", "a\\nb", "", "x" * 81])
+def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
+    with pytest.raises(ValueError, match="name"):
+        load_config(TINY, [f'name="{name}"'])
+    with pytest.raises(ValueError, match=r"evaluate\.ends"):
+        load_config(TINY, [f'evaluate.ends={{"{name}" = "embedded:cases/test.jsonl"}}'])
+
+
+def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, Source], tmp_path: Path) -> None:
+    config, source = made
+    folder = tmp_path / "run"
+    folder.mkdir(mode=0o755)
+    folder.chmod(0o755)
+    run = start(folder, config, source, load_reward(config.reward.set), device="cpu")
+    add_metrics(run, {"step": 1})
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
+    folder.chmod(0o755)
+    continue_run(folder, Progress(0), config)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
+    made: tuple[Config, Source], run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for step in (1, 2, 3):
+        add_metrics(run, {"step": step, "loss": 0.5})
+        add_evaluation(run, {"step": step, "cases": "t", "thinking": "on", **RATES}, [])
+    before = (run.path / "eval.json").read_bytes(), run.metrics.read_bytes()
+    with run.metrics.open("ab") as file:
+        file.write(b'{"step": 4, "lo\xff')
+    (run.path / "eval" / ".step_000004_t_on.jsonl.partial").touch()
+    (run.path / "eval" / "notes.txt").touch()
+    config = made[0]
+    continue_run(
+        run.path, Progress(3), config.model_copy(update={"ledger": config.ledger.model_copy(update={"every": 0})})
+    )
+    assert ((run.path / "eval.json").read_bytes(), run.metrics.read_bytes()) == before
+    assert "note" not in capsys.readouterr().err
+    continue_run(run.path, Progress(2), made[0])
+    assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+    assert [record["step"] for record in json.loads((run.path / "eval.json").read_text())] == [1, 2]
+    assert sorted(os.listdir(run.path / "eval")) == ["notes.txt", "step_000001_t_on.jsonl", "step_000002_t_on.jsonl"]
+    assert f"{run.ledger}: holds no step 1, 2" in capsys.readouterr().err, "what is gone is said"
+
+
+def test_a_resume_with_other_contents_is_refused(made: tuple[Config, Source], run: Run) -> None:
+    continue_run(run.path, Progress(0), made[0], INPUTS)
+    with pytest.raises(RunError, match=r"what cases\.train names has changed since the run was started"):
+        continue_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
+
+
+@pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
+def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run, content: str) -> None:
+    (run.path / "config.json").write_text(content, encoding="latin-1")
+    with pytest.raises(RunError, match=r"config\.json: cannot be read|other values of"):
+        check_folder(run.path, made[0], resume=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", '{"inputs": [1]}', "config.json: inputs: expected"),
+        ("config.json", '{"inputs": "x"}', "config.json: inputs: expected"),
+        ("eval.json", "{}", "eval.json: not the evaluations of a run: expected a list"),
+        ("eval.json", "[7]", "the keys of record 1"),
+        ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "step of record 1"),
+        ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "step of record 1"),
+        ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "n of record 1"),
+        (
+            "eval.json",
+            json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "exact": None}]),
+            "exact of rec",
+        ),
+        ("eval.json", json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "intervals": 7}]), "intervals"),
+        ("eval.json", None, "eval.json: cannot be read: expected a file, found a folder"),
+        ("metrics.jsonl", None, "metrics.jsonl: cannot be read: expected a file, found a folder"),
+        ("metrics.jsonl", "x" * (2 << 20), "metrics.jsonl: line 1: over 1,048,576 bytes"),
+    ],
+)
+def test_records_of_anything_are_one_error_and_nothing_is_touched(
+    made: tuple[Config, Source], run: Run, name: str, content: str | None, says: str
+) -> None:
+    add_metrics(run, {"step": 1, "loss": 0.5})
+    add_evaluation(run, {"step": 1, "cases": "t", "thinking": "on", **RATES}, [])
+    path = run.path / name
+    path.unlink()
+    if content is None:
+        path.mkdir()
+    else:
+        path.write_text(content)
+    before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+    with pytest.raises(RunError) as told:
+        continue_run(run.path, Progress(0), made[0], INPUTS)
+    assert says in str(told.value)
+    assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
+
+
+def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted(run: Run) -> None:
+    right = {"step": 1, "cases": "t", "thinking": "on", **RATES, "more": {"secret": [None]}}
+    run.evaluations.write_text(json.dumps([right, {k: v for k, v in right.items() if k != "intervals"}]))
+    assert evaluations(run)[0] == right, "what is not checked is kept"
+    odd: list[tuple[str, object]] = [
+        ("cases", 7), ("thinking", None), ("thinking", ["secret" * 1000]), ("step", -1), ("step", 1.0), ("n", "secret"),
+        ("n", True), ("exact", "0.5"), ("exact", True), ("adjacent", 1.1), ("no_parse", -0.1), ("clipped_ratio", {}),
+        ("intervals", None), ("intervals", {}), ("intervals", {"exact": None}), ("intervals", {"exact": [0.1, 2]}),
+        ("intervals", {"exact": ["secret"]}), ("dangerous_under", ["secret"]),
+    ]  # fmt: skip
+    for key, value in odd:
+        run.evaluations.write_text(json.dumps([right, right | {key: value}, {"secret": value}]))
+        with pytest.raises(RunError) as told:
+            evaluations(run)
+        assert str(told.value) == f"{run.evaluations}: not the evaluations of a run: {key} of record 2", value
+
+
+@pytest.mark.parametrize(
+    "line", ['{"step": 1e999}', '{"step": 99999999999999999999}', '{"step": null}', "[1]", "[" * 9000, "\xff"]
+)
+def test_a_line_of_metrics_that_says_no_step_is_cut_off(made: tuple[Config, Source], run: Run, line: str) -> None:
+    add_metrics(run, {"step": 1, "loss": 0.5})
+    before = run.metrics.read_bytes()
+    with run.metrics.open("ab") as file:
+        file.write(line.encode("latin-1") + b"\n")
+    continue_run(run.path, Progress(1), made[0], INPUTS)
+    assert run.metrics.read_bytes() == before
+
+
+# ---- the closing table ------------------------------------------------------------------------------------------
+
+MEASURED = {"test": (0.62, 0.996), "mietic36": (0.5, 1.0), "validation": (0.625, 0.9995)}
+"""Set of ``tiny.toml`` → exact before and after."""
+
+
+def evaluated(name: str, thinking: str, step: int, exact: float, **more: object) -> dict[str, object]:
+    rates = {"adjacent": 1.0, "dangerous_under": 0.1, "no_parse": 0.25, "clipped_ratio": 1.0}
+    interval = {"intervals": {"exact": [max(0.0, exact - 0.04), 1.0]}}
+    return {"cases": name, "thinking": thinking, "step": step, "n": 500, "exact": exact, **rates, **interval, **more}
+
+
+def test_the_closing_table_of_the_tiny_config_fits_80_columns(made: tuple[Config, Source]) -> None:
+    config, _ = made
+    section = config.evaluate
+    assert {*section.ends, *section.during} == set(MEASURED)
+    keys = [(name, mode) for name in MEASURED for mode in section.thinking]
+    records = [
+        evaluated(name, mode, step, MEASURED[name][step > 0]) for step in (0, config.train.steps) for name, mode in keys
+    ]
+    between = [evaluated("validation", "on", section.every, 0.25)]  # neither the first nor the last
+    lines = before_after(records[:6] + between + records[6:]).splitlines()
+    assert max(map(columns, lines)) <= 80
+    head, rows = lines[0], [lines[i : i + 3] for i in range(1, len(lines), 3)]
+    assert [row[0] for row in rows] == [f"{name}, thinking {mode}, n = 500" for name, mode in keys]
+    for (name, _), (_, first, last) in zip(keys, rows, strict=True):
+        before, after = (f"{100 * exact:.1f}" for exact in MEASURED[name])
+        assert first.split()[:4] == ["step", "0", before, f"{100 * (MEASURED[name][0] - 0.04):.1f}–100.0"]
+        assert last.split()[:3] == ["step", str(config.train.steps), after]
+        assert first.split()[4:] == last.split()[4:] == ["100.0", "10.0", "25.0", "100.0"]
+        for title in ("exact", "95 % interval", "adjacent", "dangerous", "no parse", "clipped"):
+            end = head.index(title) + len(title)  # each number ends under its title
+            assert all(line[end - 1].isdigit() and line[end : end + 1] in ("", " ") for line in (first, last))
+
+
+@pytest.mark.parametrize("name", ["x" * 80, "日本" * 40, "\x1b[2J" * 20])
+@pytest.mark.parametrize("step", [7, 10**9, 10**30])
+def test_no_name_or_number_makes_the_table_wider(name: str, step: int) -> None:
+    records = [evaluated(name, "on", 0, 0.5), evaluated(name, "on", step, 1.0, n=step, intervals={})]
+    table = before_after([*records, evaluated(name, "off", step, 0.0, n=step)])
+    lines = table.splitlines()
+    assert max(map(columns, lines)) <= 80 and "\x1b" not in table
+    assert [", thinking on, n = " in lines[1], ", thinking off, n = " in lines[4]] == [True, True]
+    assert len(lines) == 6, "a set evaluated once has one row"
