@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import grpo.dynamic_sampling as sampling
 import grpo.train as loop
 import grpo.update as updating
 from grpo.config import Config, Source, load_config
@@ -102,7 +101,7 @@ class Clock:
         """Inside, the loop is timed."""
         seams: list[tuple[Any, str, Any]] = [
             (loop, "cost", self.cost),
-            (sampling, "score_groups", self.timed("reward", sampling.score_groups)),
+            (loop, "score_groups", self.timed("reward", loop.score_groups)),
             (updating, "reference_logprobs", self.timed("reference", updating.reference_logprobs)),
         ]
         starts = {name: engine.args[0] for name, engine in ENGINES.items() if isinstance(engine, partial)}

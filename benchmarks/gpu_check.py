@@ -317,9 +317,8 @@ def dtype_of(policy: Any) -> str:
 
 def check_step(arguments: argparse.Namespace) -> Result:
     """The loop's first step, of which the update is as `grpo.train` makes it."""
-    import numpy as np
 
-    from grpo.batch import make_batch
+    from grpo.batch import group_advantages, make_batch, reward_matrix
     from grpo.dynamic_sampling import sample_step
     from grpo.update import update
 
@@ -330,7 +329,11 @@ def check_step(arguments: argparse.Namespace) -> Result:
     times = [clock(policy.device)]
     groups, scores, _ = sample_step(setup, 0)
     times.append(clock(policy.device))
-    batch = make_batch(groups, np.array([[score.total for score in row] for row in scores]), config)
+    batch = make_batch(
+        groups,
+        group_advantages(groups, reward_matrix(scores), config.advantage),
+        config,
+    )
     gradients: dict[str, float] = {}
     hook = setup.optimizer.register_step_pre_hook(lambda *_: gradients.update(gradient_norms(policy)))
     updated = update(policy, batch, config, setup.optimizer, setup.reference, step=0)
@@ -371,14 +374,14 @@ def step_problems(facts: dict[str, Any], gradients: dict[str, float]) -> list[st
 @torch.inference_mode()
 def check_capture(arguments: argparse.Namespace) -> Result:
     """The same forced tokens through a captured decode step, an eager one and one of plain torch."""
-    from grpo.dynamic_sampling import prompts_for_step
+    from grpo.prompts import prompts_for_step
     from grpo.qwen3_5 import decode
     from grpo.qwen3_5 import decode_ops as plain
 
     with torch.inference_mode(False):
         setup, facts = load_from(arguments)
     policy, size = setup.policy, setup.config.rollout.group_size
-    prompts = prompts_for_step(setup, 0)
+    prompts = prompts_for_step(setup.cases, setup.epoch, setup.policy.tokenizer, setup.config, 0)
     owners = [b for b in range(len(prompts)) for _ in range(size)]
     first, captured = decode.start_own(policy, prompts, owners, CAPTURE_TOKENS)
     assert isinstance(captured, decode.GraphDecoder)

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.bench import bench_config
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.dynamic_sampling import sample_step
 from grpo.run.exit_messages import INPUT_ERRORS
 from grpo.run.setup import Setup, build, machine
@@ -46,7 +45,11 @@ def step(setup: Setup, number: int) -> dict[str, list[dict[str, Any]]]:
     """One step of the loop, by phase."""
     config, device = setup.config, setup.policy.device
     (groups, scores, _), rollout = watched(lambda: sample_step(setup, number), device)
-    batch = make_batch(groups, np.array([[score.total for score in row] for row in scores]), config)
+    batch = make_batch(
+        groups,
+        group_advantages(groups, reward_matrix(scores), config.advantage),
+        config,
+    )
     _, trained = watched(
         lambda: update(setup.policy, batch, config, setup.optimizer, setup.reference, step=number), device
     )

@@ -116,7 +116,7 @@ torch.inference_mode = lambda *_: torch.no_grad()  # where operations keep their
 
 import grpo.run.setup as making
 import grpo.update as updating
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import ConfigError, load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine import sampling
@@ -439,7 +439,11 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         with paper.tallying() as tally:
             groups, scores, dropped = sample_step(setup, 0)
         phases["rollout"], decoded = tally.figures(), one[-1]
-        batch = make_batch(groups, np.array([[s.total for s in row] for row in scores]), config)
+        batch = make_batch(
+            groups,
+            group_advantages(groups, reward_matrix(scores), config.advantage),
+            config,
+        )
         held = paper.alive
         with paper.tallying() as tally:
             done = updating.update(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)

@@ -41,12 +41,13 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
-from grpo.dynamic_sampling import prompts_for_step, sample_step
+from grpo.dynamic_sampling import sample_step
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.policy.base_model import card_name, pick_device
 from grpo.policy.policy import Policy, load_policy
+from grpo.prompts import prompts_for_step
 from grpo.run.setup import Setup, build
 from grpo.scoring import score_groups
 from grpo.types import Completion, Group, Prompt, Step
@@ -91,6 +92,11 @@ class Taken:
     tokens: int
     """Sampled, end tokens included."""
     longest: int
+
+
+def step_prompts(setup: Setup, step: int) -> list[Prompt]:
+    """Return the prompts of a step (0-based)."""
+    return prompts_for_step(setup.cases, setup.epoch, setup.policy.tokenizer, setup.config, step)
 
 
 def now(device: torch.device) -> np.ndarray:
@@ -142,7 +148,7 @@ def with_engine(setup: Setup, step: int) -> Sampled:
 def with_generate(setup: Setup, step: int) -> Sampled:
     """The same prompts through transformers' `generate`, every row prefilled as it does."""
     config, policy = setup.config, setup.policy
-    prompts = [p for p in prompts_for_step(setup, step) for _ in range(config.rollout.group_size)]
+    prompts = [p for p in step_prompts(setup, step) for _ in range(config.rollout.group_size)]
     width = max(len(prompt.ids) for prompt in prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros_like(ids)
@@ -200,7 +206,7 @@ def our_step(setup: Setup, sample: Callable[[Setup, int], Sampled], step: int) -
     groups, scores = sample(setup, step)
     sampled = now(policy.device)
     rewards = np.array([[score.total for score in row] for row in scores])
-    batch = make_batch(groups, rewards, config)
+    batch = make_batch(groups, group_advantages(groups, rewards, config.advantage), config)
     updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
     done = Step(step + 1, groups, scores, batch, updated.tokens, (), *updated.figures)
     account = token_account(done.tokens, batch, config.loss)
@@ -297,7 +303,7 @@ def run_trl(setup: Setup, steps: int, begin: Callable[[], None], after: Callable
     config = setup.config
     policy = load_policy(config.model, config.lora, seed=config.train.seed)
     watch = Watch(policy.device)
-    prompts = [prompt for step in range(steps) for prompt in prompts_for_step(setup, step)]
+    prompts = [prompt for step in range(steps) for prompt in step_prompts(setup, step)]
     rows = [{"prompt": as_text(policy.tokenizer, p), "row": i} for i, p in enumerate(prompts)]
 
     def rewards(completion_ids: list[list[int]], row: list[int], **_: Any) -> list[float]:

@@ -5,24 +5,40 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from grpo.advantage import advantages
+from grpo.advantage import advantages as normalized_advantages
 from grpo.config import Advantage, Config
 from grpo.loss import token_weights
 from grpo.types import Batch, Group
+from rewards import Score
 
 
-def make_batch(groups: Sequence[Group], rewards: np.ndarray, config: Config) -> Batch:
+def reward_matrix(scores: Sequence[Sequence[Score]]) -> np.ndarray:
+    """Return the total rewards [B,G] float64."""
+    return np.array([[score.total for score in row] for row in scores])
+
+
+def group_advantages(groups: Sequence[Group], rewards: np.ndarray, section: Advantage) -> np.ndarray:
+    """Return `grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
+    return normalised(rewards, baseline(finished_matrix(groups), section), section)
+
+
+def finished_matrix(groups: Sequence[Group]) -> np.ndarray:
+    """Return which completions [B,G] bool ended by themselves."""
+    return np.array([[completion.finished for completion in group.completions] for group in groups])
+
+
+def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) -> Batch:
     """The rows of all groups, group by group, with everything the loss needs but the policy's log-probabilities.
 
     Args:
         groups: B groups of G completions.
-        rewards: [B,G] float64, in the same order.
+        advantages: [B,G] float64, in the same order, see `group_advantages`.
         config: its ``[advantage]``, ``[loss]`` and ``[rollout]`` sections are used.
     """
     rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
     lengths = [len(completion.ids) for _, completion in rows]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-    finished = np.array([[completion.finished for completion in group.completions] for group in groups])
+    finished = finished_matrix(groups)
     members = baseline(finished, config.advantage)
     weights = token_weights(
         lengths,
@@ -40,7 +56,7 @@ def make_batch(groups: Sequence[Group], rewards: np.ndarray, config: Config) -> 
         completion_mask=mask,
         sampler_logprobs=sampler,
         in_baseline=torch.from_numpy(members.flatten()),
-        advantages=torch.from_numpy(normalised(rewards, members, config.advantage)).flatten(),
+        advantages=torch.from_numpy(advantages).flatten(),
         token_weights=torch.where(mask, weights[:, None], 0.0),
     )
 
@@ -56,4 +72,6 @@ def baseline(finished: np.ndarray, section: Advantage) -> np.ndarray:
 
 def normalised(rewards: np.ndarray, members: np.ndarray, section: Advantage) -> np.ndarray:
     """`grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
-    return advantages(rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof, in_baseline=members)
+    return normalized_advantages(
+        rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof, in_baseline=members
+    )

@@ -1,8 +1,11 @@
 """A case → the ids that the policy sees: the chat template's own control tokens, and plain text between them."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+from grpo.cases import cases_for_step, row_key
+from grpo.config import Config
 from grpo.policy.base_model import ModelError
 from grpo.types import Case, Prompt
 
@@ -11,6 +14,23 @@ END_TOKENS = ("<|im_end|>", "<|endoftext|>")
 _SYSTEM, _CASE = "\ue000SYSTEM\ue001", "\ue000CASE\ue001"
 """Stand for system prompt and narrative while the chat template is rendered: private-use characters no template
 holds."""
+
+
+def prompts_for_step(
+    cases: Sequence[Case], epoch: Sequence[int], tokenizer: Any, config: Config, step: int, resample_round: int = 0
+) -> list[Prompt]:
+    """Return the prompts of a step (0-based), a pure function of (seed, step). With ``thinking = "mixed"`` every other
+    one thinks, the phase changing with the step.
+
+    Args:
+        epoch: indices into ``cases``, see `grpo.cases.stream`.
+        resample_round: > 0 gives the prompts that replace groups without variance, from a shuffle of their own.
+    """
+    seed = row_key("refill", config.train.seed, resample_round) if resample_round else config.train.seed
+    chosen = cases_for_step(cases, epoch, seed=seed, step=step, count=config.rollout.prompts_per_step)
+    thinks = {"on": lambda i: True, "off": lambda i: False, "mixed": lambda i: (i + step) % 2 == 0}
+    thinking, system = thinks[config.rollout.thinking], config.cases.system_prompt
+    return [render_prompt(tokenizer, case, system_prompt=system, thinking=thinking(i)) for i, case in enumerate(chosen)]
 
 
 def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:

@@ -4,12 +4,16 @@ Every prompt is prefilled once and its state expanded to the group; all rows are
 What a row draws is a function of its key alone (`grpo.cases.row_key` of seed, step, case and member).
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from grpo.cases import row_key
+from grpo.config import Config
 from grpo.engine.lockstep import sample_in_step
 from grpo.engine.reference_engine import sample_plainly
 from grpo.engine.sampling import Drawn, sample, uniforms
@@ -17,6 +21,7 @@ from grpo.engine.transformers_engine import start_cached
 from grpo.policy.policy import Policy
 from grpo.qwen3_5.decode import start_own
 from grpo.qwen3_5.weights import readable
+from grpo.runtime.out_of_memory import ROLLOUT, memory_errors
 from grpo.types import Completion, Group, Prompt
 
 Engine = Callable[[Policy, Sequence[Prompt], Sequence[int], np.ndarray, float], Drawn]
@@ -31,8 +36,48 @@ ENGINES: dict[str, Engine] = {
 """Qwen3.5 at full speed; any causal language model, and one that is sharded over ranks; the slow oracle of both."""
 
 
+COMPLETIONS = TypeAdapter(list[tuple[Completion, ...]])
+
+
 class PromptError(ValueError):
     """A prompt that cannot be answered within the model's context. Names the case."""
+
+
+def sample_groups(
+    policy: Policy, prompts: Sequence[Prompt], keys: Sequence[Sequence[int]], config: Config
+) -> tuple[Group, ...]:
+    """Return the sampled completions of each prompt, the same on every rank: each samples its slice of the prompts."""
+    section, part = config.rollout, policy.ranks.mine(len(prompts))
+    with memory_errors("rollout", ROLLOUT, policy.independent_ranks):
+        groups = rollout(
+            policy,
+            [prompts[i] for i in part],
+            [keys[i] for i in part],
+            max_new_tokens=section.max_new_tokens,
+            temperature=section.temperature,
+            ignore_end=section.ignore_end,
+        )
+    completions = policy.ranks.gather([group.completions for group in groups], COMPLETIONS)
+    return tuple(Group(prompt, members) for prompt, members in zip(prompts, completions, strict=True))
+
+
+def sampling_keys(
+    prompts: Sequence[Prompt], config: Config, step: int, members_so_far: Counter[str] | None = None
+) -> list[list[int]]:
+    """Return a key of (seed, step, case, member) for each completion of each prompt.
+
+    Args:
+        members_so_far: completions that the step has of each case already; a case met again counts its members on. It
+            is updated.
+    """
+    counts = Counter() if members_so_far is None else members_so_far
+    keys = []
+    for prompt in prompts:
+        first = counts[prompt.case.id]
+        counts[prompt.case.id] += config.rollout.group_size
+        members = range(first, counts[prompt.case.id])
+        keys.append([row_key("rollout", config.train.seed, step, prompt.case.id, member) for member in members])
+    return keys
 
 
 def rollout(

@@ -1,19 +1,27 @@
-"""Groups → scores: the one place where a reward meets completions. Text and lengths only, no tensors."""
+"""Groups → scores: the one place where a reward meets completions. Text and lengths only, no
+tensors."""
 
 from collections.abc import Sequence
 
+from pydantic import TypeAdapter
+
 from grpo.config import Config
+from grpo.runtime.distributed import ALONE, Ranks
 from grpo.types import Group
 from rewards import Reward, Score, overlong
 
+SCORES = TypeAdapter(list[tuple[Score, ...]])
 
-def score_groups(reward: Reward, groups: Sequence[Group], config: Config) -> tuple[tuple[Score, ...], ...]:
-    """[B][G] scores, beside the groups.
+
+def score_groups(
+    reward: Reward, groups: Sequence[Group], config: Config, ranks: Ranks = ALONE
+) -> tuple[tuple[Score, ...], ...]:
+    """Return the scores [B][G] of the groups, the same on every rank: each scores its slice.
 
     Raises:
         RewardError: a code rule failed; names rule and case.
     """
-    return tuple(
+    rows = [
         tuple(
             reward.score(
                 text=group.prompt.case.text,
@@ -26,8 +34,9 @@ def score_groups(reward: Reward, groups: Sequence[Group], config: Config) -> tup
             )
             for completion in group.completions
         )
-        for group in groups
-    )
+        for group in (groups[i] for i in ranks.mine(len(groups)))
+    ]
+    return tuple(ranks.gather(rows, SCORES))
 
 
 def length_penalty(length: int, config: Config) -> float:

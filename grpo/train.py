@@ -13,23 +13,23 @@ import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import Config, Source, load_config
-from grpo.dynamic_sampling import sample_step
+from grpo.dynamic_sampling import replace_uniform_groups
 from grpo.evaluation.answers import evaluate
 from grpo.evaluation.metrics import summarise
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.policy.policy import save_adapter
+from grpo.prompts import prompts_for_step
 from grpo.report.model_card import write_model_card
+from grpo.rollout import sample_groups, sampling_keys
 from grpo.run.checkpoint import Progress, damage, save_checkpoint
 from grpo.run.exit_messages import INPUT_ERRORS, NotFinite, how_to_go_on, say_refused, say_stopped
 from grpo.run.folder import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
@@ -43,95 +43,103 @@ from grpo.runtime.distributed import RankLost, Ranks, expected, joined, leave
 from grpo.runtime.interrupts import Stop, Stopped, listening
 from grpo.runtime.out_of_memory import OutOfMemory
 from grpo.runtime.terminal import fit, say_anyhow, tell, visible
+from grpo.scoring import score_groups
 from grpo.types import Group, Step
 from grpo.update import learning_rate, update
-
-T = TypeVar("T")
-KEEPING = (Stopped, RankLost, OutOfMemory)
-"""What ends a run and leaves the policy as the last completed step left it."""
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 """tqdm's format without the rate, for which 80 columns have no room; the metrics record the seconds of every step."""
 
 
 def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
-    """The steps after ``progress`` up to ``train.steps``, with their records, checkpoints and evaluations.
+    """Run the steps after ``progress`` up to ``train.steps``: sample, score, normalize, update, record.
 
-    Raises:
-        Stopped: by a signal. What is done is on the disk.
+    A signal ends anything but an update and what is being written; the last completed step is then saved.
     """
     config, policy, ranks = setup.config, setup.policy, setup.policy.ranks
-    standing = partial(unless_stopped, setup, run, stop)
-    standing(progress, evaluate_due, setup, run, progress.step)
-    first = progress.step
-    steps = range(first, config.train.steps)
+    bar = progress_bar(progress, config, ranks)
     drift = DriftWarning(policy.head.weight.dtype, config.rollout.temperature)
-    bar = tqdm(steps, initial=first, total=config.train.steps, bar_format=BAR_FORMAT, disable=not ranks.leads)
-    for step in bar:
-        started = time.perf_counter()
-        groups, scores, dropped = standing(progress, sample_step, setup, step)
-        sampled = time.perf_counter()
-        rewards = np.array([[score.total for score in row] for row in scores])
-        batch = make_batch(groups, rewards, config)
-        with keeping(setup, run, progress):
-            agree_to_go_on(ranks, stop)
-        with stop.within_grace(), keeping(setup, run, progress, (OutOfMemory,)):
-            updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
-        moved = time.perf_counter()
-        done = Step(step + 1, groups, scores, batch, updated.tokens, dropped, *updated.figures)
-        if ranks.leads:
-            record = write_down(setup, run, done, {"rollout": sampled - started, "update": moved - sampled})
-            bar.set_postfix_str(postfix(record, config))
-            drift.look(done.number, record["sampler/max_abs_logprob_diff"])
-        progress = Progress(done.number, progress.skipped_in_a_row + 1 if updated.skipped else 0)
-        if is_due(progress, config):
-            standing(progress, ranks.alike, {"adapter": checksum(policy.trainable().values())})
-            if ranks.leads:
-                save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
-        check_finite(progress, groups, config)
-        standing(progress, evaluate_due, setup, run, done.number)
-    if ranks.leads:
-        with placed(run.adapter) as aside:
-            save_adapter(policy, aside)
-            write_model_card(run.path, aside / "README.md")
-
-
-def unless_stopped(setup: Setup, run: Run, stop: Stop, progress: Progress, act: Callable[..., T], *given: Any) -> T:
-    """What ``act`` returns, which leaves the policy as it is. A signal ends it at once, and ``progress`` is saved."""
-    with keeping(setup, run, progress), stop.at_once():
-        return act(*given)
-
-
-@contextlib.contextmanager
-def keeping(
-    setup: Setup, run: Run, progress: Progress, faults: tuple[type[BaseException], ...] = KEEPING
-) -> Iterator[None]:
-    """Save ``progress`` when one of ``faults`` ends the run inside, unless the policy has moved since."""
     try:
-        yield
-    except faults as error:
-        if getattr(error, "midway", False):
-            raise
-        saved = run.checkpoints / f"step_{progress.step:06d}"
-        if setup.policy.ranks.leads and progress.step and damage(saved):
-            save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
+        with stop.at_once():
+            evaluate_if_due(setup, run, progress.step)
+            for step in bar:
+                started = time.perf_counter()
+                prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step)
+                groups = sample_groups(policy, prompts, sampling_keys(prompts, config, step), config)
+                scores = score_groups(setup.reward, groups, config, ranks)  # text only, no tensors
+                groups, scores, dropped = replace_uniform_groups(setup, groups, scores, step)  # off in v49
+                sampled = time.perf_counter()
+
+                with stop.deferred():  # a signal waits for the end of this block
+                    advantages = group_advantages(groups, reward_matrix(scores), config.advantage)  # [B,G]
+                    batch = make_batch(groups, advantages, config)  # token weights are fixed here
+                    stop_if_any_rank_was_asked(ranks, stop)
+                    with stop.within_grace():
+                        result = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
+                    seconds = {"rollout": sampled - started, "update": time.perf_counter() - sampled}
+                    progress = progress.after(result.skipped)
+                    done = Step(progress.step, groups, scores, batch, result.tokens, dropped, *result.figures)
+                    if ranks.leads:
+                        record = record_step(setup, run, done, seconds)
+                        bar.set_postfix_str(postfix(record, config))
+                        drift.look(done.number, record["sampler/max_abs_logprob_diff"])
+                save_if_due(setup, run, stop, progress)
+                raise_if_diverged(progress, groups, config)
+                evaluate_if_due(setup, run, progress.step)
+    except (Stopped, RankLost, OutOfMemory) as error:
+        if not getattr(error, "midway", False):  # else the policy has moved since the last completed step
+            save_last_step(setup, run, progress)
         raise
+    save_result(setup, run)
 
 
-def agree_to_go_on(ranks: Ranks, stop: Stop) -> None:
-    """Raises `Stopped` where any rank was asked to stop: none begins an update that another has left. One that was
-    asked still says so, to those that were not; others that do not answer have its grace."""
+def progress_bar(progress: Progress, config: Config, ranks: Ranks) -> Any:
+    """Return the steps that are left, shown by rank 0."""
+    steps = range(progress.step, config.train.steps)
+    return tqdm(steps, initial=progress.step, total=config.train.steps, bar_format=BAR_FORMAT, disable=not ranks.leads)
+
+
+def stop_if_any_rank_was_asked(ranks: Ranks, stop: Stop) -> None:
+    """Raise `Stopped` where any rank was asked to stop: none begins an update that another has left. One that was
+    asked still tells those that were not; others that do not answer have its grace."""
     with stop.within_grace():
-        asked = [number for number in ranks.exchange(stop.requested) if number is not None]
-    if asked:
-        raise Stopped(asked[0])
+        signals = [number for number in ranks.exchange(stop.requested) if number is not None]
+    if signals:
+        raise Stopped(signals[0])
 
 
-def write_down(setup: Setup, run: Run, done: Step, phases: dict[str, float]) -> dict[str, Any]:
-    """A step's line of the metrics, once it and the step's record in the ledger are on the disk.
+def save_if_due(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
+    """Save a checkpoint where the config asks for one, after the last step, and before the run ends for want of finite
+    steps; the ranks' adapters are compared first."""
+    config, policy = setup.config, setup.policy
+    scheduled = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
+    if not scheduled and progress.skipped_in_a_row <= config.train.max_skipped_steps:
+        return
+    policy.ranks.alike({"adapter": checksum(policy.trainable().values())})
+    if policy.ranks.leads:
+        with stop.deferred():
+            save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
+
+
+def save_last_step(setup: Setup, run: Run, progress: Progress) -> None:
+    """Save the last completed step of a run that ends early, unless it is saved already."""
+    if setup.policy.ranks.leads and progress.step and damage(run.checkpoints / f"step_{progress.step:06d}"):
+        save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
+
+
+def save_result(setup: Setup, run: Run) -> None:
+    """Write the adapter and its model card."""
+    if setup.policy.ranks.leads:
+        with placed(run.adapter) as staging:
+            save_adapter(setup.policy, staging)
+            write_model_card(run.path, staging / "README.md")
+
+
+def record_step(setup: Setup, run: Run, done: Step, seconds: dict[str, float]) -> dict[str, Any]:
+    """Write the step to the ledger and its line to the metrics; return the line.
 
     Args:
-        phases: seconds of the rollout and of the update.
+        seconds: of the rollout and of the update.
     """
     config, started = setup.config, time.perf_counter()
     account = token_account(done.tokens, done.batch, config.loss)
@@ -140,18 +148,12 @@ def write_down(setup: Setup, run: Run, done: Step, phases: dict[str, float]) -> 
     record = finite(step_metrics(done, account, shares, config) | {"lr": lr})
     if config.ledger.every and done.number % config.ledger.every == 0:
         write_step(run.ledger, done, account, shares, record, text=config.ledger.text)
-    record |= cost(done, setup, phases | {"account": time.perf_counter() - started})
+    record |= cost(done, setup, seconds | {"account": time.perf_counter() - started})
     add_metrics(run, record)
     return record
 
 
-def is_due(progress: Progress, config: Config) -> bool:
-    """Whether a checkpoint is: by the config, after the last step, and before the run ends for want of finite steps."""
-    asked = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
-    return asked or progress.skipped_in_a_row > config.train.max_skipped_steps
-
-
-def check_finite(progress: Progress, groups: Sequence[Group], config: Config) -> None:
+def raise_if_diverged(progress: Progress, groups: Sequence[Group], config: Config) -> None:
     """Raises `NotFinite` after more steps in a row than ``train.max_skipped_steps`` allows."""
     if progress.skipped_in_a_row > config.train.max_skipped_steps:
         ids = ", ".join(repr(group.prompt.case.id) for group in groups)
@@ -190,7 +192,7 @@ def postfix(record: dict[str, Any], config: Config) -> str:
     return shown if kl is None else f"{shown}, KL {kl:.4f}"
 
 
-def evaluate_due(setup: Setup, run: Run, step: int) -> None:
+def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
     """Evaluates what the config asks for after ``step`` steps, in every mode, and writes the records down. What is
     written already is not evaluated again."""
     section = setup.config.evaluate

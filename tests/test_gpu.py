@@ -11,12 +11,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from benchmarks.bench import main as bench
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import Lora, Model, load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine.sampling import draw, uniforms
@@ -159,7 +158,11 @@ def test_a_step_that_does_not_fit_is_cut_in_half(device: str, capsys: pytest.Cap
     config, _ = load_config("configs/tiny.toml", tiny_on(device))
     setup = build(config)
     groups, scores, _ = sample_step(setup, 0)
-    batch = make_batch(groups, np.array([[one.total for one in row] for row in scores]), config)
+    batch = make_batch(
+        groups,
+        group_advantages(groups, reward_matrix(scores), config.advantage),
+        config,
+    )
     rows = len(batch.completion_ids)
     norms = []
 

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
 from grpo.metrics import advantage_shares, exact_sum, rewards_of, step_metrics, token_account, token_slices
 from grpo.types import Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
@@ -68,7 +68,7 @@ def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[
         entropy=torch.tensor(noise.random(count), dtype=torch.float32),
     )
     rewards = np.array([[score.total for score in row] for row in scores])
-    batch = make_batch(groups, rewards, config)
+    batch = make_batch(groups, group_advantages(groups, rewards, config.advantage), config)
     return Step(3, tuple(groups), tuple(scores), batch, tokens, dropped, 0.5, 0.25, 0)
 
 

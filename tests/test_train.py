@@ -25,7 +25,7 @@ from tqdm import tqdm
 from grpo import dynamic_sampling as groups
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
-from grpo.dynamic_sampling import noise_keys
+from grpo.rollout import sampling_keys
 from grpo.run.ledger import ledger_steps, read_step
 from grpo.runtime.terminal import columns
 from grpo.train import main
@@ -317,10 +317,10 @@ def test_groups_without_variance_are_refilled(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A reward that only case c0 to c4 can vary under: the others' groups are silent."""
-    true_scores = groups.score_groups
+    true_scores = train_module.score_groups
     sampled: list[list[str]] = []
 
-    def only_half_vary(reward: Any, groups: Any, config: Any) -> Any:
+    def only_half_vary(reward: Any, groups: Any, config: Any, ranks: Any) -> Any:
         sampled.append([group.prompt.case.id for group in groups])
         return tuple(
             tuple(
@@ -332,10 +332,11 @@ def test_groups_without_variance_are_refilled(
                 )
                 for g, score in enumerate(row)
             )
-            for group, row in zip(groups, true_scores(reward, groups, config), strict=True)
+            for group, row in zip(groups, true_scores(reward, groups, config, ranks), strict=True)
         )
 
-    monkeypatch.setattr(groups, "score_groups", only_half_vary)
+    for module in (train_module, groups):
+        monkeypatch.setattr(module, "score_groups", only_half_vary)
     out = tmp_path / "run"
     assert run(world, out, "--set", "rollout.refill_rounds=3", "--set", "train.steps=8") == 0
     metrics = lines(out / "metrics.jsonl")
@@ -368,7 +369,7 @@ def test_a_case_met_twice_in_a_step_draws_other_completions(world: list[str], tm
     config, _ = load_config(TINY, ["rollout.group_size=2", "optim.micro_batch_size=1"])
     prompt = Prompt(Case("c0", "A 40-year-old.", 2), (1, 2), False)
     met: Counter[str] = Counter()
-    keys = noise_keys([prompt, prompt], config, 0, met) + noise_keys([prompt], config, 0, met)
+    keys = sampling_keys([prompt, prompt], config, 0, met) + sampling_keys([prompt], config, 0, met)
     assert len({key for row in keys for key in row}) == 6
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from grpo import update as update_module
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
 from grpo.metrics import token_account
 from grpo.micro_batch_limit import Room
@@ -34,7 +34,7 @@ def config_with(*overrides: str) -> Config:
 def batch_of(policy: Policy, config: Config) -> Batch:
     prompts = prompts_of(policy)
     groups = rollout(policy, prompts, keys_of(prompts, 4), max_new_tokens=20, temperature=config.rollout.temperature)
-    return make_batch(groups, REWARDS, config)
+    return make_batch(groups, group_advantages(groups, REWARDS, config.advantage), config)
 
 
 def gradients(
@@ -312,7 +312,9 @@ def test_batch_lays_out_rows_group_by_group(make_policy: Callable[..., Policy]) 
     prompts = prompts_of(make_policy())[:2]
     row = [Completion((5, 6, 7), (-1.0, -2.0, -3.0), False, "abc"), Completion((8,), (-4.0,), True, "")]
     groups = [Group(prompts[0], (row[0], row[1])), Group(prompts[1], (row[1], row[0]))]
-    batch = make_batch(groups, np.array([[1.0, 0.0], [0.0, 0.0]]), config_with())
+    batch = make_batch(
+        groups, group_advantages(groups, np.array([[1.0, 0.0], [0.0, 0.0]]), config_with().advantage), config_with()
+    )
     assert batch.prompt_ids == (prompts[0].ids, prompts[0].ids, prompts[1].ids, prompts[1].ids)
     assert batch.completion_ids == ((5, 6, 7), (8,), (8,), (5, 6, 7))
     assert batch.completion_mask.tolist() == [

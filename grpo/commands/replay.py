@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch
 from grpo.config import Config
 from grpo.inspection.bit_diff import Difference, array_differences, same, scalar_difference, shown
 from grpo.inspection.counterfactual import change_lines, counterfactual, step_lines, summary_lines
@@ -101,7 +101,7 @@ def replay_step(
         scores = replayed_scores(entry, config, reward)
         found += _score_differences(entry, scores)
         rewards = np.array([[score.total for score in row] for row in scores])
-        batch = make_batch(entry.step.groups, rewards, config)
+        batch = make_batch(entry.step.groups, group_advantages(entry.step.groups, rewards, config.advantage), config)
         again = dataclasses.replace(entry.step, scores=scores, batch=batch)
         account = token_account(again.tokens, batch, config.loss)
         shares = advantage_shares(again, config.advantage)

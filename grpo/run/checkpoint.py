@@ -45,6 +45,10 @@ class Progress:
     skipped_in_a_row: int = 0
     """The last so many of them had an update that was not finite."""
 
+    def after(self, skipped: int) -> "Progress":
+        """Return the progress one step later, whose update skipped so many optimizer steps."""
+        return Progress(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
+
 
 def save_checkpoint(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, section: Checkpoint

@@ -61,17 +61,29 @@ class Stop:
             self._interruptible = False
 
     @contextlib.contextmanager
-    def within_grace(self) -> Iterator[None]:
-        """Inside, what has begun may finish: `Stopped` is raised `GRACE_S` after the signal. On other ranks it has
-        begun before this one looks, so a signal that came before leaves it its grace as well."""
-        self._timed = True
+    def deferred(self) -> Iterator[None]:
+        """Inside `at_once`: a signal waits for the end of this block, and then raises `Stopped`."""
+        interruptible, self._interruptible = self._interruptible, False
         try:
-            if self.requested is not None:
-                signal.setitimer(signal.ITIMER_REAL, GRACE_S)
             yield
         finally:
-            self._timed = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._interruptible = interruptible
+        if interruptible:
+            self.check()
+
+    @contextlib.contextmanager
+    def within_grace(self) -> Iterator[None]:
+        """As `deferred`, but `Stopped` is raised `GRACE_S` after the signal if the block takes longer. On other ranks
+        it has begun before this one looks, so a signal that came before leaves it its grace as well."""
+        with self.deferred():
+            self._timed = True
+            try:
+                if self.requested is not None:
+                    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+                yield
+            finally:
+                self._timed = False
+                signal.setitimer(signal.ITIMER_REAL, 0)
 
     def check(self) -> None:
         """Raises `Stopped` if a signal came."""

@@ -51,10 +51,10 @@ def test_it_times_the_loop_and_leaves_everything_as_it_was(
 ) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
-    before = (dict(ENGINES), loop.cost, sampling.score_groups, updating.reference_logprobs)
+    before = (dict(ENGINES), loop.cost, loop.score_groups, updating.reference_logprobs)
     more = ["--steps", "2", "--against", "generate", "--json", "figures.json"]
     assert main([str(root / "configs" / "tiny.toml"), *with_set([*few, "optim.warmup_steps=1"]), *more]) == 0
-    assert before == (dict(ENGINES), loop.cost, sampling.score_groups, updating.reference_logprobs)
+    assert before == (dict(ENGINES), loop.cost, loop.score_groups, updating.reference_logprobs)
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"], "the run folder is gone"
 
     found = json.loads((tmp_path / "figures.json").read_text())
@@ -119,13 +119,13 @@ def test_a_signal_ends_it_and_leaves_no_folder(
     few: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    plain = sampling.score_groups
+    plain = loop.score_groups
 
     def asked_to_leave(*arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGTERM)
         return plain(*arguments)
 
-    monkeypatch.setattr(sampling, "score_groups", asked_to_leave)
+    monkeypatch.setattr(loop, "score_groups", asked_to_leave)
     config = str(Path(__file__).parents[2] / "configs" / "tiny.toml")
     assert main([config, *with_set(few), "--steps", "1"]) == 143
     assert "stopped by SIGTERM" in capsys.readouterr().err

@@ -24,7 +24,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.commands.report import main
 from grpo.commands.tensorboard import main as mirror_main
 from grpo.commands.tensorboard import scalars
@@ -99,7 +99,11 @@ def record_run(
                     for c in completions
                 )
             )  # fmt: skip
-        batch = make_batch(groups, np.array([[s.total for s in row] for row in scores]), config)
+        batch = make_batch(
+            groups,
+            group_advantages(groups, reward_matrix(scores), config.advantage),
+            config,
+        )
         count = int(batch.completion_mask.sum())
         noise = [torch.rand(count, generator=random) for _ in range(2)]
         tokens = TokenRecord(-noise[0].unsqueeze(0), -noise[1], noise[1])

@@ -1,5 +1,6 @@
 """A device without memory, met outside the update too: one line that says where, and no finished step is lost."""
 
+import itertools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -89,6 +90,12 @@ def full_in(monkeypatch: Pytest, owner: Any, name: str, when: Callable[..., bool
     monkeypatch.setattr(owner, name, called)
 
 
+def call_number(number: int) -> Callable[..., bool]:
+    """Return a function that is true the given time, from 0, it is called."""
+    calls = itertools.count()
+    return lambda *given: next(calls) == number
+
+
 def only_error(said: str) -> str:
     assert "Traceback" not in said and said.count("error: ") == 1
     return said[said.index("error: ") :]
@@ -97,11 +104,11 @@ def only_error(said: str) -> str:
 @pytest.mark.parametrize(
     ("owner", "name", "when", "says", "kept"),
     [
-        (loop, "sample_step", lambda setup, step: step == 0, "rollout: ", 0),
-        (loop, "sample_step", lambda setup, step: step == 2, "rollout: ", 2),
-        (loop, "evaluate_due", lambda setup, run, step: step == 0, "evaluation: ", 0),
-        (loop, "evaluate_due", lambda setup, run, step: step == 2, "evaluation: ", 2),
-        (loop, "evaluate_due", lambda setup, run, step: step == 3, "evaluation: ", 3),
+        (loop, "sample_groups", call_number(0), "rollout: ", 0),
+        (loop, "sample_groups", call_number(2), "rollout: ", 2),
+        (loop, "evaluate_if_due", lambda setup, run, step: step == 0, "evaluation: ", 0),
+        (loop, "evaluate_if_due", lambda setup, run, step: step == 2, "evaluation: ", 2),
+        (loop, "evaluate_if_due", lambda setup, run, step: step == 3, "evaluation: ", 3),
     ],
 )
 def test_training_keeps_the_last_step_and_goes_on_from_it(

@@ -123,10 +123,11 @@ class World:
             log = os.open(self.folder / "log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(log, 1)
             os.dup2(log, 2)
-            true_scores = groups.score_groups
+            true_scores = train_module.score_groups
             train_module.build = lambda *_: self.setup
             peft.PeftModel.create_or_update_model_card = lambda *_: None  # a third of the time; it is thrown away
-            groups.score_groups = lambda *given: varied(given[1], true_scores(*given))
+            for module in (train_module, groups):
+                module.score_groups = lambda *given: varied(given[1], true_scores(*given))
             if fault:
                 fault()
             code = main([*self.argv, "--out", str(out), *more])
@@ -517,14 +518,14 @@ class Campaign:
         out = self.folder / "stopped"
 
         def fault() -> None:
-            true = train_module.evaluate_due
+            true = train_module.evaluate_if_due
 
             def due(setup: Any, run: Any, at: int) -> None:
                 if at == step:
                     os.kill(os.getpid(), signal.SIGKILL)
                 true(setup, run, at)
 
-            train_module.evaluate_due = due
+            train_module.evaluate_if_due = due
 
         assert self.world.child(out, fault) == -signal.SIGKILL, self.world.log()
         return out
@@ -536,7 +537,7 @@ def second_run(campaign: Campaign, out: Path) -> None:
     world = campaign.world
     first = os.fork()
     if not first:
-        world._run(out, standing_still("sample_step", out), ())
+        world._run(out, standing_still("prompts_for_step", out), ())
     waited(out.with_suffix(".still"))
     before = tree(out)
     for more in ((), ("--resume",)):
@@ -606,17 +607,17 @@ def skipped_steps(campaign: Campaign, out: Path) -> None:
 
     def fault(kill: bool) -> Fault:
         def put() -> None:
-            true, due = train_module.update, train_module.evaluate_due
+            true, due = train_module.update, train_module.evaluate_if_due
 
             def update(*given: Any, **named: Any) -> Any:
                 return dataclasses.replace(true(*given, **named), skipped=1)
 
-            def evaluate_due(setup: Any, run: Any, step: int) -> None:
+            def evaluate_if_due(setup: Any, run: Any, step: int) -> None:
                 if kill and step == every:
                     os.kill(os.getpid(), signal.SIGKILL)
                 due(setup, run, step)
 
-            train_module.update, train_module.evaluate_due = update, evaluate_due
+            train_module.update, train_module.evaluate_if_due = update, evaluate_if_due
 
         return put
 

@@ -23,10 +23,10 @@ import torch._dynamo
 import torch.distributed.fsdp
 import transformers.models.qwen3_5.modeling_qwen3_5  # noqa: F401
 
-from grpo import dynamic_sampling as groups_module
+from grpo import rollout as rollout_module
 from grpo import train as train_module
 from grpo import update as update_module
-from grpo.batch import make_batch
+from grpo.batch import group_advantages, make_batch
 from grpo.policy.policy import Policy
 from grpo.rollout import rollout
 from grpo.run import setup
@@ -120,7 +120,9 @@ def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool =
         updates = []
         for overrides, fault in asked:
             config = config_with(*overrides)
-            batch = make_batch(groups_of(policy, rows), REWARDS, config)
+            batch = make_batch(
+                groups_of(policy, rows), group_advantages(groups_of(policy, rows), REWARDS, config.advantage), config
+            )
             with FAULTS[fault]():
                 updates.append(updated(policy, batch, config))
         held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.model.parameters())
@@ -251,15 +253,15 @@ def _all_rows_everywhere(true: Any) -> Any:
 
 
 def _stops_in(step: int) -> Callable[[Any], Any]:
-    def sample_step(true: Any) -> Any:
-        def stops(setup: Any, now: int) -> Any:
-            if now == step:
+    def prompts_for_step(true: Any) -> Any:
+        def stops(*given: Any) -> Any:
+            if given[4] == step:
                 os.kill(os.getpid(), signal.SIGSTOP)
-            return true(setup, now)
+            return true(*given)
 
         return stops
 
-    return sample_step
+    return prompts_for_step
 
 
 def _signalled_before_update(update: int) -> Callable[[Any], Any]:
@@ -330,11 +332,11 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "gradients not summed": lambda: _Patched(Ranks, "sum_gradients", _unshared),
     "a row forgotten": lambda: _Patched(update_module, "own_rows", _last_rows_forgotten),
     "every rank trains all rows": lambda: _Patched(update_module, "own_rows", _all_rows_everywhere),
-    "stopped in the second rollout": lambda: _Patched(train_module, "sample_step", _stops_in(1)),
+    "stopped in the second rollout": lambda: _Patched(train_module, "prompts_for_step", _stops_in(1)),
     "signalled before the second update": lambda: _Patched(train_module, "make_batch", _signalled_before_update(2)),
     "another base": lambda: _Patched(setup, "load_policy", _one_weight_off),
     "another adapter": lambda: _Patched(train_module, "update", _drifting),
-    "full in the second rollout": lambda: _Patched(groups_module, "rollout", _full_in(2)),
+    "full in the second rollout": lambda: _Patched(rollout_module, "rollout", _full_in(2)),
     "full in the second update": lambda: _Patched(update_module, "backward", _full_in(2)),
     "dies at the checkpoint": lambda: _Patched(Ranks, "alike", _dies_at_the_checkpoint),
 }

@@ -203,19 +203,19 @@ def test_train_on_the_second_card(run: Path, cases: Path, tmp_path: Path) -> Non
 def test_a_resumed_run_is_the_uninterrupted_one(
     run: Path, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, sample_step = (
+    asked, prompts_for_step = (
         [*small(cases, *RUN, "model.device=cuda:1"), "--out", str(tmp_path / "run")],
-        train_module.sample_step,
+        train_module.prompts_for_step,
     )
 
-    def interrupted(setup: Any, step: int) -> Any:
-        if step == 1:
+    def interrupted(*given: Any) -> Any:
+        if given[4] == 1:
             raise KeyboardInterrupt
-        return sample_step(setup, step)
+        return prompts_for_step(*given)
 
     with simulated_card(index=1, cards=2):
         with monkeypatch.context() as patch:
-            patch.setattr(train_module, "sample_step", interrupted)
+            patch.setattr(train_module, "prompts_for_step", interrupted)
             assert train(asked) == 130
         assert len(metrics(tmp_path / "run")) == 1
         assert train([*asked, "--resume"]) == 0
