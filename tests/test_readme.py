@@ -1,7 +1,9 @@
 """The README's examples run as they stand."""
 
+import ast
 import json
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -41,6 +43,16 @@ def test_the_reward_example_is_a_reward_and_its_case_holds(tmp_path: Path) -> No
         text="Actively seizing.", gold=1, completion="ANSWER: ESI 3", thinking=False, finished=True, case_id="a"
     )
     assert score.parts["active_seizure_missed"] == -0.5
+
+
+def test_the_loop_is_printed_as_it_is() -> None:
+    """The body of `train()`, without its docstring and at most 45 lines long."""
+    source = (ROOT / "grpo" / "train.py").read_text(encoding="utf-8")
+    loop = next(n for n in ast.parse(source).body if isinstance(n, ast.FunctionDef) and n.name == "train")
+    _, first, *_ = loop.body
+    body = textwrap.dedent("\n".join(source.split("\n")[first.lineno - 1 : loop.end_lineno]))
+    assert len(body.split("\n")) <= 45
+    assert re.findall(r"```py\n(.*?)\n```", README, re.DOTALL) == [body]
 
 
 def test_the_examples_are_there() -> None:
