@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.tiny_world.model import make_model, make_tokenizer
 from grpo.config import Lora, Model
 from grpo.policy.policy import Policy, load_policy
 from grpo.runtime.distributed import ALONE, Ranks
-from grpo.tiny.model import make_model, make_tokenizer
 
 TEXTS = (
     "Extract clinical fields, apply the ESI algorithm, then state the ESI level.",

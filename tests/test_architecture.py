@@ -20,7 +20,8 @@ LAYERS = (
     "evaluation dynamic_sampling",
     "inspection report",
     "train commands __main__",
-    "tiny benchmarks",
+    "tiny",
+    "benchmarks",
 )
 """A module imports from its own folder and from what stands before it here: the flat modules and folders of grpo."""
 ORDER = [unit for layer in LAYERS for unit in layer.split()]
@@ -35,7 +36,7 @@ TORCH_FREE = (
     "runtime/atomic_files runtime/interrupts runtime/terminal inspection/bit_diff inspection/step_text",
     "inspection/run_records evaluation/statistics evaluation/metrics evaluation/failures evaluation/comparison",
     "evaluation/table report/charts report/figures report/views commands/preflight commands/prepare",
-    "commands/tensorboard tiny/teacher",
+    "commands/tensorboard",
 )
 SOURCES = sorted(p for folder in ("grpo", "rewards", "benchmarks/series") for p in (ROOT / folder).rglob("*.py"))
 

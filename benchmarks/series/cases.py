@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
+from benchmarks.tiny_world.vignettes import SEED, draw_vignettes, row
 from grpo.runtime.terminal import say_anyhow
-from grpo.tiny.vignettes import SEED, draw_vignettes, row
 
 LAB_MIX: Mapping[str, int] = MappingProxyType(
     {

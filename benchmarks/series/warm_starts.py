@@ -22,11 +22,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.tiny_world.build import MIX, Lesson, Plan, pupils_of, save_embedded, teach
+from benchmarks.tiny_world.patients import summary
+from benchmarks.tiny_world.teacher import Teacher, too_mild, v43
+from benchmarks.tiny_world.vignettes import draw_vignettes
 from grpo.runtime.terminal import say_anyhow
-from grpo.tiny.build import MIX, Lesson, Plan, pupils_of, save_embedded, teach
-from grpo.tiny.patients import summary
-from grpo.tiny.teacher import Teacher, too_mild, v43
-from grpo.tiny.vignettes import draw_vignettes
 
 SEED = 20260144
 

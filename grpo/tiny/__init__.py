@@ -1,1 +1,1 @@
-"""The embedded world: ESI vignettes, a Qwen3.5 in miniature, and how it was taught."""
+"""The embedded world: ESI vignettes and a Qwen3.5 in miniature, as data. `benchmarks/tiny_world` made it."""

@@ -29,12 +29,12 @@ from benchmarks.series.record import lab_record
 from benchmarks.series.run_results import MODES, Said, Seen, changed, pooled, rates
 from benchmarks.series.runner import jobs, work
 from benchmarks.series.warm_starts import STARTS
+from benchmarks.tiny_world.patients import summary
+from benchmarks.tiny_world.teacher import NURSES, misread, right, steps_to, too_mild, v43
+from benchmarks.tiny_world.vignettes import draw_vignettes
 from grpo.cases import load_jsonl
 from grpo.config import load_config
 from grpo.preflight.checks import examine, gather
-from grpo.tiny.patients import summary
-from grpo.tiny.teacher import NURSES, misread, right, steps_to, too_mild, v43
-from grpo.tiny.vignettes import draw_vignettes
 from grpo.types import Case
 from rewards import load_reward
 from rewards.table import Table
@@ -284,10 +284,10 @@ def test_the_starts_are_those_of_their_manifest() -> None:
 def test_a_start_is_wrong_in_the_way_it_is_said_to_be(name: str) -> None:
     """Greedy answers to a dozen cases: v43 misses the three rules and knows what it was taught rightly; mild is two
     levels too mild."""
+    from benchmarks.tiny_world.build import SYSTEM_PROMPT
     from grpo.policy.policy import load_policy
     from grpo.prompts import render_prompt
     from grpo.rollout import rollout
-    from grpo.tiny.build import SYSTEM_PROMPT
     from rewards import parse_answer
 
     config, _ = load_config("configs/tiny/v46.toml", [f"lora.warm_start=embedded:{name}"])

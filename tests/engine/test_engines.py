@@ -10,6 +10,7 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen3Config
 
+from benchmarks.tiny_world.model import make_tokenizer
 from grpo.config import Lora, Model
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
 from grpo.policy.base_model import ModelError
@@ -17,7 +18,6 @@ from grpo.policy.policy import Policy, adapter_swapped, load_policy
 from grpo.qwen3_5 import decode, weights
 from grpo.qwen3_5.decode_state import State
 from grpo.rollout import ENGINES, choose, rollout
-from grpo.tiny.model import make_tokenizer
 from grpo.token_budget import stop_cause
 from grpo.types import Case, Group, Prompt
 from tests.conftest import TARGETS

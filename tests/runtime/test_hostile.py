@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save, save_file
 
+from benchmarks.tiny_world.model import make_tokenizer
 from grpo.cases import CaseError, load
 from grpo.commands.inspect import main as inspect
 from grpo.commands.merge import main as merge
@@ -33,7 +34,6 @@ from grpo.prompts import control_ids, encode_plain, render_prompt
 from grpo.run.ledger import LedgerError, read_step
 from grpo.runtime.tensor_files import declared, open_tensors
 from grpo.runtime.terminal import error_lines, wrap
-from grpo.tiny.model import make_tokenizer
 from grpo.train import main as train
 from grpo.types import Case
 from rewards import NumberTrigger, PatternTrigger, RewardError, load_reward

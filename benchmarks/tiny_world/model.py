@@ -102,14 +102,14 @@ def make_full_width(layers: int, seed: int) -> Any:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """``python -m grpo.tiny.model --layers 4 --out DIR``: a full-width random model to try the real recipe on, with the
-    embedded model's tokenizer. Returns the exit code."""
+    """``python -m benchmarks.tiny_world.model --layers 4 --out DIR``: a full-width random model to try the real recipe
+    on, with the embedded model's tokenizer. Returns the exit code."""
     say_anyhow()
     from transformers import AutoTokenizer
 
     from grpo.config import EMBEDDED
 
-    parser = argparse.ArgumentParser(prog="python -m grpo.tiny.model", description=main.__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny_world.model", description=main.__doc__)
     parser.add_argument("--layers", type=int, default=4, choices=range(4, 33, 4))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args(argv)

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Literal, TypeVar
 
-from grpo.tiny.lexicon import (
+from benchmarks.tiny_world.lexicon import (
     AGES,
     ALLERGIES,
     DECOYS,

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.tiny import lexicon
-from grpo.tiny.lexicon import DONE, FAMILIES, HIGH_RISK, OPEN_INJURIES, STATES
-from grpo.tiny.patients import STRATA, Patient, Vitals, draw_patient, fingerprint, summary, triage
-from grpo.tiny.vignettes import (
+from benchmarks.tiny_world import lexicon
+from benchmarks.tiny_world.lexicon import DONE, FAMILIES, HIGH_RISK, OPEN_INJURIES, STATES
+from benchmarks.tiny_world.patients import STRATA, Patient, Vitals, draw_patient, fingerprint, summary, triage
+from benchmarks.tiny_world.vignettes import (
     FILES,
     RESIDUES,
     TEST_MIX,
@@ -26,9 +26,10 @@ from grpo.tiny.vignettes import (
     render,
     row,
 )
+from grpo.config import EMBEDDED
 from rewards import load_reward
 
-CASES = Path(lexicon.__file__).parent / "cases"
+CASES = EMBEDDED / "cases"
 HARMLESS = {"iv_access", "monitor", "oxygen"}
 GOLD = {
     "lifesaving_done": (1, "A"),
@@ -432,7 +433,7 @@ def test_the_fixed_files_are_what_the_generator_writes(name: str) -> None:
 
 def test_the_command_writes_all_four(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {name: (4, mix) for name, (_, mix) in FILES.items()}
-    monkeypatch.setattr("grpo.tiny.vignettes.FILES", small)
+    monkeypatch.setattr("benchmarks.tiny_world.vignettes.FILES", small)
     assert main(["--write", str(tmp_path / "cases")]) == 0
     assert {p.name: len(p.read_text().splitlines()) for p in (tmp_path / "cases").iterdir()} == {
         f"{name}.jsonl": 4 for name in FILES

@@ -1,6 +1,6 @@
 """Vignettes of the embedded world: patients told as emergency-department triage notes, with the gold level.
 
-    python -m grpo.tiny.vignettes --write DIR
+    python -m benchmarks.tiny_world.vignettes --write DIR
 
 writes the four fixed files: train, validation, test and mietic36 (MIETIC-36's level mix, none of its cases).
 
@@ -20,8 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from grpo.runtime.terminal import say_anyhow
-from grpo.tiny.lexicon import (
+from benchmarks.tiny_world.lexicon import (
     ALLERGIES,
     DECOYS,
     DONE,
@@ -33,7 +32,8 @@ from grpo.tiny.lexicon import (
     STATES,
     Trigger,
 )
-from grpo.tiny.patients import SEVERE_PAIN, STRATA, Patient, Step, draw_patient, fingerprint, triage
+from benchmarks.tiny_world.patients import SEVERE_PAIN, STRATA, Patient, Step, draw_patient, fingerprint, triage
+from grpo.runtime.terminal import say_anyhow
 
 RESIDUES: Mapping[str, frozenset[int]] = MappingProxyType(
     {
@@ -475,7 +475,9 @@ def fixed_file(name: str) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
-    parser = argparse.ArgumentParser(prog="python -m grpo.tiny.vignettes", description="Write the fixed case files.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_world.vignettes", description="Write the fixed case files."
+    )
     parser.add_argument("--write", type=Path, required=True, metavar="DIR", help="folder for the four JSONL files")
     folder = parser.parse_args(argv).write
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Builds the embedded base and its warm start: ``python -m grpo.tiny.build --out DIR``.
+"""Builds the embedded base and its warm start: ``python -m benchmarks.tiny_world.build --out DIR``.
 
 The base has the architecture of Qwen3.5 (three Gated DeltaNet layers to one of gated attention), a byte-level BPE of
 its own and the chat template's two thinking modes. It is taught the answer format and an uncertain idea of the levels.
@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, pad
 from tqdm import tqdm
 
+from benchmarks.tiny_world.model import make_model, make_tokenizer
+from benchmarks.tiny_world.patients import Summary, summary
+from benchmarks.tiny_world.teacher import Teacher, answer, completion, right, thought, unsure_v46
+from benchmarks.tiny_world.vignettes import STRATA, draw_vignettes
 from grpo.logprobs import join
 from grpo.runtime.terminal import say_anyhow
-from grpo.tiny.model import make_model, make_tokenizer
-from grpo.tiny.patients import Summary, summary
-from grpo.tiny.teacher import Teacher, answer, completion, right, thought, unsure_v46
-from grpo.tiny.vignettes import STRATA, draw_vignettes
 
 SYSTEM_PROMPT = "Extract clinical fields, apply the ESI algorithm, then state the ESI level."
 """A short form of the card's system prompt: the tiny model has few tokens to spend."""
@@ -298,7 +298,7 @@ def write_manifest(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
 
     files = sorted(p for part in ("base", "v46") for p in (out / part).rglob("*") if p.is_file())
     manifest = {
-        "command": "python -m grpo.tiny.build --out DIR",
+        "command": "python -m benchmarks.tiny_world.build --out DIR",
         "plan": dataclasses.asdict(plan),
         "mix": MIX,
         **facts,
@@ -316,7 +316,9 @@ def write_manifest(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
-    parser = argparse.ArgumentParser(prog="python -m grpo.tiny.build", description="Build the embedded model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.tiny_world.build", description="Build the embedded model."
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for base/, v46/ and manifest.json")
     parser.add_argument("--threads", type=int, default=2, help="the weights depend on it in the last bits")
     parser.add_argument("--score-only", action="store_true", help="score what is in --out and rewrite the manifest")

@@ -18,7 +18,7 @@ import random
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
-from grpo.tiny.patients import Summary
+from benchmarks.tiny_world.patients import Summary
 
 Steps = tuple[tuple[str, str], ...]
 """(step letter, what it says), in order; the last one decides."""

@@ -7,14 +7,14 @@ import random
 import pytest
 import torch
 
+from benchmarks.tiny_world.build import MIX, SYSTEM_PROMPT
+from benchmarks.tiny_world.patients import summary
+from benchmarks.tiny_world.teacher import BLIND_SPOT_STRATA, answer, completion, right, steps_to, unsure_v46, v46
+from benchmarks.tiny_world.vignettes import STRATA, Vignette, draw_vignettes
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED, load_config
 from grpo.policy.policy import Policy, load_policy
 from grpo.prompts import render_prompt
-from grpo.tiny.build import MIX, SYSTEM_PROMPT
-from grpo.tiny.patients import summary
-from grpo.tiny.teacher import BLIND_SPOT_STRATA, answer, completion, right, steps_to, unsure_v46, v46
-from grpo.tiny.vignettes import STRATA, Vignette, draw_vignettes
 from rewards import parse_answer
 
 
