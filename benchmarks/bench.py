@@ -29,12 +29,12 @@ from grpo.engine.sampling import Drawn, sample
 from grpo.policy.policy import Policy
 from grpo.rollout import ENGINES
 from grpo.run.checkpoint import Progress
-from grpo.run.exit_messages import INPUT_ERRORS
 from grpo.run.folder import provenance, start_run, write_json
 from grpo.run.roofline import Floor, floor_of, now
 from grpo.run.setup import Setup, build, device_name, machine, plan
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.distributed import require_alone
+from grpo.runtime.errors import INPUT_ERRORS
 from grpo.runtime.interrupts import Stop, Stopped, listening
 from grpo.runtime.terminal import say_anyhow
 from grpo.types import Prompt, Step

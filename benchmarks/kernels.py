@@ -20,8 +20,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench import bench_config
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.dynamic_sampling import sample_step
-from grpo.run.exit_messages import INPUT_ERRORS
 from grpo.run.setup import Setup, build, machine
+from grpo.runtime.errors import INPUT_ERRORS
 from grpo.update import update
 
 T = TypeVar("T")

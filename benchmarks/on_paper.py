@@ -117,13 +117,13 @@ torch.inference_mode = lambda *_: torch.no_grad()  # where operations keep their
 import grpo.run.setup as making
 import grpo.update as updating
 from grpo.batch import group_advantages, make_batch, reward_matrix
-from grpo.config import ConfigError, load_config
+from grpo.config import load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine import sampling
 from grpo.policy.memory_plan import RANDOM
 from grpo.qwen3_5 import decode
-from grpo.run.exit_messages import INPUT_ERRORS
 from grpo.run.roofline import Rates, floor_of
+from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.types import Case, Prompt, Step
 
 CARDS = {
@@ -410,7 +410,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
             RANDOM[name] = replace(shape, num_hidden_layers=layers, full_attention_layers=layers // every)
     config, source = load_config(path, ['model.device="cuda"', 'model.dtype="bfloat16"', *overrides])
     if config.model.name not in RANDOM:
-        raise ConfigError(f"{path}: model.name = {config.model.name!r}: expected one of {', '.join(RANDOM)}")
+        raise UserError(f"{path}: model.name = {config.model.name!r}: expected one of {', '.join(RANDOM)}")
     rates = Rates(CARDS[card]["bandwidth"], CARDS[card]["bfloat16"])
     paper, phases = Paper(CARDS[card]), {}
     one: list[dict[str, Any]] = []

@@ -8,7 +8,6 @@ import numpy as np
 from grpo.data.jsonl import read_jsonl
 from grpo.data.mietic import read_instructions, read_validate
 from grpo.data.mimic_iv_ed import read_mimic_iv_ed
-from grpo.data.row_report import CaseError as CaseError
 from grpo.data.row_report import Loaded, Row, gather
 from grpo.types import Case
 
@@ -31,7 +30,7 @@ def load(loader: str, name: str, *, strict: bool) -> Loaded:
             (MIETIC's unretained) are no fault.
 
     Raises:
-        CaseError: a damaged or empty file, cases without gold levels, under ``strict`` any fault.
+        UserError: a damaged or empty file, cases without gold levels, under ``strict`` any fault.
     """
     own, colon, rest = name.partition(":")
     if colon and own in LOADERS:
@@ -43,7 +42,7 @@ def load_jsonl(name: str) -> tuple[Case, ...]:
     """Cases of a JSONL file, strictly (see `read_jsonl`).
 
     Raises:
-        CaseError: with file and line, for the first line that is no case, a repeated id, or an empty file.
+        UserError: with file and line, for the first line that is no case, a repeated id, or an empty file.
     """
     return load("jsonl", name, strict=True).cases
 

@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, clipped, is_regular, parse_toml, read_text
 
 CONFIG_VERSION = 1
@@ -36,10 +37,6 @@ SHIPPED = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "co
 
 EMBEDDED = Path(__file__).parent / "tiny"
 """Root of the embedded world: ``embedded:base`` is the folder ``grpo/tiny/base``."""
-
-
-class ConfigError(ValueError):
-    """A config that cannot be used: the message holds one line per fault."""
 
 
 class Section(BaseModel):
@@ -327,16 +324,16 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     A path that does not exist but names a shipped config (``configs/tiny.toml``) is found in the installed package.
 
     Raises:
-        ConfigError: one line per fault, each with file, line and key.
+        UserError: one line per fault, each with file, line and key.
     """
     file = _find(Path(path))
     try:
         text = read_text(file)
         table = parse_toml(text)
     except Unreadable as error:
-        raise ConfigError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
-        raise ConfigError(
+        raise UserError(
             f"{file}{_at(text, ('version',))}: version = {clipped(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
         )
@@ -346,7 +343,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         return Config.model_validate(table), Source(file, text, tuple(overrides))
     except ValidationError as error:
         set_here = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
-        raise ConfigError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
+        raise UserError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
 
 
 def notes(text: str) -> dict[str, str]:
@@ -407,20 +404,20 @@ def _find(path: Path) -> Path:
         if path.parts[:1] == ("configs",) and ".." not in path.parts and is_regular(shipped):
             return shipped
     names = {f"configs/{file.relative_to(folder)}" for folder in SHIPPED for file in folder.rglob("*.toml")}
-    raise ConfigError(f"{path}: no such config; shipped with this program: {', '.join(sorted(names))}")
+    raise UserError(f"{path}: no such config; shipped with this program: {', '.join(sorted(names))}")
 
 
 def _lay_over(table: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys):
-        raise ConfigError(f"--set {override}: expected section.key=value, for example train.steps=2")
+        raise UserError(f"--set {override}: expected section.key=value, for example train.steps=2")
     if "\n" in value:
-        raise ConfigError(f"--set {override!r}: one key and one value on one line")
+        raise UserError(f"--set {override!r}: one key and one value on one line")
     if any("\ud800" <= c <= "\udfff" for c in override):
-        raise ConfigError(f"--set {override!r}: not UTF-8")
+        raise UserError(f"--set {override!r}: not UTF-8")
     if len(keys) > 4:
-        raise ConfigError(f"--set {clipped(key)}: expected section.key, got {len(keys)} parts")
+        raise UserError(f"--set {clipped(key)}: expected section.key, got {len(keys)} parts")
     try:
         parsed = parse_toml(f"v = {value}")["v"]
     except Unreadable:
@@ -428,7 +425,7 @@ def _lay_over(table: dict[str, Any], override: str) -> None:
     for part in keys[:-1]:
         table = table.setdefault(part, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override}: {part} is a value, not a section")
+            raise UserError(f"--set {override}: {part} is a value, not a section")
     table[keys[-1]] = parsed
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from grpo.cases import cases_for_step, row_key
 from grpo.config import Config
-from grpo.policy.base_model import ModelError
+from grpo.runtime.errors import UserError
 from grpo.types import Case, Prompt
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
@@ -41,7 +41,7 @@ def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
     ids |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     ids.discard(None)
     if not ids:
-        raise ModelError("neither the tokenizer nor the generation config names an end token")
+        raise UserError("neither the tokenizer nor the generation config names an end token")
     return tuple(sorted(ids))
 
 
@@ -53,7 +53,7 @@ def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: b
     encoding the whole chat at once. So is a system prompt in which, or at whose edges, a control token is spelled.
 
     Raises:
-        ModelError: a chat template that does not show both turns once; a text that cannot be written in plain tokens.
+        UserError: a chat template that does not show both turns once; a text that cannot be written in plain tokens.
     """
     before, slot, after = _rendered(tokenizer, _SYSTEM, thinking).partition(_CASE)
     opening, _, between = before.partition(_SYSTEM)
@@ -63,7 +63,7 @@ def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: b
         or _SYSTEM not in before
         or any(slot in part for slot in (_CASE, _SYSTEM) for part in (between, after, again))
     ):
-        raise ModelError("the chat template does not show the system's and the user's turn exactly once, in this order")
+        raise UserError("the chat template does not show the system's and the user's turn exactly once, in this order")
     opened = after.rstrip().endswith("<think>")
     head = encode(tokenizer, inline)
     control, around = control_ids(tokenizer), (encode(tokenizer, opening), encode(tokenizer, between))
@@ -98,14 +98,14 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
     every character is encoded by itself.
 
     Raises:
-        ModelError: a character that is a control token of its own, or half a surrogate pair.
+        UserError: a character that is a control token of its own, or half a surrogate pair.
     """
     control = control_ids(tokenizer)
     for cut in (_whole, _within_spellings, _characters):
         ids = [i for piece in cut(tokenizer, text) for i in encode(tokenizer, piece)]
         if control.isdisjoint(ids):
             return ids
-    raise ModelError("a text holds a character that is a control token of this tokenizer: it has no plain spelling")
+    raise UserError("a text holds a character that is a control token of this tokenizer: it has no plain spelling")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -113,7 +113,7 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
-        raise ModelError("a text holds half a surrogate pair, which no tokenizer can write") from None
+        raise UserError("a text holds half a surrogate pair, which no tokenizer can write") from None
 
 
 def _whole(tokenizer: Any, text: str) -> list[str]:

@@ -21,6 +21,7 @@ from grpo.engine.transformers_engine import start_cached
 from grpo.policy.policy import Policy
 from grpo.qwen3_5.decode import start_own
 from grpo.qwen3_5.weights import readable
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import ROLLOUT, memory_errors
 from grpo.types import Completion, Group, Prompt
 
@@ -37,10 +38,6 @@ ENGINES: dict[str, Engine] = {
 
 
 COMPLETIONS = TypeAdapter(list[tuple[Completion, ...]])
-
-
-class PromptError(ValueError):
-    """A prompt that cannot be answered within the model's context. Names the case."""
 
 
 def sample_groups(
@@ -102,7 +99,7 @@ def rollout(
         ignore_end: no token ends a completion: all are T long and none is finished.
 
     Raises:
-        PromptError: a prompt and its budget do not fit the model's context.
+        UserError: a prompt and its budget do not fit the model's context.
     """
     for prompt in prompts:
         check_length(policy, prompt, max_new_tokens)
@@ -129,9 +126,9 @@ def choose(policy: Policy) -> str:
 
 
 def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:
-    """Raises `PromptError` if the prompt and its token budget do not fit the model's context."""
+    """Raises `UserError` if the prompt and its token budget do not fit the model's context."""
     if len(prompt.ids) + max_new_tokens > policy.context:
-        raise PromptError(
+        raise UserError(
             f"case {prompt.case.id!r}: {len(prompt.ids)} prompt tokens and a budget of {max_new_tokens} do not fit the "
             f"model's context of {policy.context}"
         )

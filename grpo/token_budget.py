@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from grpo.advantage import advantages
+from grpo.runtime.errors import UserError
 from grpo.stats import Stats, mean_of
 from grpo.types import Completion, Group
 from rewards.parse import END_TOKENS
@@ -27,10 +28,6 @@ NO_PARSE = tuple(reason for reason in get_args(Reason) if reason != "parsed")
 """Why a completion has no level."""
 
 
-class BudgetError(ValueError):
-    """Completions, scores or budgets that do not belong together."""
-
-
 def stop_cause(completion: Completion, max_new_tokens: int) -> StopCause:
     """What ended a completion of L tokens: "end" if its last token is an end token, else "budget" if L has reached
     the budget, else "other" (an engine that was aborted or obeys a stop string; this project's own has no such stop).
@@ -41,7 +38,7 @@ def stop_cause(completion: Completion, max_new_tokens: int) -> StopCause:
     One that ends exactly at the budget with an end token is "end": the budget cost it nothing.
 
     Raises:
-        BudgetError: a budget below 1, or a completion longer than the budget.
+        UserError: a budget below 1, or a completion longer than the budget.
 
     >>> stop_cause(Completion((5, 2), (0.0, 0.0), True, "a"), 2), stop_cause(Completion((5,), (0.0,), False, "a"), 2)
     ('end', 'other')
@@ -72,7 +69,7 @@ def budget_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> S
         max_new_tokens: the budget T they were drawn under, >= 1.
 
     Raises:
-        BudgetError: as `stop_cause`.
+        UserError: as `stop_cause`.
 
     Source of clipped_ratio: TRL's ``GRPOTrainer``; of nearest rank: Hyndman and Fan 1996, definition 1.
 
@@ -121,7 +118,7 @@ def answer_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> 
         scores: [B][G], of the same completions in the same order.
 
     Raises:
-        BudgetError: groups and scores of different sizes.
+        UserError: groups and scores of different sizes.
 
     >>> from grpo.types import Case, Prompt
     >>> from rewards import load_reward
@@ -157,7 +154,7 @@ def reward_by_status(completions: Sequence[Completion], rewards: ArrayLike) -> S
     Nothing finished, or nothing truncated: (0.0, 0.0) there.
 
     Raises:
-        BudgetError: rewards that are not [N] or not finite.
+        UserError: rewards that are not [N] or not finite.
 
     >>> done, cut = Completion((5, 2), (0.0, 0.0), True, "a"), Completion((5, 6), (0.0, 0.0), False, "ab")
     >>> reward_by_status([done, done, cut], [1.0, -0.5, -2.0])
@@ -165,7 +162,7 @@ def reward_by_status(completions: Sequence[Completion], rewards: ArrayLike) -> S
     """
     totals = np.asarray(rewards, dtype=np.float64)
     if totals.shape != (len(completions),) or not np.isfinite(totals).all():
-        raise BudgetError(
+        raise UserError(
             f"rewards: expected {len(completions)} finite values, one a completion, got shape {list(totals.shape)} "
             f"with {int((~np.isfinite(totals)).sum())} not finite; flatten [B,G] in the order of the completions"
         )
@@ -203,7 +200,7 @@ def truncation_pull(rewards: ArrayLike, finished: ArrayLike, *, kind: str, epsil
     """
     done, values = np.asarray(finished), np.asarray(rewards, dtype=np.float64)
     if done.dtype != np.bool_ or done.shape != values.shape:
-        raise BudgetError(f"finished: expected bool {list(values.shape)}, got {done.dtype} {list(done.shape)}")
+        raise UserError(f"finished: expected bool {list(values.shape)}, got {done.dtype} {list(done.shape)}")
     everybody = advantages(values, kind=kind, epsilon=epsilon, ddof=ddof)
     alone = advantages(values, kind=kind, epsilon=epsilon, ddof=ddof, in_baseline=done)
     pull = (everybody - alone)[done & ~done.all(axis=1, keepdims=True)]
@@ -231,21 +228,21 @@ def clipped_ratio_at(
             read off the lengths: a step in which all ended early does not show it.
 
     Raises:
-        BudgetError: no completions, lists of different sizes, a completion longer than the recorded budget, a budget
+        UserError: no completions, lists of different sizes, a completion longer than the recorded budget, a budget
             below 1 or above the recorded one.
 
     >>> clipped_ratio_at([3, 5, 8, 8], [True, True, True, False], [8, 5, 4, 2], max_new_tokens=8)
     [0.25, 0.5, 0.75, 1.0]
     """
     if not lengths or len(lengths) != len(finished):
-        raise BudgetError(
+        raise UserError(
             f"expected a length and a finished flag for each of at least one completion, got {len(lengths)} lengths "
             f"and {len(finished)} flags"
         )
     _check_lengths(lengths, max_new_tokens)
     for budget in budgets:
         if not 1 <= budget <= max_new_tokens:
-            raise BudgetError(
+            raise UserError(
                 f"expected budgets from 1 to the recorded {max_new_tokens}, got {budget}: the recorded completions do "
                 "not tell how those that were cut would have gone on; sample with a larger max_new_tokens"
             )
@@ -261,7 +258,7 @@ def forecast_stats(completions: Sequence[Completion], *, max_new_tokens: int) ->
         max_new_tokens: the budget T they were drawn under, >= 1.
 
     Raises:
-        BudgetError: a budget below 1, or a completion longer than the budget.
+        UserError: a budget below 1, or a completion longer than the budget.
 
     >>> done, cut = Completion((5, 2), (0.0,) * 2, True, "a"), Completion((5,) * 6, (0.0,) * 6, False, "…")
     >>> list(forecast_stats([done, cut], max_new_tokens=6).values())  # budgets 1, 3 and 4
@@ -296,21 +293,21 @@ def _thought(text: str, thinking: bool) -> tuple[bool, bool]:
 def _scored(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[tuple[Completion, Score]]:
     """Each completion with its score."""
     if len(groups) != len(scores):
-        raise BudgetError(f"expected a row of scores for each of {len(groups)} groups, got {len(scores)}")
+        raise UserError(f"expected a row of scores for each of {len(groups)} groups, got {len(scores)}")
     pairs: list[tuple[Completion, Score]] = []
     for group, row in zip(groups, scores, strict=True):
         case, size = group.prompt.case.id, len(group.completions)
         if size != len(row):
-            raise BudgetError(f"case {case!r}: expected a score for each of {size} completions, got {len(row)}")
+            raise UserError(f"case {case!r}: expected a score for each of {size} completions, got {len(row)}")
         pairs += zip(group.completions, row, strict=True)
     return pairs
 
 
 def _check_lengths(lengths: Sequence[int], max_new_tokens: int) -> None:
     if max_new_tokens < 1:
-        raise BudgetError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
+        raise UserError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
     if max(lengths, default=0) > max_new_tokens:
-        raise BudgetError(
+        raise UserError(
             f"expected completions of at most max_new_tokens = {max_new_tokens} tokens, got one of {max(lengths)}: "
             "these completions were drawn under another budget"
         )

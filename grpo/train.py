@@ -31,7 +31,7 @@ from grpo.prompts import prompts_for_step
 from grpo.report.model_card import write_model_card
 from grpo.rollout import sample_groups, sampling_keys
 from grpo.run.checkpoint import Progress, damage, save_checkpoint
-from grpo.run.exit_messages import INPUT_ERRORS, NotFinite, how_to_go_on, say_refused, say_stopped
+from grpo.run.exit_messages import NotFinite, how_to_go_on, say_refused, say_stopped
 from grpo.run.folder import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
 from grpo.run.ledger import LEDGER_VERSION, write_step
 from grpo.run.resume import check_alike, checksum, open_run, start_alike
@@ -40,6 +40,7 @@ from grpo.run.self_check import DriftWarning, check_on_cuda
 from grpo.run.setup import Setup, build, plan, with_check
 from grpo.runtime.atomic_files import DiskError, placed
 from grpo.runtime.distributed import RankLost, Ranks, expected, joined, leave
+from grpo.runtime.errors import INPUT_ERRORS
 from grpo.runtime.interrupts import Stop, Stopped, listening
 from grpo.runtime.out_of_memory import OutOfMemory
 from grpo.runtime.terminal import fit, say_anyhow, tell, visible

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import CaseError, cases_for_step, load, load_jsonl, row_key, stream
+from grpo.cases import cases_for_step, load, load_jsonl, row_key, stream
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 
 GOOD = {"id": "a", "text": "A 40-year-old with chest pain.", "esi": 2}
@@ -65,21 +66,21 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
 )
 def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(tmp_path: Path, row: object, says: str) -> None:
     name = written(tmp_path, {**GOOD, "id": "first"}, row)
-    with pytest.raises(CaseError) as caught:
+    with pytest.raises(UserError) as caught:
         load_jsonl(name)
     assert f"{name}:2: " in str(caught.value) and says in str(caught.value)
     assert "chest pain" not in str(caught.value)
 
 
 def test_bad_files(tmp_path: Path) -> None:
-    with pytest.raises(CaseError, match=r"2: id 'a' was already used in line 1"):
+    with pytest.raises(UserError, match=r"2: id 'a' was already used in line 1"):
         load_jsonl(written(tmp_path, GOOD, GOOD))
-    with pytest.raises(CaseError, match="no cases in it"):
+    with pytest.raises(UserError, match="no cases in it"):
         load_jsonl(written(tmp_path, "", "  "))
-    with pytest.raises(CaseError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load_jsonl(str(tmp_path / "missing.jsonl"))
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "\xe4"}')
-    with pytest.raises(CaseError, match=r"1: not UTF-8 \(byte 8"):
+    with pytest.raises(UserError, match=r"1: not UTF-8 \(byte 8"):
         load_jsonl(str(tmp_path / "latin.jsonl"))
 
 

@@ -10,7 +10,8 @@ import pytest
 from grpo import loss
 from grpo.advantage import ADVANTAGES
 from grpo.cases import LOADERS
-from grpo.config import Advantage, Cases, ConfigError, Loss, Optim, load_config
+from grpo.config import Advantage, Cases, Loss, Optim, load_config
+from grpo.runtime.errors import UserError
 from grpo.update import SCHEDULES
 
 ROOT = Path(__file__).parent.parent
@@ -19,7 +20,7 @@ SHIPPED = sorted((ROOT / "configs").rglob("*.toml"))
 
 
 def error_of(path: Path, *overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         load_config(path, overrides)
     return str(caught.value)
 
@@ -135,12 +136,12 @@ def test_another_path_is_never_taken_for_a_shipped_config(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="no such config"):
+    with pytest.raises(UserError, match="no such config"):
         load_config(name)
 
 
 def test_an_override_is_one_key_on_one_line() -> None:
-    with pytest.raises(ConfigError, match="on one line"):
+    with pytest.raises(UserError, match="on one line"):
         load_config(TINY, ["train.steps=2\ntrain.x=3"])
 
 

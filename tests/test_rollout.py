@@ -10,7 +10,8 @@ from grpo.cases import row_key
 from grpo.engine.sampling import draw, uniforms
 from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
-from grpo.rollout import PromptError, rollout
+from grpo.rollout import rollout
+from grpo.runtime.errors import UserError
 from grpo.types import Case, Group, Prompt
 
 TEXTS = (
@@ -128,7 +129,7 @@ def test_greedy_takes_the_most_likely_token(make_policy: Callable[..., Policy]) 
 
 def test_a_prompt_longer_than_the_context_is_refused_by_case(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
-    with pytest.raises(PromptError, match=r"case 'c0': \d+ prompt tokens and a budget of 1000 do not fit .* 1024"):
+    with pytest.raises(UserError, match=r"case 'c0': \d+ prompt tokens and a budget of 1000 do not fit .* 1024"):
         sample(policy, prompts_of(policy), budget=1000)
 
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from grpo.runtime.errors import UserError
 from grpo.stats import Stats, means, merge
 from grpo.token_budget import (
     NO_PARSE,
-    BudgetError,
     answer_stats,
     budget_stats,
     clipped_ratio_at,
@@ -415,27 +415,27 @@ def test_the_names_are_apart_and_all_there() -> None:
 def test_what_does_not_belong_together_is_refused() -> None:
     groups = groups_of(ANSWERS)
     scores = scores_of(groups)
-    with pytest.raises(BudgetError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
+    with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
         budget_stats(STEP, max_new_tokens=9)
-    with pytest.raises(BudgetError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
+    with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
         forecast_stats(STEP, max_new_tokens=9)
-    with pytest.raises(BudgetError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
+    with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
         stop_cause(STEP[1], 9)
-    with pytest.raises(BudgetError, match=r"max_new_tokens >= 1, got 0"):
+    with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
         budget_stats([], max_new_tokens=0)
-    with pytest.raises(BudgetError, match=r"max_new_tokens >= 1, got 0"):
+    with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
         forecast_stats([], max_new_tokens=0)
-    with pytest.raises(BudgetError, match=r"a row of scores for each of 2 groups, got 1"):
+    with pytest.raises(UserError, match=r"a row of scores for each of 2 groups, got 1"):
         answer_stats(groups, scores[:1])
-    with pytest.raises(BudgetError, match=r"case 'c-plain': expected a score for each of 6 completions, got 4"):
+    with pytest.raises(UserError, match=r"case 'c-plain': expected a score for each of 6 completions, got 4"):
         answer_stats(groups, [scores[0], scores[1][:4]])
-    with pytest.raises(BudgetError, match=r"8 finite values.*got shape \[2, 4\]"):
+    with pytest.raises(UserError, match=r"8 finite values.*got shape \[2, 4\]"):
         reward_by_status(STEP, np.zeros((2, 4)))
-    with pytest.raises(BudgetError, match=r"with 1 not finite"):
+    with pytest.raises(UserError, match=r"with 1 not finite"):
         reward_by_status(STEP, [0.0] * 7 + [math.nan])
-    with pytest.raises(BudgetError, match=r"finished: expected bool \[1, 2\], got bool \[2, 1\]"):
+    with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got bool \[2, 1\]"):
         truncation_pull([[1, 2]], [[True], [False]], kind="none", epsilon=0.0, ddof=1)
-    with pytest.raises(BudgetError, match=r"finished: expected bool \[1, 2\], got int64"):
+    with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got int64"):
         truncation_pull([[1, 2]], [[1, 0]], kind="none", epsilon=0.0, ddof=1)
 
 
@@ -452,5 +452,5 @@ def test_what_does_not_belong_together_is_refused() -> None:
 def test_a_forecast_that_the_record_cannot_give_is_refused(
     lengths: list[int], finished: list[bool], budgets: list[int], message: str
 ) -> None:
-    with pytest.raises(BudgetError, match=message):
+    with pytest.raises(UserError, match=message):
         clipped_ratio_at(lengths, finished, budgets, max_new_tokens=8)

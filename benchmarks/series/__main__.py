@@ -21,10 +21,10 @@ from benchmarks.series.record import lab_record
 from benchmarks.series.run_results import Seen, read_seen
 from benchmarks.series.runner import Job, LabError, check_place, cost_of, damaged, jobs, work
 from grpo.commands.report import write
-from grpo.config import Config, ConfigError, load_config
-from grpo.inspection.run_records import ReportError
+from grpo.config import Config, load_config
 from grpo.run.folder import provenance, write_json
 from grpo.runtime.distributed import require_alone
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import say_anyhow
 from rewards.safe_files import read_json
 
@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         }
         write_json(arguments.out / "lab.json", record)
         write(arguments.out / "lab.html", render(record))
-    except (ConfigError, PlanError, LabError, ReportError) as error:
+    except (UserError, PlanError, LabError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

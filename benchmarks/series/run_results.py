@@ -9,8 +9,9 @@ from types import MappingProxyType
 from grpo.cases import load_jsonl
 from grpo.evaluation.metrics import RATES, RateTest
 from grpo.evaluation.statistics import clustered_wilson, mcnemar
-from grpo.inspection.run_records import Metrics, ReportError, RunRecord, read_run
+from grpo.inspection.run_records import Metrics, RunRecord, read_run
 from grpo.run.ledger import ledger_steps, read_step
+from grpo.runtime.errors import UserError
 
 MODES = ("on", "off")
 Interval = tuple[float, float]
@@ -138,7 +139,7 @@ def read_seen(folder: Path, name: str, seed: int, *, seconds: float, cpu_s: floa
     """What a finished run's folder holds.
 
     Raises:
-        ReportError: a damaged folder; a file cut at a line's end is one, whose figures would be over fewer cases.
+        UserError: a damaged folder; a file cut at a line's end is one, whose figures would be over fewer cases.
     """
     run = read_run(folder)
     _require(folder / "metrics.jsonl", len(run.metrics), run.config.train.steps, "steps")
@@ -184,7 +185,7 @@ def tags_of(run: RunRecord) -> dict[str, tuple[str, ...]]:
 
 def _require(file: Path, held: int, due: int, what: str) -> None:
     if held != due:
-        raise ReportError(f"{file}: holds {held} of {due} {what}")
+        raise UserError(f"{file}: holds {held} of {due} {what}")
 
 
 def _read(file: Path) -> tuple[Said, ...]:

@@ -15,7 +15,8 @@ from typing import IO
 
 from benchmarks.series.plan import Entry
 from grpo.config import load_config
-from grpo.run.folder import RunError, check_folder, write_json
+from grpo.run.folder import check_folder, write_json
+from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, is_regular, read_json
 
 DONE = "lab.json"
@@ -154,7 +155,7 @@ def check_place(out: Path, todo: Sequence[Job]) -> None:
             laid = [text for flag, text in itertools.pairwise(job.command) if flag == "--set"]
             try:
                 check_folder(job.folder, load_config(job.entry.config, laid)[0], resume=True)
-            except RunError as error:
+            except UserError as error:
                 raise LabError(f"{error}; or delete {job.folder}, to have it trained again") from None
 
 

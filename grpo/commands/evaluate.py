@@ -23,34 +23,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo.cases import CaseError
-from grpo.config import ConfigError, Thinking
-from grpo.evaluation.answers import AnswersError, answer, append_answers, in_order, read_answers
-from grpo.evaluation.comparison import FORMAT, AnsweredCase, ComparisonError, Evaluated, between_modes, compare
+from grpo.config import Thinking
+from grpo.evaluation.answers import answer, append_answers, in_order, read_answers
+from grpo.evaluation.comparison import FORMAT, AnsweredCase, Evaluated, between_modes, compare
 from grpo.evaluation.failures import failure_row, failures, triage_of_errors
 from grpo.evaluation.metrics import Verdict, baselines, levels_by_case, over_samples, summarise
-from grpo.evaluation.request import MODES, Asked, EvaluationError, ask, default_folder
+from grpo.evaluation.request import MODES, Asked, ask, default_folder
 from grpo.evaluation.table import scorecard
-from grpo.policy.adapter_files import AdapterError
-from grpo.policy.base_model import ModelError
 from grpo.policy.policy import adapter_swapped, load_policy
-from grpo.rollout import PromptError
 from grpo.run.folder import provenance, write_json
 from grpo.run.input_hashes import text_sha256
 from grpo.run.self_check import with_checked_kernels
 from grpo.runtime.distributed import require_alone
-from grpo.runtime.out_of_memory import EVALUATION, OutOfMemory, memory_errors
+from grpo.runtime.errors import INPUT_ERRORS, UserError
+from grpo.runtime.out_of_memory import EVALUATION, memory_errors
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
-from rewards import RewardError
 from rewards.safe_files import Unreadable, check_contents, is_regular, read_json
-
-INPUT_ERRORS = (
-    AdapterError,
-    EvaluationError, AnswersError, ComparisonError, ConfigError, CaseError, ModelError, OutOfMemory, PromptError,
-    RewardError
-)  # fmt: skip
-"""What a person can mend: one clear line and exit code 2."""
 
 Verdicts = Mapping[tuple[str, Thinking], tuple[Verdict, ...]]
 """(set, mode) → its answers, in the order of the cases."""
@@ -180,7 +169,7 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
     """Makes sure that there is no such folder yet, or that its answers were given with these settings; writes nothing.
 
     Raises:
-        EvaluationError: it holds something else, or answers of another evaluation.
+        UserError: it holds something else, or answers of another evaluation.
     """
     path = out / "settings.json"
     if is_regular(path):
@@ -189,16 +178,16 @@ def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
             before = read_json(path)
         except Unreadable as error:
             why = str(error).removeprefix("cannot be read: ")
-            raise EvaluationError(f"{path}: cannot be read: {why}: delete {out} to start again") from None
+            raise UserError(f"{path}: cannot be read: {why}: delete {out} to start again") from None
         if before != settings:
             held = before if isinstance(before, dict) else {}
             other = sorted(key for key in settings.keys() | held.keys() if settings.get(key) != held.get(key))
-            raise EvaluationError(
+            raise UserError(
                 f"{out}: holds answers given with other {', '.join(other)}: name another folder with --out, or "
                 f"delete it"
             )
     elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise EvaluationError(f"{out}: already there, and no evaluation: name another folder with --out")
+        raise UserError(f"{out}: already there, and no evaluation: name another folder with --out")
 
 
 def open_folder(out: Path, settings: Mapping[str, Any]) -> None:

@@ -31,16 +31,16 @@ from grpo.inspection.step_text import (
 )
 from grpo.metrics import token_slices
 from grpo.policy.base_model import load_tokenizer
-from grpo.run.folder import Run, RunError
-from grpo.run.ledger import Entry, LedgerError, ledger_steps, read_step
+from grpo.run.folder import Run
+from grpo.run.ledger import Entry, ledger_steps, read_step
+from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.runtime.terminal import error_lines, painted, say_anyhow, screen_width, wants_colour, wrap
-from grpo.token_budget import BudgetError, stop_cause
+from grpo.token_budget import stop_cause
 
 KEPT_OUT = {
     "redacted": 'texts and token ids were not written down (ledger.text = "redacted")',
     "off": 'texts, token ids, case ids and fired rules were not written down (ledger.text = "off")',
 }
-INPUT_ERRORS = (RunError, LedgerError, BudgetError)
 
 
 def step_record(entry: Entry, config: Config) -> Record:
@@ -166,14 +166,14 @@ def view(arguments: argparse.Namespace, width: int, paint: Paint) -> tuple[Recor
     """What was asked for, as one JSON value and as lines that fit the width.
 
     Raises:
-        RunError, LedgerError, BudgetError: a part that is missing or cannot be read, or a case or member that is not
+        UserError: a part that is missing or cannot be read, or a case or member that is not
             there: says which are.
     """
     config, _ = read_config(arguments.run)
     folder = Run(arguments.run).ledger
     steps = ledger_steps(folder)
     if not steps:
-        raise LedgerError(f"{folder}: no step in this ledger")
+        raise UserError(f"{folder}: no step in this ledger")
     entry = read_step(folder, steps[-1] if arguments.step is None else arguments.step)
     whole = step_record(entry, config)
     head = [paint(line, "red") for one in entry.changed for line in wrap(f"changed since it was written: {one}", width)]
@@ -188,7 +188,7 @@ def view(arguments: argparse.Namespace, width: int, paint: Paint) -> tuple[Recor
         return shared | {"groups": groups}, [*head, *lines, *tail]
     size = len(groups[0]["completions"])
     if not 0 <= arguments.member < size:
-        raise LedgerError(f"step {whole['step']}: no member {arguments.member} in that group: it has 0 to {size - 1}")
+        raise UserError(f"step {whole['step']}: no member {arguments.member} in that group: it has 0 to {size - 1}")
     spell, why = tokenizer_of(config) if entry.text == "full" else (None, "")
     lines = []
     for b, group in zip(chosen, groups, strict=True):
@@ -203,15 +203,13 @@ def view(arguments: argparse.Namespace, width: int, paint: Paint) -> tuple[Recor
 
 
 def groups_of(entry: Entry, name: str) -> list[int]:
-    """The groups that answer to a case, or, for ``#B``, group B. Raises `LedgerError` if there is none."""
+    """The groups that answer to a case, or, for ``#B``, group B. Raises `UserError` if there is none."""
     ids = [group.prompt.case.id for group in entry.step.groups]
     found = [b for b, case in enumerate(ids) if case and case == name]
     found = found or [b for b in range(len(ids)) if name == f"#{b}"]
     if not found:
         some = ", ".join(case or f"#{b}" for b, case in list(enumerate(ids))[:8])
-        raise LedgerError(
-            f"step {entry.step.number}: no case {name[:80]!r} in it: it has {some}{', …' * (len(ids) > 8)}"
-        )
+        raise UserError(f"step {entry.step.number}: no case {name[:80]!r} in it: it has {some}{', …' * (len(ids) > 8)}")
     return found
 
 

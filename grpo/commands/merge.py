@@ -28,9 +28,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo.config import ConfigError, embedded, resolve
+from grpo.config import embedded, resolve
 from grpo.policy.adapter_files import (
-    AdapterError,
     Delta,
     base_of,
     merged_digests,
@@ -43,19 +42,12 @@ from grpo.policy.adapter_files import (
     system_prompt,
     weights_digest,
 )
-from grpo.policy.base_model import HUB_ID, ModelError, device_option, load_base, pick_device
-from grpo.policy.merged_weights import (
-    Stored,
-    WeightsError,
-    base_folder,
-    base_tensors,
-    blank_model,
-    match_deltas,
-    read_tensors,
-)
+from grpo.policy.base_model import HUB_ID, device_option, load_base, pick_device
+from grpo.policy.merged_weights import Stored, base_folder, base_tensors, blank_model, match_deltas, read_tensors
 from grpo.prompts import end_ids, render_prompt
-from grpo.report.model_card import CardError, model_card
-from grpo.run.folder import RunError, write_json
+from grpo.report.model_card import model_card
+from grpo.run.folder import write_json
+from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 
@@ -73,14 +65,6 @@ PROBES = (
     "Fever and cough for three days in a 6-year-old girl, drinking well. HR 112, RR 22, SpO2 97%, temp 38.6 C.",
 )
 """Invented cases that the check reads, with thinking and without."""
-
-
-class MergeError(ValueError):
-    """A merge that cannot be exact, or files that cannot be read or written. Says which, and what to do."""
-
-
-INPUT_ERRORS = (MergeError, AdapterError, WeightsError, ModelError, CardError, ConfigError, RunError)
-"""What a person can mend: one clear line and exit code 2."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +119,7 @@ def merge(
     name, target = base_of(adapter) if base is None else base, None if dtype == "auto" else DTYPES[dtype]
     checked_on = pick_device(device) if check else None
     if os.path.lexists(out):
-        raise MergeError(f"{out}: already there, and nothing is ever overwritten: name another folder")
+        raise UserError(f"{out}: already there, and nothing is ever overwritten: name another folder")
     config = read_config(adapter)
     _check_origin(adapter, config, name)
     refuse_merged_twice(name, adapter)
@@ -163,9 +147,9 @@ def merge(
         _sync(aside)
         os.rename(aside, out)
     except (OSError, SafetensorError) as error:
-        raise MergeError(f"{out}: cannot be written: {error}") from None
+        raise UserError(f"{out}: cannot be written: {error}") from None
     except torch.OutOfMemoryError:
-        raise MergeError(
+        raise UserError(
             f"the check does not fit the memory of {checked_on}: name another with --device, or leave it out with "
             f"--no-check"
         ) from None
@@ -200,7 +184,7 @@ def parse_size(text: str) -> int:
     match = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)\s*([KMG]i?B)", text.strip(), re.IGNORECASE | re.ASCII)
     size = int(float(match[1]) * SIZES[match[2].upper()]) if match else 0
     if size < 1:
-        raise MergeError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
+        raise UserError(f"--max-shard-size {text}: expected a size such as 5GB, 500MB or 2GiB")
     return size
 
 
@@ -226,7 +210,7 @@ def compare(base: str, adapter: Path, merged: Path, system: str, dtype: torch.dt
     model, _ = load_base(str(merged), device=device, dtype=dtype)
     got = _logits(model.eval(), prompts)
     if not (torch.isfinite(wanted).all() and torch.isfinite(got).all()):
-        raise MergeError(f"check: logits are not finite in {dtype}: merge with --dtype float32 or bfloat16")
+        raise UserError(f"check: logits are not finite in {dtype}: merge with --dtype float32 or bfloat16")
     return Check(
         largest=float((got - wanted).abs().max()),
         effect=float((plain - wanted).abs().max()),
@@ -238,14 +222,14 @@ def compare(base: str, adapter: Path, merged: Path, system: str, dtype: torch.dt
 def _check_origin(adapter: Path, config: Mapping[str, Any], base: str) -> None:
     own = config.get("base_model_name_or_path")
     if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
-        raise MergeError(f"{adapter}: made for the base {own}, not for {base}")
+        raise UserError(f"{adapter}: made for the base {own}, not for {base}")
 
 
 def _check_space(out: Path, size: int) -> None:
     there = next(p for p in out.absolute().parents if p.exists())
     free = shutil.disk_usage(there).free
     if free < size:
-        raise MergeError(f"{there}: {free / 1e9:.1f} GB free, but the merged model takes {size / 1e9:.1f} GB")
+        raise UserError(f"{there}: {free / 1e9:.1f} GB free, but the merged model takes {size / 1e9:.1f} GB")
 
 
 def _write_companions(base: Path, folder: Path, model: Any, target: torch.dtype | None) -> None:
@@ -259,15 +243,15 @@ def _write_companions(base: Path, folder: Path, model: Any, target: torch.dtype 
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise MergeError(f"{base}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        raise UserError(f"{base}: its tokenizer cannot be loaded: {_first_line(error)}") from None
     if tokenizer.chat_template is None:
-        raise MergeError(f"{base}: its tokenizer has no chat template, so no prompt can be rendered")
+        raise UserError(f"{base}: its tokenizer has no chat template, so no prompt can be rendered")
     path = base / "generation_config.json"
     generation = read_json(path) if path.is_file() else {}
     named = generation.get("eos_token_id")
     ends = named if isinstance(named, list) else [] if named is None else [named]
     if not all(type(end) is int for end in ends):
-        raise MergeError(f"{path}: eos_token_id must be a token id or a list of them, got {named!r:.80}")
+        raise UserError(f"{path}: eos_token_id must be a token id or a list of them, got {named!r:.80}")
     generation["eos_token_id"] = ends + [i for i in end_ids(tokenizer, model) if i not in ends]
     if generation.get("pad_token_id") is None:
         generation["pad_token_id"] = tokenizer.pad_token_id
@@ -315,7 +299,7 @@ def _finished(stored: Stored, tensor: Tensor, delta: Delta | None, target: torch
         return tensor
     result = (tensor if delta is None else merged_weight(tensor, delta)).to(dtype).contiguous()
     if not torch.isfinite(result).all():
-        raise MergeError(f"{stored.key}: not finite as {str(dtype)[len('torch.') :]}: use --dtype bfloat16 or float32")
+        raise UserError(f"{stored.key}: not finite as {str(dtype)[len('torch.') :]}: use --dtype bfloat16 or float32")
     return result
 
 

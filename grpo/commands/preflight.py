@@ -17,10 +17,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from grpo.cases import CaseError
-from grpo.config import Config, ConfigError, load_config
+from grpo.config import Config, load_config
 from grpo.policy.memory_plan import Plan
 from grpo.preflight.checks import HONEST, DataAudit, Examination, Material, examine, gather, length_term
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, Rule, Score
@@ -263,7 +263,7 @@ def explain(
     overlong penalty is 0 for a finished completion, with a line that says so, and whole for one that was cut.
 
     Raises:
-        CaseError: no training or evaluation case has this id.
+        UserError: no training or evaluation case has this id.
     """
     case = _named_case(material, case_id)
     reward = material.reward
@@ -302,7 +302,7 @@ def _named_case(material: Material, case_id: str) -> Case:
         if case.id == case_id:
             return case
     unread = "".join(f"\nnot read: {fault}" for fault in material.faults)
-    raise CaseError(f"no training or evaluation case has the id {case_id!r}; {len(every):,} were read{unread}")
+    raise UserError(f"no training or evaluation case has the id {case_id!r}; {len(every):,} were read{unread}")
 
 
 def _answer(score: Score, completion: str) -> str:
@@ -372,10 +372,6 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-class UsageError(ValueError):
-    """Options that do not go together."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
     say_anyhow()
@@ -388,7 +384,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(_explained(config, material, arguments))
             return 0
         examination = examine(config, material, accuracy=arguments.honest)
-    except (UsageError, ConfigError, CaseError, RewardError) as error:
+    except (UserError, RewardError) as error:
         message = error_lines(error)
         print(message, file=sys.stderr)
         if arguments.json:
@@ -406,9 +402,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _check_usage(arguments: argparse.Namespace) -> None:
     check_accuracy(arguments.honest)
     if (arguments.explain is None) != (arguments.completion is None):
-        raise UsageError("--explain and --completion belong together")
+        raise UserError("--explain and --completion belong together")
     if arguments.explain is not None and (arguments.reward_only or arguments.json):
-        raise UsageError("--explain needs the cases and prints text: leave out --reward-only and --json")
+        raise UserError("--explain needs the cases and prints text: leave out --reward-only and --json")
 
 
 def _explained(config: Config, material: Material, arguments: argparse.Namespace) -> str:
@@ -429,7 +425,7 @@ def _completion(argument: str) -> str:
     try:
         return read_text(Path(argument[1:]), most=64 * MEBIBYTE)
     except Unreadable as error:
-        raise CaseError(f"--completion {argument}: {error}") from None
+        raise UserError(f"--completion {argument}: {error}") from None
 
 
 if __name__ == "__main__":

@@ -20,9 +20,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo.cases import LOADERS, CaseError, load, row_key
+from grpo.cases import LOADERS, load, row_key
 from grpo.data.row_report import REASONS, Banded, Loaded, Record, Report, Tally, settled
 from grpo.preflight.checks import plain
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 
@@ -65,7 +66,7 @@ def split(
         set_aside: more patients who must be in neither part.
 
     Raises:
-        CaseError: a part that should not be empty is.
+        UserError: a part that should not be empty is.
 
     >>> records = [Record(Case(f"c{i}", f"Note {i}.", 3), patient=str(i // 2)) for i in range(12)]
     >>> parts = split(records, share=0.5, seed=0)
@@ -82,7 +83,7 @@ def split(
     train = tuple(record for record in rest if plain(record.case.text) not in held_texts)
     if not train or (share > 0 and not held):
         part = "held-out" if train else "training"
-        raise CaseError(
+        raise UserError(
             f"the {part} part is empty: {len(kept):,} cases are left of {len(records):,}; change --held-out"
         )
     return Split(train, held, len(records) - len(kept), len(rest) - len(train))
@@ -106,11 +107,11 @@ def with_patients(records: Sequence[Record], *, each_its_own: bool) -> tuple[Rec
     """The records, each with a patient.
 
     Raises:
-        CaseError: for records without one, unless ``each_its_own`` says that no two cases are of one patient.
+        UserError: for records without one, unless ``each_its_own`` says that no two cases are of one patient.
     """
     unknown = [record.case.id for record in records if not record.patient]
     if unknown and not each_its_own:
-        raise CaseError(
+        raise UserError(
             f"{len(unknown):,} of {len(records):,} cases, the first {unknown[0]!r}, name no patient: a split could put "
             "one patient in both parts. Give each case a patient, or say --each-case-a-patient if that is so"
         )
@@ -133,11 +134,11 @@ def balanced(records: Sequence[Record], *, per_level: int | None, seed: int) -> 
     ⌈per_level/n⌉ times. Which cases, depends on the seed and their ids alone.
 
     Raises:
-        CaseError: a level without a case.
+        UserError: a level without a case.
     """
     of_level = {level: [record for record in records if record.case.esi == level] for level in LEVELS}
     if empty := [str(level) for level in LEVELS if not of_level[level]]:
-        raise CaseError(f"no case of ESI {', '.join(empty)} in the training part: it cannot be balanced")
+        raise UserError(f"no case of ESI {', '.join(empty)} in the training part: it cannot be balanced")
     size = per_level or min(map(len, of_level.values()))
     times: dict[str, int] = {}
     for members in of_level.values():
@@ -151,7 +152,7 @@ def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
     """Writes all files into a new folder or none: mode 0700, each file 0600.
 
     Raises:
-        CaseError: the folder exists, or cannot be written.
+        UserError: the folder exists, or cannot be written.
     """
     try:
         _refuse_existing(folder)
@@ -167,7 +168,7 @@ def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
-        raise CaseError(f"{folder}: cannot be written: {error.strerror}") from None
+        raise UserError(f"{folder}: cannot be written: {error.strerror}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,14 +187,14 @@ class Prepared:
 def prepare(arguments: argparse.Namespace) -> Prepared:
     """What the command writes and says, nothing written yet.
 
-    Raises `CaseError` for every input that cannot be used.
+    Raises `UserError` for every input that cannot be used.
     """
     source = f"{arguments.loader} {arguments.file}"
     settings = {key: value for key, value in vars(arguments).items() if key not in ("loader", "file", "out")}
     if arguments.prompts:
         if unmet := [option for option in SPLITTING if getattr(arguments, option) not in (None, False, 0.0, [])]:
             named = ", ".join(f"--{option.replace('_', '-')}" for option in unmet)
-            raise CaseError(f"--prompts writes every row once and cuts nothing: leave out {named}")
+            raise UserError(f"--prompts writes every row once and cuts nothing: leave out {named}")
         return _prompts(source, settings, arguments)
     loaded = load(arguments.loader, arguments.file, strict=arguments.strict)
     others = {file: _to_exclude(loader, file) for loader, file in arguments.exclude}
@@ -210,7 +211,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     elif arguments.balance is not None:
         written = balanced(parts.train, per_level=arguments.balance or None, seed=arguments.seed)
     if len({record.case.id for record in written}) < len(written):
-        raise CaseError(
+        raise UserError(
             f"{arguments.file}: an id ends in #2 like the copies that --oversample and --balance make: rename"
         )
     notes = (
@@ -275,7 +276,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_existing(arguments.out)
         prepared = prepare(arguments)
         write(arguments.out, {**prepared.files, "prepare.json": [_manifest(prepared)]})
-    except CaseError as error:
+    except UserError as error:
         print(error_lines(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -291,7 +292,7 @@ def _to_exclude(loader: str, file: str) -> Loaded:
     """A file of cases to keep out: a row dropped here would be a patient let in, so none may be."""
     loaded = load(loader, file, strict=False)
     if lost := [str(finding) for finding in loaded.report.faults if not REASONS[finding.reason].kept]:
-        raise CaseError(
+        raise UserError(
             f"--exclude {loader}:{file}: {'; '.join(lost)}: whoever these rows speak of could get into training: "
             "mend the file"
         )
@@ -318,7 +319,7 @@ def _no_leak(
     """The check on what is about to be written, apart from the code that cut it."""
     notes = []
     if let_in := {record.patient for record in (*train, *held_out)} & aside:
-        raise CaseError(f"{len(let_in)} patients of rows set aside are in a part: a fault of this program")
+        raise UserError(f"{len(let_in)} patients of rows set aside are in a part: a fault of this program")
     for name, part, other in (
         ("training and held out", train, held_out),
         ("training and excluded", train, excluded),
@@ -327,14 +328,14 @@ def _no_leak(
         if part and other:
             patients, texts = leak(part, other)
             if patients or texts:
-                raise CaseError(f"{name}: {patients} patients and {texts} narratives in both: a fault of this program")
+                raise UserError(f"{name}: {patients} patients and {texts} narratives in both: a fault of this program")
             notes.append(f"leak      {name}: 0 patients, 0 narratives in both")
     return tuple(notes)
 
 
 def _refuse_existing(folder: Path) -> None:
     if os.path.lexists(folder):  # a link to nowhere too
-        raise CaseError(f"{folder}: exists: prepared files are never overwritten; name another folder or remove it")
+        raise UserError(f"{folder}: exists: prepared files are never overwritten; name another folder or remove it")
 
 
 def _prompts(source: str, settings: Mapping[str, object], arguments: argparse.Namespace) -> Prepared:

@@ -32,16 +32,15 @@ from grpo.inspection.bit_diff import Difference, array_differences, same, scalar
 from grpo.inspection.counterfactual import change_lines, counterfactual, step_lines, summary_lines
 from grpo.inspection.run_reader import Recording, read_recording, rewritten_lines, torn, unindexed_files
 from grpo.metrics import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
-from grpo.policy.base_model import ModelError, device_option
-from grpo.run.checkpoint import CheckpointError
-from grpo.run.folder import PACKAGES, RunError, finite
-from grpo.run.ledger import FIGURES, Entry, LedgerChanged, LedgerError, read_step, step_files
-from grpo.runtime.out_of_memory import OutOfMemory
+from grpo.policy.base_model import device_option
+from grpo.run.folder import PACKAGES, finite
+from grpo.run.ledger import FIGURES, Entry, LedgerChanged, read_step, step_files
+from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.scoring import length_penalty, score_groups
 from grpo.types import Step
 from grpo.update import learning_rate
-from rewards import Reward, RewardError, Score, load_reward
+from rewards import Reward, Score, load_reward
 from rewards.table import combine, total
 
 SHOWN = 20
@@ -65,7 +64,6 @@ UNREAD = {
     "redacted": "texts: not written down (ledger.text); answers and fired rules are taken as recorded",
     "off": "texts and rules: not written down (ledger.text); answers and what rules gave are taken as recorded",
 }
-INPUT_ERRORS = (RunError, LedgerError, RewardError, ModelError, OutOfMemory, CheckpointError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,7 +298,7 @@ def _up_to(first: int, end: int) -> str:
 def replay(recording: Recording, steps: Sequence[int]) -> Replayed:
     """These steps replayed, with a bar on a terminal. A step whose changed files cannot be read is a difference.
 
-    Raises `LedgerError` for a step that cannot be read although its files are those that were written.
+    Raises `UserError` for a step that cannot be read although its files are those that were written.
     """
     found: list[Difference] = []
     completions, tokens, metrics, texts = 0, 0, 0, []
@@ -385,12 +383,12 @@ def replay_lines(recording: Recording, replayed: Replayed, differences: Sequence
 
 
 def chosen_steps(recording: Recording, step: int | None) -> tuple[int, ...]:
-    """The steps to look at: all of the ledger's, or the one asked for. Raises `LedgerError` if it is not there."""
+    """The steps to look at: all of the ledger's, or the one asked for. Raises `UserError` if it is not there."""
     if step is None:
         return recording.steps
     if step not in recording.steps:
         held = f"{recording.steps[0]} to {recording.steps[-1]}" if recording.steps else "none"
-        raise LedgerError(f"{recording.run.ledger}: no step {step} in this ledger: it holds {held}")
+        raise UserError(f"{recording.run.ledger}: no step {step} in this ledger: it holds {held}")
     return (step,)
 
 

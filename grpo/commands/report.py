@@ -6,9 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.inspection.run_records import ReportError
 from grpo.report.page import MEGABYTE, Request, make_report
 from grpo.report.samples import GROUPS_A_STEP
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = arguments.out or default / "report.html"
     try:
         if arguments.samples < 0:
-            raise ReportError(f"--samples {arguments.samples}: expected 0 or more")
+            raise UserError(f"--samples {arguments.samples}: expected 0 or more")
         most = int(min(max(arguments.max_mb, 0.0), 1e6) * MEGABYTE)  # also of a NaN
         request = Request(
             tuple(arguments.runs),
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         report = make_report(request)
         write(out, report.html)
-    except ReportError as error:
+    except UserError as error:
         print(error_lines(error), file=sys.stderr)
         return 2
     for remark in report.remarks:
@@ -69,7 +69,7 @@ def write(out: Path, html: bytes) -> None:
             file.write(html)
         os.replace(aside, out)
     except OSError as error:
-        raise ReportError(f"{out}: cannot be written: {error.strerror}; name another place with --out") from None
+        raise UserError(f"{out}: cannot be written: {error.strerror}; name another place with --out") from None
 
 
 if __name__ == "__main__":

@@ -10,15 +10,12 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grpo.inspection.run_records import Evaluation, ReportError, RunRecord, read_run
+from grpo.inspection.run_records import Evaluation, RunRecord, read_run
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 
 RATES = ("exact", "adjacent", "dangerous_under", "high_acuity_under", "no_parse", "clipped_ratio", "mean_length")
 """Of an evaluation, under ``eval/SET/thinking_MODE/``."""
-
-
-class MirrorError(ValueError):
-    """TensorBoard is missing, or the event file cannot be written."""
 
 
 def mirror(run: RunRecord, folder: Path) -> int:
@@ -31,14 +28,14 @@ def mirror(run: RunRecord, folder: Path) -> int:
     where the run does not say when it started, from 1970 on.
 
     Raises:
-        MirrorError: TensorBoard is not installed, or the folder cannot be written.
+        UserError: TensorBoard is not installed, or the folder cannot be written.
     """
     try:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
     except ImportError:
-        raise MirrorError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
+        raise UserError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
     started = run.started or 0.0
     file = folder / f"events.out.tfevents.{int(started):010d}.{run.name}"
     aside = folder / f".{file.name}.partial"
@@ -55,7 +52,7 @@ def mirror(run: RunRecord, folder: Path) -> int:
             writer.flush()
         os.replace(aside, file)
     except OSError as error:
-        raise MirrorError(f"{file}: cannot be written: {error.strerror}; name another folder with --out") from None
+        raise UserError(f"{file}: cannot be written: {error.strerror}; name another folder with --out") from None
     return written
 
 
@@ -93,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run = read_run(arguments.run)
         points = mirror(run, folder)
-    except (ReportError, MirrorError) as error:
+    except UserError as error:
         print(error_lines(error), file=sys.stderr)
         return 2
     shown = visible(str(folder))

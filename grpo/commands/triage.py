@@ -11,15 +11,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from grpo.cases import row_key
-from grpo.config import COLDEST, ConfigError, Lora, Model, resolve
+from grpo.config import COLDEST, Lora, Model, resolve
 from grpo.data.row_report import MAX_TEXT
-from grpo.policy.adapter_files import AdapterError, base_of, lora_section, system_prompt
-from grpo.policy.base_model import ModelError, device_option
+from grpo.policy.adapter_files import base_of, lora_section, system_prompt
+from grpo.policy.base_model import device_option
 from grpo.policy.policy import Policy, check_adapter, load_policy
 from grpo.prompts import render_prompt
-from grpo.rollout import PromptError, rollout
+from grpo.rollout import rollout
 from grpo.run.self_check import with_checked_kernels
-from grpo.runtime.out_of_memory import OutOfMemory, memory_errors
+from grpo.runtime.errors import INPUT_ERRORS, UserError
+from grpo.runtime.out_of_memory import memory_errors
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case, Completion
 from rewards import Answer, parse_answer
@@ -30,13 +31,6 @@ CARDS_BUDGET = 1024
 """Tokens of an answer, as the card evaluates; less where the model's context holds less."""
 NO_ADAPTER = Lora(r=1, alpha=1.0, dropout=0.0, target_modules=("down_proj",), warm_start="")
 """A fresh adapter: B = 0, so the model speaks as it is."""
-
-
-class TriageError(ValueError):
-    """A case or an option that cannot be used. Never repeats the case."""
-
-
-INPUT_ERRORS = (TriageError, AdapterError, ConfigError, ModelError, OutOfMemory, PromptError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +63,7 @@ def triage(
         max_new_tokens: None takes `CARDS_BUDGET`, or what the context leaves.
 
     Raises:
-        TriageError: a text that is no narrative. PromptError: prompt and budget do not fit the context.
+        UserError: a text that is no narrative, or a prompt and budget that do not fit the context.
     """
     case = Case("input", checked(text), 3)  # the level of gold is never looked at
     prompt = render_prompt(policy.tokenizer, case, system_prompt=system, thinking=thinking)
@@ -89,14 +83,14 @@ def triage(
 def checked(text: str) -> str:
     """The narrative without blanks around it.
 
-    Raises TriageError if it is empty, longer than `MAX_TEXT` characters, or holds what no text file should.
+    Raises UserError if it is empty, longer than `MAX_TEXT` characters, or holds what no text file should.
     """
     if not text.strip():
-        raise TriageError('no case: give it as one argument, python -m grpo triage "...", or on standard input')
+        raise UserError('no case: give it as one argument, python -m grpo triage "...", or on standard input')
     if len(text) > MAX_TEXT:
-        raise TriageError(f"the case has {len(text):,} characters, at most {MAX_TEXT:,} are read")
+        raise UserError(f"the case has {len(text):,} characters, at most {MAX_TEXT:,} are read")
     if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise TriageError("the case is not UTF-8 text: it holds a NUL or bytes that are no characters")
+        raise UserError("the case is not UTF-8 text: it holds a NUL or bytes that are no characters")
     return text.strip()
 
 
@@ -107,13 +101,13 @@ def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: 
         model: a base or merged model; None takes the adapter's own base, or the embedded base.
         adapter: "none" takes none; None does too, or, if there is no model either, the embedded warm start.
 
-    Raises AdapterError, ModelError, TriageError: what cannot be loaded, and why.
+    Raises UserError: what cannot be loaded, and why.
     """
     if model is None and adapter is None:
         model, adapter = DEFAULT_MODEL, DEFAULT_ADAPTER
     for option, value in (("--model", model), ("--adapter", adapter)):
         if value == "":
-            raise TriageError(f'{option} "": expected a folder or a name')
+            raise UserError(f'{option} "": expected a folder or a name')
     folder = None if adapter in (None, "none") else resolve(str(adapter))
     name = (base_of(folder) if folder else DEFAULT_MODEL) if model is None else model
     lora = NO_ADAPTER if folder is None else lora_section(folder, str(adapter))
@@ -157,11 +151,11 @@ def _read_case(text: str | None) -> str:
         return ""
     raw = sys.stdin.buffer.read(4 * MAX_TEXT + 1)
     if len(raw) > 4 * MAX_TEXT:
-        raise TriageError(f"standard input: more than {MAX_TEXT:,} characters, which is no narrative")
+        raise UserError(f"standard input: more than {MAX_TEXT:,} characters, which is no narrative")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise TriageError(f"standard input: not UTF-8 (byte {error.start})") from None
+        raise UserError(f"standard input: not UTF-8 (byte {error.start})") from None
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -190,9 +184,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         if arguments.temperature != 0 and not COLDEST <= arguments.temperature < float("inf"):
-            raise TriageError(f"--temperature {arguments.temperature}: expected 0, or a number of at least {COLDEST:g}")
+            raise UserError(f"--temperature {arguments.temperature}: expected 0, or a number of at least {COLDEST:g}")
         if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-            raise TriageError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
+            raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
         text = checked(_read_case(arguments.case))
         policy, system = load_speaker(
             arguments.model, arguments.adapter, device=arguments.device, dtype=arguments.dtype

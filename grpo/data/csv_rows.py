@@ -1,6 +1,6 @@
 """Files → decoded lines and CSV rows, plain or gzip, in memory that does not grow with the file.
 
-What is wrong with a file as a file (encoding, NUL, a torn gzip, quotes that never close) raises `CaseError` with file
+What is wrong with a file as a file (encoding, NUL, a torn gzip, quotes that never close) raises `UserError` with file
 and line: a file damaged in one place cannot be trusted in the next. What is wrong with one row is the loader's to say.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Never, Protocol
 
-from grpo.data.row_report import CaseError
+from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, open_regular
 
 MAX_LINE = 4 * 2**20
@@ -46,7 +46,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     A UTF-8 byte-order mark is no part of the first line.
 
     Raises:
-        CaseError: no file, not UTF-8, a NUL, a line over `MAX_LINE` bytes, a gzip that is torn, damaged or expands
+        UserError: no file, not UTF-8, a NUL, a line over `MAX_LINE` bytes, a gzip that is torn, damaged or expands
             beyond what a table can.
     """
     number = 0
@@ -61,16 +61,16 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 most -= len(line)
                 if most < 0:
-                    raise CaseError(
+                    raise UserError(
                         f"{path}:{number}: expands over {EXPANDS_UP_TO} times: no table; unpack it if it is one"
                     )
                 yield number, _decoded(path, number, line)
     except Unreadable as error:
-        raise CaseError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise CaseError(f"{path}:{number + 1}: gzip torn or damaged here: download it again") from None
+        raise UserError(f"{path}:{number + 1}: gzip torn or damaged here: download it again") from None
     except OSError as error:
-        raise CaseError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def table(
@@ -89,13 +89,13 @@ def table(
         aliases: another name → the name it stands for.
 
     Raises:
-        CaseError: as `numbered_lines`; a missing or repeated column; quotes that are not CSV's, a field over 131,072
+        UserError: as `numbered_lines`; a missing or repeated column; quotes that are not CSV's, a field over 131,072
             characters (Python's limit).
     """
     reader = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     line, header = _next(path, reader)
     if header is None:
-        raise CaseError(f"{path}:1: empty: expected a header with {', '.join(required)}")
+        raise UserError(f"{path}:1: empty: expected a header with {', '.join(required)}")
     places = _places(path, header, required, optional, aliases or {})
     width = len(header)
     while True:
@@ -131,15 +131,15 @@ def _unmarked(cell: str) -> str:
 
 def _decoded(path: Path, number: int, line: bytes) -> str:
     if number == 1 and (other := OTHER_MARKS.get(line[:2])):
-        raise CaseError(f"{path}:1: {other}, by its byte-order mark: save it as UTF-8")
+        raise UserError(f"{path}:1: {other}, by its byte-order mark: save it as UTF-8")
     if len(line) > MAX_LINE:
-        raise CaseError(f"{path}:{number}: over {MAX_LINE:,} bytes without a line end: not a case file")
+        raise UserError(f"{path}:{number}: over {MAX_LINE:,} bytes without a line end: not a case file")
     if b"\0" in line:
-        raise CaseError(f"{path}:{number}: holds a NUL byte: not a text file, or a damaged one; export it again")
+        raise UserError(f"{path}:{number}: holds a NUL byte: not a text file, or a damaged one; export it again")
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
-        raise CaseError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line): save it as UTF-8") from None
+        raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line): save it as UTF-8") from None
 
 
 def _next(path: Path, reader: "_Reader") -> tuple[int, list[str] | None]:
@@ -148,7 +148,7 @@ def _next(path: Path, reader: "_Reader") -> tuple[int, list[str] | None]:
     try:
         return line, next(reader, None)
     except csv.Error as error:
-        raise CaseError(f"{path}:{line}: not valid CSV from this row on: {error}") from None
+        raise UserError(f"{path}:{line}: not valid CSV from this row on: {error}") from None
 
 
 def _places(
@@ -160,7 +160,7 @@ def _places(
         _refuse_header(path, missing, [name for name in required if name in names], header)
     wanted = (*required, *optional)
     if twice := [name for name in wanted if names.count(name) > 1]:
-        raise CaseError(f"{path}:1: column {' and '.join(twice)} stands there more than once: keep one")
+        raise UserError(f"{path}:1: column {' and '.join(twice)} stands there more than once: keep one")
     return [(name, names.index(name)) for name in wanted if name in names]
 
 
@@ -173,4 +173,4 @@ def _refuse_header(path: Path, missing: list[str], there: list[str], header: lis
         else f"none of the {len(header)} fields of line 1 is a known name: is the header missing?"
     )
     plural = "s" if len(missing) > 1 else ""
-    raise CaseError(f"{path}:1: column{plural} {', '.join(missing)} missing; {found}")
+    raise UserError(f"{path}:1: column{plural} {', '.join(missing)} missing; {found}")

@@ -7,7 +7,8 @@ from typing import Any
 
 from grpo.config import resolve
 from grpo.data.csv_rows import numbered_lines
-from grpo.data.row_report import MAX_TEXT, BadRow, CaseError, Record, Remark
+from grpo.data.row_report import MAX_TEXT, BadRow, Record, Remark
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards.safe_files import Unreadable, parse_json
 
@@ -24,7 +25,7 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
     only ``text`` ever reaches a prompt. Empty lines are no rows.
 
     Raises:
-        CaseError: with file and line, for a file damaged as a file (see `numbered_lines`) and for a repeated id.
+        UserError: with file and line, for a file damaged as a file (see `numbered_lines`) and for a repeated id.
     """
     path = resolve(name)
     first_line: dict[str, int] = {}
@@ -38,7 +39,7 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
             continue
         ident = record.case.id
         if ident in first_line:
-            raise CaseError(f"{path}:{number}: id {ident!r} was already used in line {first_line[ident]}")
+            raise UserError(f"{path}:{number}: id {ident!r} was already used in line {first_line[ident]}")
         first_line[ident] = number
         yield record
 

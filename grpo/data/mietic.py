@@ -12,7 +12,8 @@ from pathlib import Path
 from grpo.config import resolve
 from grpo.data.csv_fields import acuity, identifier, missing
 from grpo.data.csv_rows import table
-from grpo.data.row_report import MAX_TEXT, BadRow, Banded, CaseError, Record, Remark
+from grpo.data.row_report import MAX_TEXT, BadRow, Banded, Record, Remark
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 
 VITALS = ("temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp")
@@ -43,7 +44,7 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
     are remarked on.
 
     Raises:
-        CaseError: a missing column, a repeated stay_id, a file damaged as a file.
+        UserError: a missing column, a repeated stay_id, a file damaged as a file.
     """
     path = resolve(name)
     first_line: dict[str, int] = {}
@@ -62,7 +63,7 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
             continue
         ident = record.case.id
         if ident in first_line:
-            raise CaseError(f"{path}:{line}: {ident} was already used in line {first_line[ident]}")
+            raise UserError(f"{path}:{line}: {ident} was already used in line {first_line[ident]}")
         first_line[ident] = line
         levels[record.case.esi] += 1
         if record.case.tags:
@@ -81,7 +82,7 @@ def read_instructions(name: str) -> Iterator[Banded | Remark]:
     is there a subject_id: a split by patient is not possible. Id: ``mietic-instruction-ROW``, rows counted from 1.
 
     Raises:
-        CaseError: a missing column, a file damaged as a file.
+        UserError: a missing column, a file damaged as a file.
     """
     path: Path = resolve(name)
     for number, (line, row) in enumerate(table(path, ("instruction", "input")), 1):

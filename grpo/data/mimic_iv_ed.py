@@ -27,7 +27,8 @@ from grpo.data.narrative import (
     Presentation,
     narrative,
 )
-from grpo.data.row_report import BadRow, CaseError, Record, Remark
+from grpo.data.row_report import BadRow, Record, Remark
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards.safe_files import is_regular
 
@@ -62,7 +63,7 @@ def read_mimic_iv_ed(name: str) -> Iterator[Record | Remark]:
             each is also looked for in the folder's ``ed/`` and ``hosp/``, as published.
 
     Raises:
-        CaseError: a file missing or damaged, a column missing, a stay_id twice in one of the files.
+        UserError: a file missing or damaged, a column missing, a stay_id twice in one of the files.
     """
     folder = resolve(name)
     triage, edstays = _required(folder, "triage"), _required(folder, "edstays")
@@ -128,7 +129,7 @@ def _record(
     if place == len(stays.ids) or stays.ids[place] != stay:
         raise BadRow("unknown_stay")
     if met[place]:
-        raise CaseError(f"{triage}:{line}: stay_id {stay} was already used in line {met[place]}")
+        raise UserError(f"{triage}:{line}: stay_id {stay} was already used in line {met[place]}")
     met[place] = line
     if stays.subjects[place] != subject:
         raise BadRow("other_patient")
@@ -200,14 +201,14 @@ def _in_order(
     again = np.flatnonzero(np.diff(found[order]) == 0)
     if again.size:
         first, second = lines[order[again[0]]], lines[order[again[0] + 1]]
-        raise CaseError(f"{path}:{second}: {key} {found[order[again[0]]]} was already used in line {first}")
+        raise UserError(f"{path}:{second}: {key} {found[order[again[0]]]} was already used in line {first}")
     return tuple(np.asarray(column)[order].data for column in (keys, *others))
 
 
 def _required(folder: Path, stem: str) -> Path:
     found = _find(folder, stem)
     if found is None:
-        raise CaseError(f"{folder}: no {stem}.csv or {stem}.csv.gz in it, nor in its ed/ or hosp/")
+        raise UserError(f"{folder}: no {stem}.csv or {stem}.csv.gz in it, nor in its ed/ or hosp/")
     return found
 
 
@@ -215,5 +216,5 @@ def _find(folder: Path, stem: str) -> Path | None:
     places = [folder / inner / f"{stem}{end}" for inner in ("", "ed", "hosp") for end in (".csv", ".csv.gz")]
     found = [place for place in places if is_regular(place)]
     if len(found) > 1:
-        raise CaseError(f"{folder}: both {found[0]} and {found[1]}: keep one")
+        raise UserError(f"{folder}: both {found[0]} and {found[1]}: keep one")
     return found[0] if found else None

@@ -9,16 +9,13 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 
 MAX_TEXT = 100_000
 """Characters. A longer narrative is a broken file, not a patient."""
 LINES_SHOWN = 10
 """Line numbers kept for each kind of remark."""
-
-
-class CaseError(ValueError):
-    """A case file that cannot be used. Names file, line and field, never a narrative."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,14 +229,14 @@ def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
         strict: refuse the file if any row was dropped or any value left out because of a fault.
 
     Raises:
-        CaseError: for a file without cases, for a `Banded`, and under ``strict`` for the first fault, with the count of
+        UserError: for a file without cases, for a `Banded`, and under ``strict`` for the first fault, with the count of
             the others.
     """
     tally = Tally()
     records = []
     for row in tally.watch(rows):
         if isinstance(row, Banded):
-            raise CaseError(
+            raise UserError(
                 f"{name}: case {row.id!r} has a band, ESI {row.low} to {row.high}, and no gold level: the band is read "
                 "off the wording of an instruction and nobody confirmed it. Such cases can be prompts "
                 "(grpo prepare --prompts writes them without a level), but neither train nor evaluate"
@@ -249,7 +246,7 @@ def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
 
 
 def settled(name: str, tally: Tally, *, strict: bool) -> Report:
-    """The report of a file that has been read, or `CaseError` if it may not be used (see `gather`)."""
+    """The report of a file that has been read, or `UserError` if it may not be used (see `gather`)."""
     report, first = tally.report(), tally.first_fault
     if first and strict:
         what = first.detail or f"{first.column} {REASONS[first.reason].says}".strip()
@@ -257,7 +254,7 @@ def settled(name: str, tally: Tally, *, strict: bool) -> Report:
         all_of_it = (
             f"; strict refuses all {total:,}: {'; '.join(fault.what for fault in report.faults)}" if total > 1 else ""
         )
-        raise CaseError(f"{first.path}:{first.line}: {what}{all_of_it}")
+        raise UserError(f"{first.path}:{first.line}: {what}{all_of_it}")
     if not report.cases:
-        raise CaseError(f"{name}: no cases in it: {'; '.join(map(str, report.findings)) or 'no rows'}")
+        raise UserError(f"{name}: no cases in it: {'; '.join(map(str, report.findings)) or 'no rows'}")
     return report

@@ -19,6 +19,7 @@ from grpo.evaluation.metrics import Verdict, row
 from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import EVALUATION, memory_errors
 from grpo.types import Case, Prompt
 from rewards import Answer, parse_answer
@@ -33,10 +34,6 @@ Known = Mapping[tuple[str, int], Verdict]
 
 
 VERDICTS = TypeAdapter(list[Verdict])
-
-
-class AnswersError(ValueError):
-    """A file of answers that cannot be continued. Names file and line."""
 
 
 def evaluate(
@@ -93,7 +90,7 @@ def answer(
         known: what need not be answered again.
 
     Raises:
-        PromptError: a case does not fit the model's context; before the first answer.
+        UserError: a case does not fit the model's context; before the first answer.
     """
     known = known or {}
     prompts = [
@@ -200,7 +197,7 @@ def read_answers(
         formats: how an answer may be written, see `rewards.parse.FORMATS`.
 
     Raises:
-        AnswersError: any other line that is no answer to one of the cases.
+        UserError: any other line that is no answer to one of the cases.
     """
     if not is_regular(path):
         return {}
@@ -213,15 +210,15 @@ def read_answers(
         except ValidationError as error:
             fault = error.errors(include_input=False, include_url=False, include_context=False)[0]
             where = ".".join(str(part) for part in fault["loc"]) or "the line"
-            raise AnswersError(f"{path}:{number}: {where}: {fault['type']}: not a line of answers; {_AFRESH}") from None
+            raise UserError(f"{path}:{number}: {where}: {fault['type']}: not a line of answers; {_AFRESH}") from None
         if held.id not in by_id or held.sample >= samples or (held.id, held.sample) in found:
-            raise AnswersError(
+            raise UserError(
                 f"{path}:{number}: case {clipped(held.id)}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
             )
         worded &= held.completion is not None
         said = _said(held, thinking, formats)
         if said is None:
-            raise AnswersError(f"{path}:{number}: neither words nor a parse: not a line of answers; {_AFRESH}")
+            raise UserError(f"{path}:{number}: neither words nor a parse: not a line of answers; {_AFRESH}")
         stale |= (held.predicted, held.reason) != (said.level, said.reason)
         found[held.id, held.sample] = Verdict(
             by_id[held.id], said, held.finished, held.tokens, held.completion or "", held.sample
@@ -253,7 +250,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
             size += len(line)
             yield line
     except Unreadable as error:
-        raise AnswersError(f"{path}: {error}; {_AFRESH}") from None
+        raise UserError(f"{path}: {error}; {_AFRESH}") from None
 
 
 _AFRESH = "delete the file to answer its cases again"

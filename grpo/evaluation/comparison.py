@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from grpo.config import Thinking
 from grpo.evaluation.statistics import cohen_kappa, majority, mcnemar, wilson
 from grpo.run.input_hashes import text_sha256
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards.safe_files import MEBIBYTE, Unreadable, clipped, read_json
 
@@ -17,10 +18,6 @@ MOST_BYTES = 256 * MEBIBYTE
 FORMAT = 2
 """Of ``eval.json``; raised when a key changes its meaning. Since 2, ``high_acuity_under`` is a share of ESI 1 and 2."""
 Level = Annotated[int, Field(ge=1, le=5)]
-
-
-class ComparisonError(ValueError):
-    """An evaluation that cannot be compared with. Names file, set and case ids."""
 
 
 class _Read(BaseModel):
@@ -52,14 +49,14 @@ def read_evaluation(path: Path) -> Evaluated:
     """An ``eval.json`` that `grpo evaluate` wrote.
 
     Raises:
-        ComparisonError: not there, not JSON, of a training run, or not of this format.
+        UserError: not there, not JSON, of a training run, or not of this format.
     """
     try:
         value = read_json(path, most=MOST_BYTES)
     except Unreadable as error:
-        raise ComparisonError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if isinstance(value, list):
-        raise ComparisonError(
+        raise UserError(
             f"{path}: is of a training run, which keeps no hash of its cases: evaluate that adapter with "
             f"`python -m grpo evaluate CONFIG --adapter RUN/adapter`, then name the eval.json of that"
         )
@@ -68,23 +65,23 @@ def read_evaluation(path: Path) -> Evaluated:
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         where = clipped(".".join(str(part) for part in fault["loc"]) or "the file", 200)[1:-1]
-        raise ComparisonError(f"{path}: {where}: {fault['msg']}; not an eval.json that this program reads") from None
+        raise UserError(f"{path}: {where}: {fault['msg']}; not an eval.json that this program reads") from None
 
 
 def check_same_cases(sets: Mapping[str, Sequence[Case]], before: Evaluated, path: Path) -> None:
-    """Raises `ComparisonError` unless some set has cases in both, and every case in both is the same text and gold."""
+    """Raises `UserError` unless some set has cases in both, and every case in both is the same text and gold."""
     for name in sets.keys() & before.cases.keys():
         there = {case.id: case for case in before.cases[name]}
         both = [case for case in sets[name] if case.id in there]
         other = [c.id for c in both if (text_sha256(c.text), c.esi) != (there[c.id].sha256, there[c.id].esi)]
         if other:
             more = f" and {len(other) - 5} more" if len(other) > 5 else ""
-            raise ComparisonError(
+            raise UserError(
                 f"{path}: {name}: {len(other)} of {len(both)} cases in both have another text or gold level there: "
                 f"{', '.join(map(repr, other[:5]))}{more}; only answers to the same cases can be compared"
             )
     if not any({c.id for c in sets[name]} & {c.id for c in before.cases.get(name, ())} for name in sets):
-        raise ComparisonError(
+        raise UserError(
             f"{path}: no case in common: it holds {', '.join(sorted(before.cases)) or 'nothing'}, this evaluation "
             f"{', '.join(sorted(sets))} (sets are matched by name, cases by id)"
         )

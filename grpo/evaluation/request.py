@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.cases import CaseError, load
+from grpo.cases import load
 from grpo.config import Config, Thinking, load_config, resolve
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
 from grpo.policy.adapter_files import lora_section, system_prompt
@@ -17,6 +17,7 @@ from grpo.policy.base_model import card_name, context_of, load_tokenizer, pick_d
 from grpo.policy.policy import check_adapter, missing_parts
 from grpo.prompts import encode_plain, render_prompt
 from grpo.run.input_hashes import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Reward, load_reward
 from rewards.safe_files import is_regular
@@ -27,10 +28,6 @@ model or adapter brings (see `grpo.policy.adapter_files.system_prompt`)."""
 MODES = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
 BARE = "none"
 """``--adapter none``: the base alone."""
-
-
-class EvaluationError(ValueError):
-    """An evaluation that cannot be done as asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +88,7 @@ def check_room(config: Config, sets: Mapping[str, Sequence[Case]]) -> dict[Think
     tokenizer, not the model.
 
     Raises:
-        EvaluationError: they do not; names the largest budget that fits every case.
+        UserError: they do not; names the largest budget that fits every case.
     """
     tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
     system, budget = config.cases.system_prompt, config.evaluate.max_new_tokens
@@ -106,8 +103,8 @@ def check_room(config: Config, sets: Mapping[str, Sequence[Case]]) -> dict[Think
     if budget > room:
         which = f"case {ident!r} of {name} takes {frame + length} tokens as a prompt, the model's context is {context}"
         if room < 1:
-            raise EvaluationError(f"{which}: no answer to it fits; leave it out, or shorten it")
-        raise EvaluationError(
+            raise UserError(f"{which}: no answer to it fits; leave it out, or shorten it")
+        raise UserError(
             f"evaluate.max_new_tokens = {budget} does not fit: {which}; at most {room} fit: --max-new-tokens {room}"
         )
     return {mode: prompt.thinking for mode, prompt in frames.items()}
@@ -146,7 +143,7 @@ def configured(arguments: argparse.Namespace) -> Config:
 def _check_model(name: str) -> None:
     """A run folder holds a config.json too, and is not a model."""
     if is_regular(resolve(name) / "reward.json"):
-        raise EvaluationError(
+        raise UserError(
             f"{name}: is a run folder: name its config, and its adapter with --adapter {Path(name) / 'adapter'}"
         )
 
@@ -160,22 +157,22 @@ def load_sets(
         faults: what is already known to be missing.
 
     Raises:
-        EvaluationError: all that is missing or unreadable, a line each.
+        UserError: all that is missing or unreadable, a line each.
     """
     files = {set_name(file): file} if file is not None else config.evaluate.ends | config.evaluate.during
     if not files:
-        raise EvaluationError("no cases: [evaluate] names no set; name a file with --cases")
+        raise UserError("no cases: [evaluate] names no set; name a file with --cases")
     found, left_out, faults = {}, [], list(faults)
     for name, path in files.items():
         try:
             loaded = load(config.cases.format, path, strict=config.cases.strict)
-        except CaseError as error:
+        except UserError as error:
             faults.append(f"{name}: {error}" + ("" if file is not None else " (name another file with --cases)"))
         else:
             found[name] = loaded.cases
             left_out += [f"{name}: {finding}" for finding in loaded.report.findings]
     if faults:
-        raise EvaluationError("\n       ".join(faults))
+        raise UserError("\n       ".join(faults))
     return found, tuple(left_out)
 
 

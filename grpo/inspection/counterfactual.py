@@ -13,8 +13,8 @@ import numpy as np
 from grpo.advantage import split_by_component, zero_variance
 from grpo.batch import baseline, normalised
 from grpo.config import Config
-from grpo.run.folder import RunError
 from grpo.run.ledger import Entry
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import fit, visible
 from grpo.scoring import score_groups
 from rewards import Reward
@@ -63,12 +63,12 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
     """A recorded step under another reward; the run's own overlong penalty, baseline and normalisation stay.
 
     Raises:
-        RunError: the step's texts were not written down.
+        UserError: the step's texts were not written down.
         RewardError: a code rule of the other reward fails on a case.
     """
     step = entry.step
     if entry.text != "full":
-        raise RunError(
+        raise UserError(
             f'step {step.number}: --reward reads the texts again, and ledger.text = "{entry.text}" kept them out'
         )
     scores = score_groups(other, step.groups, config)

@@ -20,12 +20,12 @@ from grpo.config import Config, Model
 from grpo.inspection.run_reader import Recording
 from grpo.metrics import rows
 from grpo.micro_batch_limit import room
-from grpo.policy.base_model import ModelError, card_name, pick_device, pick_dtype
+from grpo.policy.base_model import card_name, pick_device, pick_dtype
 from grpo.policy.policy import Policy, adapter_copy, adapter_swapped, load_policy
 from grpo.prompts import render_prompt
 from grpo.run.checkpoint import load_checkpoint
-from grpo.run.folder import RunError
 from grpo.run.ledger import Entry, read_step
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
 from grpo.types import Batch
 from grpo.update import Cut, micro_batches, packed, reference_logprobs, scored
@@ -78,13 +78,13 @@ def on_device(recording: Recording, device: str | None) -> Model:
         device: None is the run's own.
 
     Raises:
-        ModelError: this machine has no such device.
+        UserError: this machine has no such device.
     """
     section = recording.config.model
     try:
         return section.model_copy(update={"device": str(pick_device(device or section.device))})
-    except ModelError as error:
-        raise ModelError(f"{error}" if device else f"{error}: --device cpu computes the run's model there") from None
+    except UserError as error:
+        raise UserError(f"{error}" if device else f"{error}: --device cpu computes the run's model there") from None
 
 
 def recompute(recording: Recording, steps: Sequence[int], section: Model) -> Iterator[Recomputed]:
@@ -94,8 +94,8 @@ def recompute(recording: Recording, steps: Sequence[int], section: Model) -> Ite
         section: the run's, on the device of `on_device`.
 
     Raises:
-        ModelError, CheckpointError: base, adapter or checkpoint cannot be loaded.
-        RunError: a step without token ids (``ledger.text`` other than "full").
+        UserError: base, adapter or checkpoint cannot be loaded.
+        UserError: a step without token ids (``ledger.text`` other than "full").
     """
     config = recording.config
     policy = load_policy(section, config.lora, seed=config.train.seed)
@@ -104,7 +104,7 @@ def recompute(recording: Recording, steps: Sequence[int], section: Model) -> Ite
     for number in tqdm(steps, unit="step", leave=False, disable=None):
         entry = read_step(recording.run.ledger, number)
         if entry.text != "full":
-            raise RunError(f'step {number}: --model needs token ids, and ledger.text = "{entry.text}" kept them out')
+            raise UserError(f'step {number}: --model needs token ids, and ledger.text = "{entry.text}" kept them out')
         folder = recording.run.checkpoints / f"step_{number - 1:06d}"
         before = first if number == 1 else _adapter(policy, folder) if folder.is_dir() else None
         with memory_errors(f"step {number}", "use another device, such as --device cpu"):

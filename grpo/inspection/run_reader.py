@@ -10,8 +10,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from grpo.config import Config
-from grpo.run.folder import Run, RunError
+from grpo.run.folder import Run
 from grpo.run.ledger import ledger_steps
+from grpo.runtime.errors import UserError
 from rewards import Reward, load_reward
 from rewards.safe_files import Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
@@ -38,7 +39,7 @@ def read_recording(path: Path) -> Recording:
     """Everything of a run folder but its steps.
 
     Raises:
-        RunError, LedgerError, RewardError: a part that is missing or cannot be read; each names its file.
+        UserError, RewardError: a part that is missing or cannot be read; each names its file.
     """
     config, record = read_config(path)
     run = Run(path)
@@ -46,7 +47,7 @@ def read_recording(path: Path) -> Recording:
         reward_sha256 = str(record["reward"]["sha256"])
         made_with = {**record["versions"], **record["machine"]}
     except (KeyError, TypeError):
-        raise RunError(
+        raise UserError(
             f"{path / 'config.json'}: holds no reward, versions or machine: not one of this program's"
         ) from None
     return Recording(
@@ -61,32 +62,32 @@ def read_recording(path: Path) -> Recording:
 
 
 def read_config(path: Path) -> tuple[Config, dict[str, Any]]:
-    """The config of a run folder, and all of its ``config.json``. Raises `RunError`."""
+    """The config of a run folder, and all of its ``config.json``. Raises `UserError`."""
     file = path / "config.json"
     if not is_regular(file):
-        raise RunError(f"{path}: no run here: a run folder holds config.json")
+        raise UserError(f"{path}: no run here: a run folder holds config.json")
     try:
         check_contents(path)
     except Unreadable as error:
-        raise RunError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     try:
         record = read_json(file)
         return Config.model_validate(record["config"]), record
     except Unreadable as error:
-        raise RunError(f"{file}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
+        raise UserError(f"{file}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
-        raise RunError(f"{file}: not a config of this version: {key}: {first['msg']}") from None
+        raise UserError(f"{file}: not a config of this version: {key}: {first['msg']}") from None
     except (KeyError, TypeError):
-        raise RunError(f"{file}: cannot be read: holds no config") from None
+        raise UserError(f"{file}: cannot be read: holds no config") from None
 
 
 def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """(step, line) of each line of ``metrics.jsonl``; a last line torn by a crash is none.
 
     Raises:
-        RunError: the file is missing, a line is no JSON object with a step, or a step has two lines.
+        UserError: the file is missing, a line is no JSON object with a step, or a step has two lines.
     """
     seen: set[int] = set()
     for number, line in enumerate(whole_lines(file), 1):
@@ -98,9 +99,9 @@ def read_metrics(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if step is None and not line.endswith(b"\n"):
             return
         if not isinstance(step, int) or isinstance(step, bool):
-            raise RunError(f"{file}:{number}: expected one JSON object with a whole number as its step")
+            raise UserError(f"{file}:{number}: expected one JSON object with a whole number as its step")
         if step in seen:
-            raise RunError(f"{file}:{number}: a second line of step {step}")
+            raise UserError(f"{file}:{number}: a second line of step {step}")
         seen.add(step)
         yield step, record
 
@@ -134,8 +135,8 @@ def torn(file: Path) -> bool:
 
 
 def whole_lines(file: Path) -> Iterator[bytes]:
-    """With their ends, as they are: reading as text would turn a carriage return into a newline. Raises `RunError`."""
+    """With their ends, as they are: reading as text would turn a carriage return into a newline. Raises `UserError`."""
     try:
         yield from raw_lines(file)
     except Unreadable as error:
-        raise RunError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None

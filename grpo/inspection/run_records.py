@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from grpo.config import MOST, Config, notes
+from grpo.runtime.errors import UserError
 from rewards.safe_files import (
     MEBIBYTE,
     Unreadable,
@@ -27,10 +28,6 @@ Key = tuple[int, str, str]
 
 LARGEST = 1e100
 """No figure of a run lies farther from 0; beyond it the arithmetic of a chart would end."""
-
-
-class ReportError(ValueError):
-    """A run folder that cannot be reported on. Names file, line and key."""
 
 
 class _Read(BaseModel):
@@ -140,7 +137,7 @@ def read_run(path: Path) -> RunRecord:
     No metrics, no evaluation, a torn last line: each is a remark, not an error.
 
     Raises:
-        ReportError: no run folder, or a file in it that is not what `grpo.train` writes.
+        UserError: no run folder, or a file in it that is not what `grpo.train` writes.
     """
     header, config = _read_header(path)
     remarks: list[str] = []
@@ -189,16 +186,16 @@ def _read_header(path: Path) -> tuple[_Header, Config]:
     file = path / "config.json"
     if not is_regular(file):
         what = "it holds no config.json" if path.is_dir() else "no such folder"
-        raise ReportError(f"{path}: not a run folder: {what}; expected what `python -m grpo.train` leaves, runs/NAME")
+        raise UserError(f"{path}: not a run folder: {what}; expected what `python -m grpo.train` leaves, runs/NAME")
     try:
         check_contents(path)
     except Unreadable as error:
-        raise ReportError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     try:
         header = _Header.model_validate(_read_json(file))
         return header, Config.model_validate(header.config)
     except ValidationError as error:
-        raise ReportError(f"{file}: {_first_fault(error)}; not a config.json that this program reads") from None
+        raise UserError(f"{file}: {_first_fault(error)}; not a config.json that this program reads") from None
 
 
 def _read_metrics(file: Path, remarks: list[str]) -> tuple[Metrics, ...]:
@@ -214,7 +211,7 @@ def _read_metrics(file: Path, remarks: list[str]) -> tuple[Metrics, ...]:
             if not line.endswith(b"\n"):
                 remarks.append("The last line of metrics.jsonl is torn, as a crash leaves it; its step is left out.")
                 break
-            raise ReportError(
+            raise UserError(
                 f"{file}:{number}: not a line of metrics: {error}; expected an object of numbers with a step"
             ) from None
         by_step[row["step"] or 0] = row
@@ -239,7 +236,7 @@ def _read_evaluations(file: Path, config: Config) -> tuple[Evaluation, ...]:
     try:
         records = TypeAdapter(list[Evaluation]).validate_python(_read_json(file))
     except ValidationError as error:
-        raise ReportError(f"{file}: {_first_fault(error)}; not an eval.json that this program reads") from None
+        raise UserError(f"{file}: {_first_fault(error)}; not an eval.json that this program reads") from None
     order = [*config.evaluate.ends, *config.evaluate.during]
     order += sorted({record.cases for record in records} - set(order))
     kept = {record.key: record for record in records}
@@ -294,11 +291,11 @@ def _read_json(file: Path) -> Any:
     try:
         return read_json(file, most=64 * MEBIBYTE)
     except Unreadable as error:
-        raise ReportError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def _raw_lines(file: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
     try:
         yield from raw_lines(file, longest=longest)
     except Unreadable as error:
-        raise ReportError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None

@@ -19,6 +19,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from grpo.config import Lora, embedded, load_config, resolve
+from grpo.runtime.errors import UserError
 from grpo.runtime.tensor_files import open_tensors
 from rewards.safe_files import Unreadable, clipped, is_regular, open_regular
 from rewards.safe_files import read_json as read_any
@@ -37,10 +38,6 @@ INITS = (None, True, False, "gaussian", "orthogonal", "eva")
 
 
 LONGEST_NAME, LONGEST_PATTERN, MOST_REPEATS = 300, 2000, 6
-
-
-class AdapterError(ValueError):
-    """An adapter that cannot be read, or is more than plain LoRA. Names file and key, and says what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,14 +65,14 @@ def merged_weight(weight: Tensor, delta: Delta) -> Tensor:
     Args:
         weight: [out, in], or [in, out] where ``delta.transposed``; any floating dtype.
 
-    B = 0 gives W. Raises AdapterError where the shapes differ.
+    B = 0 gives W. Raises UserError where the shapes differ.
 
     >>> one = Delta(a=torch.tensor([[1.0, 2.0]]), b=torch.tensor([[3.0]]), scaling=0.5)
     >>> merged_weight(torch.tensor([[10.0, 20.0]]), one)
     tensor([[11.5000, 23.0000]])
     """
     if tuple(weight.shape) != delta.shape:
-        raise AdapterError(f"made for a weight of shape {delta.shape}, the base has {tuple(weight.shape)}")
+        raise UserError(f"made for a weight of shape {delta.shape}, the base has {tuple(weight.shape)}")
     product = delta.b.float() @ delta.a.float()
     return torch.add(weight.float(), product.T if delta.transposed else product, alpha=delta.scaling)
 
@@ -106,27 +103,27 @@ def read_config(folder: Path) -> dict[str, Any]:
     """``adapter_config.json`` of an adapter that is W + scaling · B A and nothing else.
 
     Raises:
-        AdapterError: another method, a variant that cannot be merged exactly, or a value of the wrong kind.
+        UserError: another method, a variant that cannot be merged exactly, or a value of the wrong kind.
     """
     path = folder / "adapter_config.json"
     config = read_json(path)
     if config.get("peft_type") != "LORA":
-        raise AdapterError(f"{path}: peft_type is {clipped(config.get('peft_type'))}: only LoRA adapters can be used")
+        raise UserError(f"{path}: peft_type is {clipped(config.get('peft_type'))}: only LoRA adapters can be used")
     if odd := sorted(key for key, value in config.items() if value and key not in PLAIN):
         named = clipped(", ".join(odd), 200)[1:-1]
-        raise AdapterError(f"{path}: {named}: only plain LoRA can be run or merged exactly; use it with PEFT as it is")
+        raise UserError(f"{path}: {named}: only plain LoRA can be run or merged exactly; use it with PEFT as it is")
     if config.get("bias", "none") != "none":
         bias = clipped(config["bias"])
-        raise AdapterError(f'{path}: bias is {bias}: trained biases are neither run nor merged, only bias = "none" is')
+        raise UserError(f'{path}: bias is {bias}: trained biases are neither run nor merged, only bias = "none" is')
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool | str)) or init not in INITS:
-        raise AdapterError(
+        raise UserError(
             f"{path}: init_lora_weights is {clipped(init)}: trained against a changed base; convert it first "
             f"(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     for where in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(where) or {}, dict):
-            raise AdapterError(f"{path}: {where} must be an object, got {type(config[where]).__name__}")
+            raise UserError(f"{path}: {where} must be an object, got {type(config[where]).__name__}")
         for pattern in config.get(where) or {}:
             _refuse_endless(path, where, pattern)
     for where in ("target_modules", "exclude_modules"):
@@ -136,7 +133,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     numbers |= {f"{w}.{k}": v for w in ("rank_pattern", "alpha_pattern") for k, v in (config.get(w) or {}).items()}
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise AdapterError(f"{path}: {clipped(key)[1:-1]} must be a number above 0, got {clipped(value, 40)}")
+            raise UserError(f"{path}: {clipped(key)[1:-1]} must be a number above 0, got {clipped(value, 40)}")
     return config
 
 
@@ -144,21 +141,21 @@ def read_pairs(folder: Path, config: Mapping[str, Any]) -> dict[str, tuple[Tenso
     """Module name in the loaded model → (A [r, in], B [out, r]), from ``adapter_model.safetensors``.
 
     Raises:
-        AdapterError: a tensor that is no half of a pair, not finite, or of another rank than the config's.
+        UserError: a tensor that is no half of a pair, not finite, or of another rank than the config's.
     """
     path = folder / "adapter_model.safetensors"
     if not is_regular(path) and (folder / "adapter_model.bin").exists():
-        raise AdapterError(f"{folder}: holds a pickle (adapter_model.bin), which can run code and is never opened: "
+        raise UserError(f"{folder}: holds a pickle (adapter_model.bin), which can run code and is never opened: "
                            f"have its author save it as safetensors")  # fmt: skip
     halves: dict[str, dict[str, Tensor]] = {}
     with readable(path) as file:
         for key in file.keys():  # noqa: SIM118 (no mapping)
             match = TENSOR.fullmatch(key)
             if not match or len(key) > LONGEST_NAME:
-                raise AdapterError(f"{path}: {clipped(key)[1:-1]}: not one of the two LoRA matrices of a linear layer")
+                raise UserError(f"{path}: {clipped(key)[1:-1]}: not one of the two LoRA matrices of a linear layer")
             halves.setdefault(match["module"], {})[match["side"]] = file.get_tensor(key)
     if not halves:
-        raise AdapterError(f"{path}: holds no tensors")
+        raise UserError(f"{path}: holds no tensors")
     return {module: _pair(f"{path}: {module}", sides, rank(config, module)) for module, sides in sorted(halves.items())}
 
 
@@ -178,12 +175,12 @@ def run_config(adapter: Path) -> dict[str, Any] | None:
 def base_of(adapter: Path) -> str:
     """The base that an adapter was trained on: its run's ``model.name``, else what PEFT wrote down.
 
-    Raises AdapterError where neither says.
+    Raises UserError where neither says.
     """
     config, path = run_config(adapter), adapter / "adapter_config.json"
     name = config["model"]["name"] if config else read_json(path).get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
-        raise AdapterError(f"{path}: names no base: say which it was trained on")
+        raise UserError(f"{path}: names no base: say which it was trained on")
     return name
 
 
@@ -204,15 +201,15 @@ def system_prompt(base: str, adapter: Path | None) -> str:
 
 
 def weights_digest(adapter: Path) -> str:
-    """SHA-256 of an adapter's weights, hexadecimal. Raises AdapterError where they cannot be read."""
+    """SHA-256 of an adapter's weights, hexadecimal. Raises UserError where they cannot be read."""
     path = adapter / "adapter_model.safetensors"
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except Unreadable as error:
-        raise AdapterError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     except OSError as error:
-        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
 def merged_digests(base: str) -> tuple[str, ...]:
@@ -228,10 +225,10 @@ def merged_digests(base: str) -> tuple[str, ...]:
 
 
 def refuse_merged_twice(base: str, adapter: Path) -> None:
-    """Raises AdapterError where the base's ``merge.json`` says that this very adapter is in its weights already:
+    """Raises UserError where the base's ``merge.json`` says that this very adapter is in its weights already:
     W + 2 · scaling · B A is nobody's model. A base without that file, or with other adapters', passes."""
     if (merged := merged_digests(base)) and weights_digest(adapter) in merged:
-        raise AdapterError(f"{base}: {adapter.name} is merged into it already: use it without this adapter")
+        raise UserError(f"{base}: {adapter.name} is merged into it already: use it without this adapter")
 
 
 def lora_section(folder: Path, name: str) -> Lora:
@@ -241,55 +238,53 @@ def lora_section(folder: Path, name: str) -> Lora:
         name: what the section names it by.
 
     Raises:
-        AdapterError: no such folder, or not an adapter of plain LoRA.
+        UserError: no such folder, or not an adapter of plain LoRA.
     """
     if is_regular(folder / "adapter" / "adapter_config.json") and not is_regular(folder / "adapter_config.json"):
-        raise AdapterError(f"{folder}: is a run folder: its adapter is {folder / 'adapter'}")
+        raise UserError(f"{folder}: is a run folder: its adapter is {folder / 'adapter'}")
     path, found = folder / "adapter_config.json", read_config(folder)
     targets = found.get("target_modules")
     if not isinstance(targets, list) or not targets or not all(isinstance(target, str) for target in targets):
-        raise AdapterError(f"{path}: target_modules must be a list of layer names")
+        raise UserError(f"{path}: target_modules must be a list of layer names")
     r, alpha = int(found["r"]), float(found["lora_alpha"])
     if r != found["r"]:
-        raise AdapterError(f"{path}: r must be a whole number, got {clipped(found['r'])}")
+        raise UserError(f"{path}: r must be a whole number, got {clipped(found['r'])}")
     try:
         return Lora(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
-        raise AdapterError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
+        raise UserError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises AdapterError with the file and the reason."""
+    """The JSON object in a file. Raises UserError with the file and the reason."""
     try:
         found = read_any(path, foreign=True)
     except Unreadable as error:
-        raise AdapterError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     if not isinstance(found, dict):
-        raise AdapterError(f"{path}: expected a JSON object, got a {type(found).__name__}")
+        raise UserError(f"{path}: expected a JSON object, got a {type(found).__name__}")
     return found
 
 
 @contextlib.contextmanager
 def readable(path: Path) -> Iterator[Any]:
-    """An open safetensors file, its tensors not yet read. Raises AdapterError with the file and the reason."""
+    """An open safetensors file, its tensors not yet read. Raises UserError with the file and the reason."""
     try:
         with open_tensors(path) as file:
             yield file
     except Unreadable as error:
-        raise AdapterError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
 
 
 def _pair(where: str, sides: Mapping[str, Tensor], r: float) -> tuple[Tensor, Tensor]:
     if sides.keys() != {"A", "B"}:
-        raise AdapterError(f"{where}: holds lora_{next(iter(sides))} alone, expected A and B")
+        raise UserError(f"{where}: holds lora_{next(iter(sides))} alone, expected A and B")
     a, b = sides["A"], sides["B"]
     if a.ndim != 2 or b.ndim != 2 or not a.shape[0] == b.shape[1] == r:
-        raise AdapterError(
-            f"{where}: A is {tuple(a.shape)} and B {tuple(b.shape)}, expected [r, in], [out, r], r = {r}"
-        )
+        raise UserError(f"{where}: A is {tuple(a.shape)} and B {tuple(b.shape)}, expected [r, in], [out, r], r = {r}")
     if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        raise AdapterError(f"{where}: holds values that are not finite")
+        raise UserError(f"{where}: holds values that are not finite")
     return a, b
 
 
@@ -304,12 +299,12 @@ def _refuse_endless(path: Path, where: str, pattern: str) -> None:
         elif sign == ")" and len(holds) > 1:
             inner = holds.pop()
             if inner and plain[i + 1 : i + 2] in ("*", "+", "{"):
-                raise AdapterError(f"{path}: {where}: a pattern repeats what repeats, which may never end")
+                raise UserError(f"{path}: {where}: a pattern repeats what repeats, which may never end")
             holds[-1] |= inner
         elif sign in "*+{|":
             holds[-1] = True
     if len(pattern) > LONGEST_PATTERN or sum(map(plain.count, "*+{")) > MOST_REPEATS:
-        raise AdapterError(f"{path}: {where}: a pattern that is too long, or has over {MOST_REPEATS} repetitions")
+        raise UserError(f"{path}: {where}: a pattern that is too long, or has over {MOST_REPEATS} repetitions")
 
 
 def _by_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: float) -> float:
@@ -317,6 +312,4 @@ def _by_pattern(patterns: Mapping[str, float] | None, module: str, otherwise: fl
         hits = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", module))
         return next(hits, otherwise)
     except re.error as error:
-        raise AdapterError(
-            f"adapter_config.json: a key of rank_pattern or alpha_pattern is no pattern: {error}"
-        ) from None
+        raise UserError(f"adapter_config.json: a key of rank_pattern or alpha_pattern is no pattern: {error}") from None

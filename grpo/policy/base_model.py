@@ -26,6 +26,8 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 
 from huggingface_hub.errors import StrictDataclassError
 
+from grpo.runtime.errors import UserError
+
 LOAD_ERRORS = (
     OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
@@ -36,10 +38,6 @@ DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 MOST_TOKENIZER = 256 * MEBIBYTE
-
-
-class ModelError(ValueError):
-    """A model or an adapter that cannot be used: says which, and what to do."""
 
 
 def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -62,7 +60,7 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
 
         need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
         if need > free:
-            raise ModelError(
+            raise UserError(
                 f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
             )
 
@@ -106,7 +104,7 @@ def load_tokenizer(name: str) -> Any:
     with _loading(name) as where:
         tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
-        raise ModelError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
+        raise UserError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
     return tokenizer
 
 
@@ -160,8 +158,8 @@ def _loading(name: str) -> Iterator[str]:
         said = " ".join(str(error).split())[:300] or type(error).__name__
         here = resolve(name)
         if not is_regular(here / "config.json") and (here.is_dir() or isinstance(error, OSError)):
-            raise ModelError(f"{not_here(name)} ({said})") from None
-        raise ModelError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
+            raise UserError(f"{not_here(name)} ({said})") from None
+        raise UserError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
 
 
 def refuse_adapter(name: str) -> None:
@@ -174,7 +172,7 @@ def refuse_adapter(name: str) -> None:
         found = None
     if found is None:
         return
-    raise ModelError(
+    raise UserError(
         f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
         f"and the adapter as lora.warm_start or --adapter"
     )
@@ -184,23 +182,23 @@ def check_base(folder: Path) -> None:
     """What the libraries would obey, wait for or unpickle in a model's folder is refused before they see it.
 
     Raises:
-        ModelError: names the file.
+        UserError: names the file.
     """
     for file in folder.glob("*"):
         if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and not is_regular(file):
-            raise ModelError(f"{file.name} is no file")
+            raise UserError(f"{file.name} is no file")
     if not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES):
-        raise ModelError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
+        raise UserError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
     file = folder
     try:
         for file in sorted(folder.glob("*.json")):
             table = read_json(file, most=MOST_TOKENIZER, foreign=True)
             if isinstance(table, dict) and (named := _names_code(table)):
-                raise ModelError(f"{file.name}: {named} asks for code, which no model brings along here")
+                raise UserError(f"{file.name}: {named} asks for code, which no model brings along here")
         for file in sorted(folder.glob("*.safetensors")):
             declared(file)
     except Unreadable as error:
-        raise ModelError(f"{file.name}: {error}") from None
+        raise UserError(f"{file.name}: {error}") from None
 
 
 def _names_code(table: Mapping[str, Any]) -> str:
@@ -223,19 +221,19 @@ def pick_device(name: str, *, cards: int | None = None) -> torch.device:
         cards: CUDA devices of this machine; None asks torch.
 
     Raises:
-        ModelError: this machine has no such device.
+        UserError: this machine has no such device.
     """
     if cards is None:
         cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and not cards):
         return torch.device("cpu")
     if not cards:
-        raise ModelError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
+        raise UserError(f'model.device = "{name}": no CUDA device here; use "auto" or "cpu"')
     index = None if name == "auto" else torch.device(name).index
     if index is None:
         index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
     if index >= cards:
-        raise ModelError(f'model.device = "{name}": this machine has {cards} CUDA device(s)')
+        raise UserError(f'model.device = "{name}": this machine has {cards} CUDA device(s)')
     return torch.device("cuda", index)
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from grpo.policy.adapter_files import Delta, read_json, readable, scaling
-from grpo.policy.base_model import HUB_ID, LOAD_ERRORS, ModelError, check_base, found_at
+from grpo.policy.base_model import HUB_ID, LOAD_ERRORS, check_base, found_at
+from grpo.runtime.errors import UserError
 from rewards.safe_files import is_regular
 
 STORED = {
@@ -24,10 +25,6 @@ STORED = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 """Safetensors' names of the types that a base may hold; only floating ones are merged or cast."""
-
-
-class WeightsError(ValueError):
-    """A base whose weights cannot be read, or that an adapter does not fit. Says which, and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,28 +55,28 @@ def base_folder(name: str) -> Path:
         found = None
     if found is None:
         fetch = f"fetch it with `hf download {name}`, or " if HUB_ID.fullmatch(name) else ""
-        raise WeightsError(f"base {name!r}: no config.json of it on this machine: {fetch}give its folder with --base")
+        raise UserError(f"base {name!r}: no config.json of it on this machine: {fetch}give its folder with --base")
     return Path(found).parent
 
 
 def base_tensors(folder: Path) -> tuple[Stored, ...]:
     """Every tensor of a base, in the order of its safetensors files: a single one, or shards with an index.
 
-    Raises WeightsError: no safetensors, a shard that is missing or disagrees with the index, or a quantised tensor.
+    Raises UserError: no safetensors, a shard that is missing or disagrees with the index, or a quantised tensor.
     """
     index, listed = folder / "model.safetensors.index.json", None
     if is_regular(index):
         listed = read_json(index).get("weight_map")
         if not isinstance(listed, dict) or not all(isinstance(n, str) and n == Path(n).name for n in listed.values()):
-            raise WeightsError(f"{index}: weight_map must name a file of the same folder for each tensor")
+            raise UserError(f"{index}: weight_map must name a file of the same folder for each tensor")
     elif not is_regular(folder / "model.safetensors"):
         pickled = any(folder.glob("*.bin"))
         why = "pickles (.bin) can run code and are never opened; have the model saved as safetensors" if pickled else ""
-        raise WeightsError(f"{folder}: no model.safetensors and no index of shards here{': ' if why else ''}{why}")
+        raise UserError(f"{folder}: no model.safetensors and no index of shards here{': ' if why else ''}{why}")
     files = sorted(set(listed.values())) if listed is not None else ["model.safetensors"]
     tensors = tuple(stored for file in files for stored in _tensors_of(folder / file))
     if listed is not None and {t.key: t.file.name for t in tensors} != listed:
-        raise WeightsError(f"{index}: does not list the tensors that its files hold: fetch the base again")
+        raise UserError(f"{index}: does not list the tensors that its files hold: fetch the base again")
     return tensors
 
 
@@ -89,24 +86,22 @@ def blank_model(folder: Path) -> Any:
 
     try:
         check_base(folder)
-    except ModelError as error:
-        raise WeightsError(f"{folder}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from None
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
-            raise WeightsError(
+            raise UserError(
                 f"{folder}: a quantised base cannot be merged exactly: give the unquantised one with --base"
             )
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
         if is_regular(folder / "generation_config.json"):
             model.generation_config = GenerationConfig.from_pretrained(str(folder), local_files_only=True)
-    except WeightsError:
+    except UserError:
         raise
     except LOAD_ERRORS as error:
-        raise WeightsError(
-            f"{folder}: no causal language model that transformers knows: {_first_line(error)}"
-        ) from None
+        raise UserError(f"{folder}: no causal language model that transformers knows: {_first_line(error)}") from None
     return model
 
 
@@ -123,26 +118,26 @@ def match_deltas(
         config, pairs: `read_config` and `read_pairs` of the adapter.
 
     Raises:
-        WeightsError: a module of the adapter that the model lacks, that is no linear layer, that is tied to another or
+        UserError: a module of the adapter that the model lacks, that is no linear layer, that is tied to another or
             that the files hold no weight of its shape for; or one that the config targets and the adapter leaves out.
     """
     modules = dict(model.named_modules())
     if strange := [name for name in pairs if name not in modules]:
-        raise WeightsError(
+        raise UserError(
             f"adapter: {len(strange)} of its {len(pairs)} modules are not in {type(model).__name__}, "
             f"first {strange[0]}: it was made for another base, or for another class of this one"
         )
     if absent := sorted(_targeted(config, modules) - pairs.keys()):
-        raise WeightsError(f"adapter: {len(absent)} modules that it targets have no tensors in it, first {absent[0]}")
+        raise UserError(f"adapter: {len(absent)} modules that it targets have no tensors in it, first {absent[0]}")
     keys, shapes = _loaded_names(model, tensors), {t.key: t.shape for t in tensors}
     deltas: dict[str, Delta] = {}
     for name, (a, b) in pairs.items():
         delta = Delta(a, b, scaling(config, name), _is_transposed(model, name, modules[name]))
         key = keys.get(f"{name}.weight")
         if key is None:
-            raise WeightsError(f"adapter: {name}: the base's files hold no weight that loads into this module as it is")
+            raise UserError(f"adapter: {name}: the base's files hold no weight that loads into this module as it is")
         if shapes[key] != delta.shape:
-            raise WeightsError(
+            raise UserError(
                 f"adapter: {name}: made for a weight of shape {delta.shape}, the base's {key} is {shapes[key]}"
             )
         deltas[key] = delta
@@ -161,7 +156,7 @@ def _tensors_of(path: Path) -> list[Stored]:
     with readable(path) as file:
         slices = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
         if strange := [f"{key} is {s.get_dtype()}" for key, s in slices.items() if s.get_dtype() not in STORED]:
-            raise WeightsError(
+            raise UserError(
                 f"{path}: {strange[0]}: a quantised base cannot be merged exactly: give the unquantised one"
             )
         return [Stored(key, path, tuple(s.get_shape()), STORED[s.get_dtype()]) for key, s in slices.items()]
@@ -177,7 +172,7 @@ def _targeted(config: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> se
         targets = LoraConfig(**{key: config[key] for key in keys if config.get(key) is not None})
         return {name for name in modules if name and check_target_module_exists(targets, name)}
     except (TypeError, ValueError, re.error) as error:
-        raise WeightsError(f"adapter_config.json: its targets cannot be read: {_first_line(error)}") from None
+        raise UserError(f"adapter_config.json: its targets cannot be read: {_first_line(error)}") from None
 
 
 def _loaded_names(model: Any, tensors: Sequence[Stored]) -> dict[str, str]:
@@ -194,7 +189,7 @@ def _loaded_names(model: Any, tensors: Sequence[Stored]) -> dict[str, str]:
         if name not in state and stored.key in state:
             name, converted = stored.key, None
         if converted is None and names.setdefault(name, stored.key) != stored.key:
-            raise WeightsError(f"{stored.file}: {names[name]} and {stored.key} both load into {name}")
+            raise UserError(f"{stored.file}: {names[name]} and {stored.key} both load into {name}")
     return names
 
 
@@ -203,9 +198,9 @@ def _is_transposed(model: Any, name: str, module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     if not isinstance(module, nn.Linear | Conv1D):
-        raise WeightsError(f"adapter: {name}: a {type(module).__name__}: only LoRA on linear layers is merged")
+        raise UserError(f"adapter: {name}: a {type(module).__name__}: only LoRA on linear layers is merged")
     if model.config.get_text_config().tie_word_embeddings and module is model.get_output_embeddings():
-        raise WeightsError(f"adapter: {name}: tied to the input embeddings, which a merge would change as well")
+        raise UserError(f"adapter: {name}: tied to the input embeddings, which a merge would change as well")
     return isinstance(module, Conv1D)
 
 

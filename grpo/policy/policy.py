@@ -16,11 +16,10 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grpo.config import Lora, Model, resolve
-from grpo.policy.adapter_files import AdapterError, read_config, readable, refuse_merged_twice
+from grpo.policy.adapter_files import read_config, readable, refuse_merged_twice
 from grpo.policy.base_model import (
     DEVICE_ERRORS,
     HUB_ID,
-    ModelError,
     found_at,
     load_base,
     not_here,
@@ -32,6 +31,7 @@ from grpo.policy.memory_plan import RANDOM
 from grpo.policy.optional_kernels import allow_fla_in_layers
 from grpo.prompts import encode, end_ids
 from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.runtime.tensor_files import declared
 from rewards.safe_files import clipped, is_regular
@@ -98,7 +98,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     base is read into the host's memory, and each rank's device gets its part.
 
     Raises:
-        ModelError: the base is not on this machine, the adapter belongs to another base, disagrees with ``[lora]``,
+        UserError: the base is not on this machine, the adapter belongs to another base, disagrees with ``[lora]``,
             or is loaded without any effect on the logits.
     """
     from peft import LoraConfig, PeftModel, get_peft_model
@@ -193,7 +193,7 @@ def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
         refuse_adapter(model.name)
         if model.name not in RANDOM and not cached_file(found_at(model.name), "config.json", local_files_only=True):
             faults.append(not_here(model.name))
-    except ModelError as error:
+    except UserError as error:
         faults.append(str(error))
     except (OSError, ValueError):
         faults.append(not_here(model.name))
@@ -254,7 +254,7 @@ def _check_targets(base: Any, lora: Lora) -> None:
     """Every target names a linear layer of the decoder: a typo would silently train less than the config says."""
     linear = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)}
     if unknown := sorted(set(lora.target_modules) - linear):
-        raise ModelError(
+        raise UserError(
             f"lora.target_modules: {', '.join(unknown)}: no such linear layer in the decoder (`lm_head` is never "
             f"adapted); it has {', '.join(sorted(linear))}"
         )
@@ -269,16 +269,16 @@ def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_
         key: what named it, for the message.
 
     Raises:
-        ModelError: says which, and what to do.
+        UserError: says which, and what to do.
     """
     path = folder / "adapter_config.json"
     try:
         found = read_config(folder)
-    except AdapterError as error:
-        raise ModelError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
     weights = folder / "adapter_model.safetensors"
     if not is_regular(weights):
-        raise ModelError(f"{key}: {weights}: cannot be read: no such file")
+        raise UserError(f"{key}: {weights}: cannot be read: no such file")
     wanted = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
     targets = found.get("target_modules")
     if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
@@ -286,20 +286,18 @@ def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_
     there = {**found, "target_modules": targets}
     for name, value in wanted.items():
         if there.get(name) != value:
-            raise ModelError(f"{key}: {path}: {name} is {clipped(there.get(name))}, [lora] says {value!r}")
+            raise UserError(f"{key}: {path}: {name} is {clipped(there.get(name))}, [lora] says {value!r}")
     own = found.get("base_model_name_or_path")
     if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
-        raise ModelError(f"{key}: {path}: made for the base {own}, model.name says {base}")
+        raise UserError(f"{key}: {path}: made for the base {own}, model.name says {base}")
     if odd := [name for name in (*ODD_BUT_EXACT, "layers_pattern", "exclude_modules") if found.get(name)]:
         way_out = "; `python -m grpo merge` makes full weights of it, which are" if {*odd} <= {*ODD_BUT_EXACT} else ""
-        raise ModelError(
-            f"{key}: {path}: {', '.join(odd)}: only plain LoRA of one rank is trained or run here{way_out}"
-        )
+        raise UserError(f"{key}: {path}: {', '.join(odd)}: only plain LoRA of one rank is trained or run here{way_out}")
     try:
         _check_rank(folder / "adapter_model.safetensors", lora.r)
         refuse_merged_twice(base, folder)
-    except AdapterError as error:
-        raise ModelError(f"{key}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def _check_rank(path: Path, r: int) -> None:
@@ -308,7 +306,7 @@ def _check_rank(path: Path, r: int) -> None:
         for name in file.keys():  # noqa: SIM118 (no mapping)
             shape = file.get_slice(name).get_shape()
             if ".lora_A." in name and list(shape)[:1] != [r]:
-                raise AdapterError(f"{path}: {name} has shape {tuple(shape)}, r is {r}")
+                raise UserError(f"{path}: {name} has shape {tuple(shape)}, r is {r}")
 
 
 def _check_tensors(folder: Path, wrapped: Any) -> None:
@@ -318,7 +316,7 @@ def _check_tensors(folder: Path, wrapped: Any) -> None:
         shapes = {key: told.shape for key, told in declared(path).items()}
     expected = {n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
     if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:
-        raise ModelError(
+        raise UserError(
             f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or "
             f"shape, first {clipped(wrong[0])[1:-1]}"
         )
@@ -331,7 +329,7 @@ def _named(folder: Path, what: str) -> Iterator[None]:
     except DEVICE_ERRORS:
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(
+        raise UserError(
             f"lora.warm_start: {what} {folder}: cannot be loaded on this base: {_first_line(error)}"
         ) from None
 
@@ -344,7 +342,7 @@ def _check_head(policy: Policy) -> None:
     ours = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-2):
         kind = type(policy.model.get_base_model()).__name__
-        raise ModelError(
+        raise UserError(
             f"{kind}: its logits are not the products of its head: a softcapping or a scale stands between, which "
             f"training here does not know. Turn it off in the model's config.json, or take another base"
         )
@@ -358,9 +356,7 @@ def _check_effect(policy: Policy, folder: Path) -> None:
     with policy.model.disable_adapter():
         without = policy.body(input_ids=ids, use_cache=False).last_hidden_state
     if torch.equal(with_adapter, without):
-        raise ModelError(
-            f"lora.warm_start: {folder}: loads, but changes nothing: its weights are zero or not connected"
-        )
+        raise UserError(f"lora.warm_start: {folder}: loads, but changes nothing: its weights are zero or not connected")
 
 
 def _first_line(error: Exception) -> str:

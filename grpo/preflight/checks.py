@@ -10,9 +10,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grpo.cases import CaseError, load, stream
+from grpo.cases import load, stream
 from grpo.config import Config
 from grpo.policy.memory_plan import Plan, Shape, make_plan, read_shape
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, load_reward
 from rewards.blind_policies import (
@@ -34,10 +35,6 @@ HONEST = 0.7
 """Share of exact answers of the policy that no hack may beat; its errors are one level off."""
 MOST_TIMED_OUT = 20
 """Training cases on which a pattern may run out of time; then the others are left alone. Each costs the whole limit."""
-
-
-class UnsoundReward(ValueError):
-    """A reward that a run refuses to train on: what failed, with the counterexample, and the way out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +196,7 @@ def _load(config: Config, file: str, faults: list[str], left_out: list[str]) -> 
         loaded = load(config.cases.format, file, strict=config.cases.strict)
         left_out += [f"{file}: {finding}" for finding in loaded.report.findings]
         return loaded.cases
-    except CaseError as error:
+    except UserError as error:
         faults.append(str(error))
         return None
 
@@ -259,10 +256,10 @@ def _unchecked(config: Config, material: Material) -> tuple[str, ...]:
 
 
 def check_reward(config: Config, examination: Examination) -> None:
-    """Raises `UnsoundReward` for a refused run, unless the config allows it and says why."""
+    """Raises `UserError` for a refused run, unless the config allows it and says why."""
     if examination.sound or config.reward.allow_unsound:
         return
-    raise UnsoundReward(
+    raise UserError(
         f'reward "{config.reward.set}" is refused for this run:\n'
         + "".join(f"  - {reason}\n" for reason in examination.refusals)
         + "python -m grpo preflight with the same config shows the whole table. Change the reward or the oversampling, "

@@ -6,8 +6,9 @@ from pathlib import Path
 from grpo.inspection.run_records import RunRecord
 from grpo.report.charts import Line, Panel, chart
 from grpo.report.views import View, reading
-from grpo.run.ledger import LedgerError, ledger_steps, read_lengths
-from grpo.token_budget import BudgetError, clipped_ratio_at
+from grpo.run.ledger import ledger_steps, read_lengths
+from grpo.runtime.errors import UserError
+from grpo.token_budget import clipped_ratio_at
 
 
 def forecast(run: RunRecord) -> tuple[View, ...]:
@@ -27,7 +28,7 @@ def forecast(run: RunRecord) -> tuple[View, ...]:
         for i, (label, part) in enumerate(parts.items()):
             lengths, finished = _lengths(folder, part)
             lines.append(Line(label, clipped_ratio_at(lengths, finished, budgets, max_new_tokens=budget), i))
-    except (LedgerError, BudgetError):
+    except UserError:
         return ()  # what is wrong with the ledger is said beside its completions
     title = "Clipped ratio at every budget"
     svg = chart(Panel(budgets, lines, kind="percent", floor=0.0, ceiling=1.0), title=title)

@@ -21,6 +21,7 @@ from grpo.evaluation.metrics import baselines
 from grpo.evaluation.statistics import wilson
 from grpo.policy.base_model import HUB_ID
 from grpo.run.folder import Run, evaluations
+from grpo.runtime.errors import UserError
 from rewards import RewardError
 from rewards.safe_files import Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 from rewards.set_files import load_set
@@ -46,10 +47,6 @@ LONGEST = 400
 """Characters of a cell; more is cut."""
 
 
-class CardError(ValueError):
-    """A run that no card can be written for. Names the file, and what is wrong with it."""
-
-
 class Ready(str):
     """Text that already is what it should be where it stands: code or YAML, not to be escaped again."""
 
@@ -62,8 +59,8 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
     Args:
         merged: speak of full weights instead of an adapter.
 
-    A run without steps or evaluations says so. Raises CardError for a record that is missing or damaged, RunError for
-    an ``eval.json`` that cannot be read.
+    A run without steps or evaluations says so. Raises `UserError` for a record that is missing or
+    damaged.
     """
     run = Run(run_folder)
     record = _read_config(run_folder / "config.json")
@@ -91,7 +88,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
             "max_new_tokens": config["evaluate"]["max_new_tokens"],
         }
     except (KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise CardError(f"{run_folder}: its records are not those of a run: {type(error).__name__} {error}") from None
+        raise UserError(f"{run_folder}: its records are not those of a run: {type(error).__name__} {error}") from None
     return _environment().from_string(_template()).render(values)
 
 
@@ -279,9 +276,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         check_contents(path.parent)
         found = read_json(path)
     except Unreadable as error:
-        raise CardError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
+        raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
     if not isinstance(found, dict) or not isinstance(found.get("config"), dict):
-        raise CardError(f"{path}: not the config.json of a run: expected an object with the key config")
+        raise UserError(f"{path}: not the config.json of a run: expected an object with the key config")
     return found
 
 
@@ -293,9 +290,9 @@ def _read_metrics(path: Path) -> list[dict[str, Any]]:
         for number, line in enumerate(raw_lines(path), 1):
             lines.append(parse_json(line))
             if not isinstance(lines[-1], dict):
-                raise CardError(f"{path}:{number}: expected one object a line, got a {type(lines[-1]).__name__}")
+                raise UserError(f"{path}:{number}: expected one object a line, got a {type(lines[-1]).__name__}")
     except Unreadable as error:
-        raise CardError(f"{path}:{number}: {error}") from None
+        raise UserError(f"{path}:{number}: {error}") from None
     return lines
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo.inspection.run_records import ReportError, RunRecord, distinct_names, read_run
+from grpo.inspection.run_records import RunRecord, distinct_names, read_run
 from grpo.report.budgets import forecast
 from grpo.report.evaluation import RATES, Span, common_set, first_set, over_steps, spans, verdict
 from grpo.report.figures import SECTIONS
@@ -18,6 +18,7 @@ from grpo.report.number_format import percent, plain, seconds, signed, whole
 from grpo.report.recipe import config_values, differences, reward_values
 from grpo.report.samples import Samples, sample_run
 from grpo.report.views import Drawn, View, draw
+from grpo.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 MEGABYTE = 1_000_000
@@ -67,7 +68,7 @@ def make_report(request: Request) -> Report:
     """The page of these runs; groups of completions are left out, last ones first, until it fits.
 
     Raises:
-        ReportError: a folder that is no run, or a page too large even without completions.
+        UserError: a folder that is no run, or a page too large even without completions.
     """
     runs = [read_run(path) for path in request.paths]
     names = distinct_names([run.path for run in runs], [run.name for run in runs])
@@ -85,7 +86,7 @@ def make_report(request: Request) -> Report:
         left_out += 1
         html = render(runs, curves, samples, _left_out(left_out, request.most_bytes))
     if len(html) > request.most_bytes:
-        raise ReportError(
+        raise UserError(
             f"the page takes {len(html) / MEGABYTE:.2f} MB even without completions, the limit is "
             f"{request.most_bytes / MEGABYTE:g} MB: raise --max-mb, or report on fewer runs"
         )

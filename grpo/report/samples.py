@@ -10,7 +10,8 @@ from grpo.inspection.run_records import RunRecord
 from grpo.metrics import token_slices
 from grpo.report.number_format import signed
 from grpo.report.tokens import Piece, Scale, case_pieces, completion_pieces, load_tokenizer, shadings, told
-from grpo.run.ledger import Entry, LedgerError, ledger_steps, read_step
+from grpo.run.ledger import Entry, ledger_steps, read_step
+from grpo.runtime.errors import UserError
 from grpo.token_budget import stop_cause
 
 GROUPS_A_STEP = 2
@@ -84,7 +85,7 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
     try:
         steps = ledger_steps(folder) if groups else ()
         entries = [read_step(folder, step) for step in _ends_and_middle(steps)]
-    except LedgerError as error:
+    except UserError as error:
         return Samples(run.name, (), (), (f"No completions to show: {error}.",))
     remarks = [
         f"Step {e.step.number} of the ledger is not what was written: {', '.join(e.changed)}."

@@ -24,16 +24,13 @@ from safetensors.torch import load_file, save_file
 from grpo.config import Checkpoint
 from grpo.policy.policy import Policy, save_adapter
 from grpo.runtime.atomic_files import discard, placed, write_whole, writing
+from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, open_regular, read_json
 
 CHECKPOINT_VERSION = 1
 """Raised when the files change their meaning; a checkpoint of another version is not continued from."""
 FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
 MANIFEST = "manifest.json"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be continued from. Names the file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +55,7 @@ def save_checkpoint(
 
     Raises:
         DiskError: it could not be written. The checkpoints before it are untouched.
-        CheckpointError: what is read back is not what was written.
+        UserError: what is read back is not what was written.
     """
     target = folder / f"step_{progress.step:06d}"
     with placed(target) as aside:
@@ -68,9 +65,7 @@ def save_checkpoint(
         manifest = {"version": CHECKPOINT_VERSION, "files": {name: _measured(aside / name) for name in FILES}}
         write_whole(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
     if fault := damage(target):
-        raise CheckpointError(
-            f"{target}: {fault}, right after it was written: look after the disk; no other was dropped"
-        )
+        raise UserError(f"{target}: {fault}, right after it was written: look after the disk; no other was dropped")
     prune(folder, step=progress.step, section=section)
 
 
@@ -98,10 +93,10 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
     saved yet.
 
     Raises:
-        CheckpointError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, and none is whole.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise CheckpointError(f"{folder}: expected a folder of checkpoints: move away what is there")
+        raise UserError(f"{folder}: expected a folder of checkpoints: move away what is there")
     found: list[str] = []
     for path in reversed(_saved(folder)):
         fault = damage(path)
@@ -110,7 +105,7 @@ def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
         found.append(f"{path}: {fault}: not used")
     if found:
         told = "\n       ".join(found)
-        raise CheckpointError(f"{told}\n       no other is there: delete {folder} to start again from step 0")
+        raise UserError(f"{told}\n       no other is there: delete {folder} to start again from step 0")
     return None, ()
 
 
@@ -147,10 +142,10 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     """Puts the saved adapter and optimiser state in place; how far they are.
 
     Raises:
-        CheckpointError: a file is not what was written, or does not fit the adapter.
+        UserError: a file is not what was written, or does not fit the adapter.
     """
     if fault := damage(path):
-        raise CheckpointError(f"{path}: {fault}: cannot be continued from")
+        raise UserError(f"{path}: {fault}: cannot be continued from")
     try:
         told = read_json(path / "state.json")
         if not isinstance(told, dict) or told.keys() != {field.name for field in fields(Progress)}:
@@ -176,7 +171,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         if progress.step != _number(path):
             raise ValueError(f"state.json is of step {progress.step}")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise CheckpointError(f"{path}: cannot be continued from: {error}") from None
+        raise UserError(f"{path}: cannot be continued from: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
 

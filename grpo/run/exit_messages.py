@@ -7,42 +7,16 @@ import signal
 import sys
 from pathlib import Path
 
-from grpo.cases import CaseError
-from grpo.config import ConfigError
-from grpo.policy.base_model import ModelError
-from grpo.preflight.checks import UnsoundReward
-from grpo.report.model_card import CardError
-from grpo.rollout import PromptError
-from grpo.run.checkpoint import CheckpointError, latest_checkpoint
-from grpo.run.folder import RunError, is_started
-from grpo.run.setup import MissingInput
+from grpo.run.checkpoint import latest_checkpoint
+from grpo.run.folder import is_started
 from grpo.runtime.distributed import Elsewhere, RankError, RankLost, Ranks, expected, hush, launcher
+from grpo.runtime.errors import UserError
 from grpo.runtime.interrupts import Stop, Stopped
-from grpo.runtime.out_of_memory import OutOfMemory
 from grpo.runtime.terminal import error_lines
-from rewards import RewardError
 
 
-class NotFinite(ArithmeticError):
+class NotFinite(UserError):
     """Too many steps in a row had a loss or gradient that is not finite."""
-
-
-INPUT_ERRORS = (
-    MissingInput,
-    ConfigError,
-    CaseError,
-    ModelError,
-    PromptError,
-    RewardError,
-    UnsoundReward,
-    RunError,
-    CardError,
-    CheckpointError,
-    NotFinite,
-    OutOfMemory,
-    RankError,
-)
-"""What a person can mend: one clear line and exit code 2. Anything else is a fault of ours and keeps its traceback."""
 
 
 def say_refused(error: Exception, ranks: Ranks | None, go_on: str = "") -> None:
@@ -86,7 +60,7 @@ def how_to_go_on(arguments: argparse.Namespace, out: Path | None, ranks: Ranks) 
         return "nothing was started yet"
     try:
         checkpoint, _ = latest_checkpoint(out / "checkpoints")
-    except CheckpointError:
+    except UserError:
         checkpoint = None
     kept = f"kept up to {checkpoint.name}" if checkpoint else "no step is kept yet"
     overrides = [part for override in arguments.set for part in ("--set", override)]

@@ -35,6 +35,7 @@ from grpo.evaluation.metrics import Verdict, row
 from grpo.run.checkpoint import Progress, prune
 from grpo.run.ledger import cut_ledger
 from grpo.runtime.atomic_files import append_line, discard, make_folder, write_whole, writing
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import fit, visible
 from rewards import Reward, dump_reward
 from rewards.safe_files import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
@@ -43,10 +44,6 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic",
 
 FREE = {"model.kernels", "model.shard", "train.rank_timeout_s"}
 """Keys that a resume may change: nothing in a checkpoint depends on them."""
-
-
-class RunError(ValueError):
-    """A run folder that cannot be used as asked."""
 
 
 _Count = Annotated[int, Field(ge=0)]
@@ -112,29 +109,29 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
     lie elsewhere. Touches nothing.
 
     Raises:
-        RunError: says which, and what to do.
+        UserError: says which, and what to do.
     """
     if path.is_dir() and _is_unstarted(path):
         return
     if not resume:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise RunError(
+            raise UserError(
                 f"{path}: already there, and a run is never overwritten: name another folder with --out, continue "
                 f"with --resume, or delete it"
             )
         return
     if not is_regular(path / "config.json"):
-        raise RunError(f"{path}: no run to resume here; leave out --resume to start one")
+        raise UserError(f"{path}: no run to resume here; leave out --resume to start one")
     for found in path.rglob("*"):
         if found.is_symlink():
-            raise RunError(f"{found}: a symlink: a run writes in its own folder alone; put in its place what it names")
+            raise UserError(f"{found}: a symlink: a run writes in its own folder alone; put in its place what it names")
     try:
         check_contents(path)
     except Unreadable as error:
-        raise RunError(f"{path}: {error}") from None
+        raise UserError(f"{path}: {error}") from None
     held = _record(path).get("config")
     if changed := sorted(_differences(held, config.model_dump(mode="json")) - FREE):
-        raise RunError(
+        raise UserError(
             f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
             f"config and --set it has, or start a new run with --out"
         )
@@ -188,7 +185,7 @@ def locked(path: Path) -> Iterator[None]:
     does. The file ``.lock`` stays, and blocks nobody.
 
     Raises:
-        RunError: another process holds it; names that process.
+        UserError: another process holds it; names that process.
     """
     make_folder(path)
     with writing(path / ".lock"):
@@ -198,7 +195,7 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
-            raise RunError(f"{path}: in use by {holder or 'another process'}: wait for it, or stop it") from None
+            raise UserError(f"{path}: in use by {holder or 'another process'}: wait for it, or stop it") from None
         except OSError as error:
             print(f"note: {path}: no lock on this file system ({error.strerror}): start no second run", file=sys.stderr)
         else:
@@ -227,13 +224,13 @@ def continue_run(path: Path, progress: Progress, config: Config, inputs: Mapping
         inputs: as `start_run` was given them.
 
     Raises:
-        RunError: an input is not what it was.
+        UserError: an input is not what it was.
     """
     before = _record(path).get("inputs") or {}
     if not isinstance(before, dict):
-        raise RunError(f"{path / 'config.json'}: inputs: expected what each key's files were, by sha256")
+        raise UserError(f"{path / 'config.json'}: inputs: expected what each key's files were, by sha256")
     if changed := sorted(key for key, sha256 in (inputs or {}).items() if before.get(key, sha256) != sha256):
-        raise RunError(
+        raise UserError(
             f"{path}: what {', '.join(changed)} names has changed since the run was started: put it back, or start a "
             f"new run with --out"
         )
@@ -287,14 +284,14 @@ def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict]
 
 
 def evaluations(run: Run) -> list[dict[str, Any]]:
-    """The records of ``eval.json``. Raises `RunError` where it holds anything else."""
+    """The records of ``eval.json``. Raises `UserError` where it holds anything else."""
     records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
     try:
         _EVALUATIONS.validate_python(records)
     except ValidationError as error:
         where = error.errors(include_input=False, include_url=False)[0]["loc"]
         odd = f"{(*where, 'the keys')[1]} of record {int(where[0]) + 1}" if where else "expected a list"
-        raise RunError(f"{run.evaluations}: not the evaluations of a run: {odd}") from None
+        raise UserError(f"{run.evaluations}: not the evaluations of a run: {odd}") from None
     return records
 
 
@@ -362,7 +359,7 @@ def _read_json(path: Path) -> Any:
     try:
         return read_json(path, most=64 * MEBIBYTE)
     except Unreadable as error:
-        raise RunError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
+        raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
 
 
 def _same(record: dict[str, Any]) -> tuple[Any, ...]:
@@ -374,7 +371,7 @@ def _metrics(run: Run) -> list[tuple[float, str]]:
     try:
         lines = list(raw_lines(run.metrics)) if os.path.lexists(run.metrics) else []
     except Unreadable as error:
-        raise RunError(f"{run.metrics}: {error}") from None
+        raise UserError(f"{run.metrics}: {error}") from None
     return [(_step(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
 
 

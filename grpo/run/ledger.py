@@ -27,6 +27,7 @@ from torch import Tensor
 
 from grpo.metrics import TokenAccount, rewards_of
 from grpo.runtime.atomic_files import append_line, make_folder, write_whole, writing
+from grpo.runtime.errors import UserError
 from grpo.runtime.tensor_files import declared, open_tensors
 from grpo.types import Batch, Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
 from rewards import Answer, Fired, Score
@@ -74,11 +75,7 @@ LONGEST_LINE = 256 * MEBIBYTE
 """Bytes; a completion's text is in one."""
 
 
-class LedgerError(ValueError):
-    """A ledger that cannot be read. Names file and line, never a text."""
-
-
-class LedgerChanged(LedgerError):
+class LedgerChanged(UserError):
     """A step that cannot be read because its files are no longer those that were written, by sha256."""
 
 
@@ -133,7 +130,7 @@ def write_step(
 
 
 def ledger_steps(folder: Path) -> tuple[int, ...]:
-    """Numbers of the steps in a ledger, in order. Raises `LedgerError` where there is none or its index is broken."""
+    """Numbers of the steps in a ledger, in order. Raises `UserError` where there is none or its index is broken."""
     return tuple(sorted(_index(folder)))
 
 
@@ -141,12 +138,12 @@ def read_step(folder: Path, number: int) -> Entry:
     """A step as it was written, every file and tensor held against the index.
 
     Raises:
-        LedgerError: the step is not there, or a file cannot be read at all.
+        UserError: the step is not there, or a file cannot be read at all.
     """
     index = _index(folder)
     if number not in index:
         there = f"it holds {min(index)} to {max(index)}" if index else "it is empty"
-        raise LedgerError(f"{folder}: no step {number} in this ledger: {there}")
+        raise UserError(f"{folder}: no step {number} in this ledger: {there}")
     tensor_file, line_file = step_files(folder, number)
     changed = [f"ledger/{file.name}" for file in (tensor_file, line_file) if not _unchanged(file, index[number])]
     try:
@@ -159,17 +156,17 @@ def read_step(folder: Path, number: int) -> Entry:
             if name not in tensors or _tensor_sha256(tensors[name]) != before.get(name)
         ]
         return _entry(*_read_lines(line_file), number, tensors, components, tuple(changed))
-    except (LedgerError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
-        what = error if isinstance(error, LedgerError) else f"{folder}: the files of step {number} do not fit together"
+    except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        what = error if isinstance(error, UserError) else f"{folder}: the files of step {number} do not fit together"
         since = f" (changed since they were written: {', '.join(changed)})" if changed else ""
-        raise (LedgerChanged if changed else LedgerError)(f"{what}{since}") from None
+        raise (LedgerChanged if changed else UserError)(f"{what}{since}") from None
 
 
 def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
     """Of each row of a step: its tokens, and whether it ended by itself. Nothing is held against the index.
 
     Raises:
-        LedgerError: the file cannot be read.
+        UserError: the file cannot be read.
     """
     file, _ = step_files(folder, number)
     _check_shapes(file)
@@ -177,7 +174,7 @@ def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
         with open_tensors(file) as opened:
             return opened.get_tensor("lengths").tolist(), opened.get_tensor("finished").tolist()
     except Unreadable as error:
-        raise LedgerError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def cut_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
@@ -415,7 +412,7 @@ class _IndexLine(_Line):
 def _index(folder: Path) -> dict[int, _IndexLine]:
     file = folder / "index.jsonl"
     if not is_regular(file):
-        raise LedgerError(f"{folder}: no ledger here: made with ledger.every = 0, without a step yet, or taken away")
+        raise UserError(f"{folder}: no ledger here: made with ledger.every = 0, without a step yet, or taken away")
     index = {}
     for at, line in enumerate(_raw_lines(file), 1):
         if not line.endswith(b"\n"):
@@ -423,7 +420,7 @@ def _index(folder: Path) -> dict[int, _IndexLine]:
         try:
             entry = _IndexLine.model_validate(parse_json(line))
         except (Unreadable, ValidationError):
-            raise LedgerError(f"{file}:{at}: not a line of a ledger's index") from None
+            raise UserError(f"{file}:{at}: not a line of a ledger's index") from None
         index[entry.step] = entry
     return index
 
@@ -433,9 +430,9 @@ def _unchanged(file: Path, entry: _IndexLine) -> bool:
         with open_regular(file) as opened:
             return hashlib.file_digest(opened, "sha256").hexdigest() == entry.files.get(file.name)
     except Unreadable as error:
-        raise LedgerError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     except OSError as error:
-        raise LedgerError(f"{file}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -445,15 +442,15 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
             about = parse_json((opened.metadata() or {}).get("ledger", "{}"))
             if not isinstance(about, dict) or about.get("version") != LEDGER_VERSION:
                 version = about.get("version") if isinstance(about, dict) else None
-                raise LedgerError(
+                raise UserError(
                     f"{file}: a ledger of version {str(version)[:20]}, this program reads version {LEDGER_VERSION}"
                 )
             components = [str(name) for name in about["components"]]
             return {name: opened.get_tensor(name) for name in opened.keys()}, components  # noqa: SIM118
     except Unreadable as error:
-        raise LedgerError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     except (KeyError, TypeError):
-        raise LedgerError(f"{file}: cannot be read: its metadata name no components") from None
+        raise UserError(f"{file}: cannot be read: its metadata name no components") from None
 
 
 def _check_shapes(file: Path) -> None:
@@ -463,17 +460,17 @@ def _check_shapes(file: Path) -> None:
     try:
         header = declared(file)
     except Unreadable as error:
-        raise LedgerError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
     for name, told in header.items():
         dims, _, rest = TENSORS.get(name, "").removeprefix("[").partition("] ")
         letters, dtype = dims.split(","), DTYPES.get(rest.split()[0].rstrip(",") if rest else "")
         if told.dtype != dtype or len(told.shape) != len(letters):
-            raise LedgerError(f"{file}: holds a tensor that no ledger has, or of another type")
+            raise UserError(f"{file}: holds a tensor that no ledger has, or of another type")
         if any(sizes.setdefault(letter, side) != side for letter, side in zip(letters, told.shape, strict=True)):
-            raise LedgerError(f"{file}: its tensors do not fit together")
+            raise UserError(f"{file}: its tensors do not fit together")
         elements += math.prod(told.shape)
     if elements > MOST_ELEMENTS:
-        raise LedgerError(f"{file}: {elements:,} numbers, more than any step has")
+        raise UserError(f"{file}: {elements:,} numbers, more than any step has")
 
 
 def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLine]]:
@@ -486,9 +483,9 @@ def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLin
             else:
                 lines.append(_KINDS[value["kind"]].model_validate(value))
         except (Unreadable, ValidationError, KeyError, TypeError):
-            raise LedgerError(f"{file}:{number}: not a line of a ledger") from None
+            raise UserError(f"{file}:{number}: not a line of a ledger") from None
     if head is None:
-        raise LedgerError(f"{file}: empty")
+        raise UserError(f"{file}: empty")
     return head, lines
 
 
@@ -496,7 +493,7 @@ def _raw_lines(file: Path) -> Iterator[bytes]:
     try:
         yield from raw_lines(file, longest=LONGEST_LINE)
     except Unreadable as error:
-        raise LedgerError(f"{file}: {error}") from None
+        raise UserError(f"{file}: {error}") from None
 
 
 def _number(line: str) -> int | None:

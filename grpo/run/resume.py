@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from grpo.config import Source, resolve
-from grpo.run.checkpoint import CheckpointError, Progress, latest_checkpoint, load_checkpoint
+from grpo.run.checkpoint import Progress, latest_checkpoint, load_checkpoint
 from grpo.run.folder import Run, continue_run, is_started, start_run
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.run.setup import Setup, machine
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import tell
 
 CHECKED_AT_ONCE = 1 << 24
@@ -31,7 +32,7 @@ def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
         print(f"damaged   {line}", file=sys.stderr)
     progress = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else Progress()
     if progress.step > setup.config.train.steps:
-        raise CheckpointError(
+        raise UserError(
             f"{checkpoint}: beyond the {setup.config.train.steps} steps of this run (train.steps): not its own"
         )
     tell(f"resume    from {checkpoint or 'the start: no checkpoint was saved yet'}")

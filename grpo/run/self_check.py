@@ -31,12 +31,12 @@ import grpo.qwen3_5.decode_ops as plain
 import grpo.qwen3_5.train_forward as shared_prefix
 from grpo.forward import Forward
 from grpo.logprobs import log_distribution, token_logprobs
-from grpo.policy.base_model import ModelError
 from grpo.policy.optional_kernels import allow_fla_in_layers
 from grpo.policy.policy import Kernels, Policy, adapter_swapped
 from grpo.policy.transformers_forward import predicting_states_by_modules
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent
 from grpo.qwen3_5.weights import readable
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.types import Case, Prompt
 
@@ -74,10 +74,6 @@ DRIFT_BAND: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5
 step. In bfloat16 a logit of 32 is known to 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. On the
 tiny model on a CPU, over 3,500 tokens a step, the largest were 0.03 in bfloat16 and 4e-6 in float32; with one decode
 op's output scaled by 0.7 in float32, 0.48."""
-
-
-class SelfCheckError(ModelError):
-    """Decoding and training disagree in plain PyTorch. Contains the figures."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +153,7 @@ def self_check(policy: Policy) -> SelfCheck:
     random state is used. A model that has no kernels here is not checked.
 
     Raises:
-        SelfCheckError: plain decoding differs from the trainer's forward pass, or that pass's gradient from
+        UserError: plain decoding differs from the trainer's forward pass, or that pass's gradient from
             transformers'.
     """
     if not readable(policy):
@@ -175,7 +171,7 @@ def self_check(policy: Policy) -> SelfCheck:
 
 
 def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None:
-    """Raise `SelfCheckError` unless plain decoding and plain training agree with the modules."""
+    """Raise `UserError` unless plain decoding and plain training agree with the modules."""
     policy = replace(policy, kernels=Kernels(triton=False, graphs=False, fla=False))
     forward = passes.forward_of(policy)
 
@@ -194,7 +190,7 @@ def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None
         ("gradient", "transformers' modules", gradients),
     ):
         if fault := fault_of(name, other, limit_of(name, policy), measure, figures):
-            raise SelfCheckError(
+            raise UserError(
                 f"self-check in plain torch: {fault}: sampler and trainer are not one policy, so nothing can be "
                 f'trained or evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
             )

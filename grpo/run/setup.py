@@ -17,14 +17,11 @@ from grpo.rollout import check_length
 from grpo.run.roofline import Costs, Rates, costs_of, measure_rates, weights_read
 from grpo.run.self_check import SelfCheck, agree, with_kernels
 from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.runtime.terminal import visible
 from grpo.types import Case
 from rewards import Reward
-
-
-class MissingInput(ValueError):
-    """Files that a run needs and this machine does not have: all of them, not the first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +57,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     unsound."""
     material = gather(config)
     if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
-        raise MissingInput("\n       ".join(faults))
+        raise UserError("\n       ".join(faults))
     assert material.cases is not None  # else there were faults
     for line in material.left_out if ranks.leads else ():
         print(f"left out  {visible(line)}", file=sys.stderr)
@@ -93,7 +90,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
 
 
 def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None:
-    """Raises `PromptError` for a case whose prompt and token budget do not fit the context. A text has at least a byte
+    """Raises `UserError` for a case whose prompt and token budget do not fit the context. A text has at least a byte
     a token, so only those of many bytes are encoded to find out."""
     budget = max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens)
     system = config.cases.system_prompt

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from pydantic import TypeAdapter
 from torch import Tensor
 
+from grpo.runtime.errors import UserError
 from grpo.runtime.interrupts import by_default
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ HUSH_S = 2.0
 first that ended."""
 
 
-class RankError(ValueError):
+class RankError(UserError):
     """Processes that cannot be one run: says what to change."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from grpo.runtime.distributed import ALONE, Elsewhere, Ranks
+from grpo.runtime.errors import UserError
 
 LOADING = "use a smaller dtype (model.dtype, --dtype) or another device (model.device, --device)"
 ROLLOUT = "lower rollout.group_size, rollout.prompts_per_step or rollout.max_new_tokens"
@@ -17,7 +18,7 @@ UPDATE = (
 )
 
 
-class OutOfMemory(MemoryError):
+class OutOfMemory(UserError):
     """The device has no memory left for a task. Names the task and the keys to lower.
 
     Args:

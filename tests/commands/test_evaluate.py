@@ -17,7 +17,7 @@ from grpo.cases import load_jsonl
 from grpo.commands.evaluate import comparison, main, parser
 from grpo.commands.merge import merge
 from grpo.config import EMBEDDED, load_config
-from grpo.evaluation.answers import AnswersError, answer, append_answers, evaluate, read_answers
+from grpo.evaluation.answers import answer, append_answers, evaluate, read_answers
 from grpo.evaluation.comparison import AnsweredCase, Evaluated, between_modes, compare
 from grpo.evaluation.metrics import Verdict, summarise
 from grpo.evaluation.statistics import mcnemar, wilson
@@ -27,6 +27,7 @@ from grpo.policy.policy import Policy, adapter_swapped
 from grpo.prompts import render_prompt
 from grpo.run.folder import Run, add_evaluation, before_after, evaluations
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import load_reward, parse_answer
 
@@ -134,7 +135,7 @@ def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line
     append_answers(path, [given(cases[0], "ANSWER: ESI 4")])
     with path.open("a") as file:
         file.write(line + "\n")
-    with pytest.raises(AnswersError, match="delete the file") as error:
+    with pytest.raises(UserError, match="delete the file") as error:
         read_answers(path, cases, 2, thinking=False)
     assert says in str(error.value) and "secret" not in str(error.value)
 
@@ -433,7 +434,7 @@ def test_a_budget_that_does_not_fit_is_refused_before_anything_is_written(
 
     asked = checked(room)
     assert asked.opened == {"on": True, "off": False}
-    with pytest.raises(grpo.evaluation.request.EvaluationError, match=f"= {room + 1} does not fit"):
+    with pytest.raises(grpo.evaluation.request.UserError, match=f"= {room + 1} does not fit"):
         checked(room + 1)
     tokenizer = load_tokenizer("embedded:base")
     lengths = [

@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from grpo.cases import load_jsonl
-from grpo.commands.merge import MergeError, compare, main, merge, parse_size, report, shard_spans
+from grpo.commands.merge import compare, main, merge, parse_size, report, shard_spans
 from grpo.config import EMBEDDED, load_config
 from grpo.policy.adapter_files import (
     Delta,
@@ -39,6 +39,7 @@ from grpo.policy.adapter_files import (
 )
 from grpo.policy.merged_weights import base_tensors
 from grpo.run.folder import start_run
+from grpo.runtime.errors import UserError
 from rewards import load_reward, parse_answer
 
 pytestmark = [
@@ -377,7 +378,7 @@ def test_a_full_disk_is_seen_before_anything_is_written(
 
 @pytest.mark.parametrize("size", ["", "5", "GB", "-1GB", "0MB", "5 TB", "1e9GB", "٥GB"])
 def test_sizes_that_are_none(size: str) -> None:
-    with pytest.raises(MergeError, match="expected a size such as 5GB"):
+    with pytest.raises(UserError, match="expected a size such as 5GB"):
         parse_size(size)
 
 
@@ -531,7 +532,7 @@ def test_a_base_that_is_not_here(adapter: Path, tmp_path: Path, capsys: pytest.C
 def test_what_does_not_fit_float16_is_refused(random_base: Path, tmp_path: Path) -> None:
     adapter = make_adapter(random_base, tmp_path / "adapter")
     tensors(lambda t: {k: v * 1e4 for k, v in t.items()})(adapter, tmp_path)
-    with pytest.raises(MergeError, match="not finite as float16: use --dtype bfloat16"):
+    with pytest.raises(UserError, match="not finite as float16: use --dtype bfloat16"):
         merge(adapter, tmp_path / "out", base=str(random_base), dtype="float16", check=False)
 
 

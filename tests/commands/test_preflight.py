@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from grpo import train
 from grpo.commands.preflight import WIDTH, main
-from grpo.config import EMBEDDED, ConfigError, load_config
-from grpo.policy.base_model import ModelError
-from grpo.preflight.checks import MOST_TIMED_OUT, UnsoundReward, audit_data, check_reward, examine, gather, pooled
+from grpo.config import EMBEDDED, load_config
+from grpo.preflight.checks import MOST_TIMED_OUT, audit_data, check_reward, examine, gather, pooled
 from grpo.run import setup
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import load_reward
 from rewards.blind_policies import WeightedCase, expected_rewards
@@ -286,7 +286,7 @@ def test_a_catastrophic_pattern_ends_in_bounded_time_and_is_refused(
     config, _ = load_config(TINY, [*world[1::2], *allowed[1::2]])
     check_reward(config, examine(config, gather(config)))
     refused, _ = load_config(TINY, world[1::2])
-    with pytest.raises(UnsoundReward, match="patterns run out of time on 1 of 3"):
+    with pytest.raises(UserError, match="patterns run out of time on 1 of 3"):
         check_reward(refused, examine(refused, gather(refused)))
 
 
@@ -555,7 +555,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever gets as far as the weights is told so."""
 
     def reached(*_: object, **__: object) -> None:
-        raise ModelError("the weights were asked for")
+        raise UserError("the weights were asked for")
 
     monkeypatch.setattr(setup, "load_policy", reached)
 
@@ -602,7 +602,7 @@ def test_an_unsound_reward_trains_with_a_reason(
     ],
 )
 def test_a_reason_and_the_permission_belong_together(overrides: list[str]) -> None:
-    with pytest.raises(ConfigError, match="allow_unsound = true and a reason belong together"):
+    with pytest.raises(UserError, match="allow_unsound = true and a reason belong together"):
         load_config(TINY, overrides)
 
 
@@ -610,7 +610,7 @@ def test_a_sound_run_passes_the_gate(balanced: list[str]) -> None:
     config, _ = load_config(TINY, balanced[1::2])
     material = gather(config)
     check_reward(config, examine(config, material))
-    with pytest.raises(UnsoundReward, match="honest, 10% exact"):
+    with pytest.raises(UserError, match="honest, 10% exact"):
         check_reward(config, examine(config, material, accuracy=0.1))
 
 

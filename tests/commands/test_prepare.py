@@ -12,9 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import CaseError, load_jsonl
+from grpo.cases import load_jsonl
 from grpo.commands.prepare import balanced, leak, main, oversampled, split, with_patients, write
 from grpo.data.row_report import Record
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 
 MIETIC = "subject_id,stay_id,acuity,tiragecase,Final Decision\n"
@@ -96,17 +97,17 @@ def test_excluded_patients_and_narratives_are_in_neither_part() -> None:
 
 
 def test_parts_that_would_be_empty_are_refused() -> None:
-    with pytest.raises(CaseError, match="the held-out part is empty: 3 cases are left of 3"):
+    with pytest.raises(UserError, match="the held-out part is empty: 3 cases are left of 3"):
         split([record(i, i) for i in range(3)], share=1e-9, seed=0)
-    with pytest.raises(CaseError, match="the training part is empty"):
+    with pytest.raises(UserError, match="the training part is empty"):
         split([record(i, i) for i in range(3)], share=0.999999999, seed=0)
-    with pytest.raises(CaseError, match="the training part is empty: 0 cases are left of 1"):
+    with pytest.raises(UserError, match="the training part is empty: 0 cases are left of 1"):
         split([record(0, 0)], share=0.0, seed=0, excluded=[record(0, 0)])
 
 
 def test_a_case_without_a_patient() -> None:
     records = [record(0, 0), Record(Case("b", "…", 2), "")]
-    with pytest.raises(CaseError, match=r"1 of 2 cases, the first 'b', name no patient"):
+    with pytest.raises(UserError, match=r"1 of 2 cases, the first 'b', name no patient"):
         with_patients(records, each_its_own=False)
     known, own = with_patients(records, each_its_own=True)
     assert known is records[0] and own.case is records[1].case and own.patient not in ("", "p0")
@@ -142,7 +143,7 @@ def test_balancing_depends_on_the_seed_and_not_on_the_order() -> None:
 
 
 def test_balancing_needs_every_level() -> None:
-    with pytest.raises(CaseError, match="no case of ESI 2, 5 in the training part"):
+    with pytest.raises(UserError, match="no case of ESI 2, 5 in the training part"):
         balanced([record(i, i, level) for i, level in enumerate((1, 3, 4))], per_level=None, seed=0)
 
 
@@ -213,7 +214,7 @@ def test_nothing_is_overwritten(tmp_path: Path, there: str, capsys: pytest.Captu
 
 def test_writing_itself_refuses_a_folder_that_exists_even_an_empty_one(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(CaseError, match="never overwritten"):
+    with pytest.raises(UserError, match="never overwritten"):
         write(tmp_path / "out", {"train.jsonl": ["x"]})
     assert list(tmp_path.rglob("*")) == [tmp_path / "out"]
 
@@ -223,7 +224,7 @@ def test_all_files_or_none(tmp_path: Path) -> None:
         yield "a first line"
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(CaseError, match="cannot be written: No space left on device"):
+    with pytest.raises(UserError, match="cannot be written: No space left on device"):
         write(tmp_path / "out", {"a": ["x"], "b": failing()})  # type: ignore[dict-item]
     assert list(tmp_path.iterdir()) == []
 
@@ -267,7 +268,7 @@ def test_instructions_become_prompts_and_nothing_else(tmp_path: Path, capsys: py
         {"id": "mietic-instruction-000002", "text": "A pain.", "band": [2, 2]},
     ]
     assert "ESI 3 to 5: 1 prompts" in capsys.readouterr().out
-    with pytest.raises(CaseError, match="esi missing"):
+    with pytest.raises(UserError, match="esi missing"):
         load_jsonl(str(tmp_path / "out" / "prompts.jsonl"))
 
 

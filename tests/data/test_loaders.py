@@ -15,13 +15,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import LOADERS, CaseError, load, load_jsonl
+from grpo.cases import LOADERS, load, load_jsonl
 from grpo.config import load_config
 from grpo.data import mimic_iv_ed as mimic
 from grpo.data.csv_rows import MAX_LINE, plain_name
 from grpo.data.narrative import LIMITS, Presentation, narrative
 from grpo.data.row_report import REASONS, Banded, Loaded, Record, Remark, Report
 from grpo.preflight.checks import gather as gather_material
+from grpo.runtime.errors import UserError
 from rewards import load_reward
 
 VITALS = ["temperature", "heartrate", "resprate", "o2sat", "sbp", "dbp"]
@@ -243,12 +244,12 @@ def test_the_level_never_shows_in_the_text(tmp_path: Path, level: str) -> None:
 def test_a_renamed_column_is_missing_and_does_not_take_another_ones_place(tmp_path: Path) -> None:
     renamed = {("chief complaint" if name == "chiefcomplaint" else name): value for name, value in T.items()}
     with pytest.raises(
-        CaseError, match=r"triage.csv.gz:1: column chiefcomplaint missing; found subject_id, .*chief comp"
+        UserError, match=r"triage.csv.gz:1: column chiefcomplaint missing; found subject_id, .*chief comp"
     ):
         loaded(published(tmp_path, [renamed]))
     bare = {name: value for name, value in E.items() if name not in ("gender", "stay_id")}
     with pytest.raises(
-        CaseError, match=r"edstays.csv.gz:1: columns stay_id, gender missing; found subject_id, hadm_id"
+        UserError, match=r"edstays.csv.gz:1: columns stay_id, gender missing; found subject_id, hadm_id"
     ):
         loaded(published(tmp_path, edstays=[bare]))
 
@@ -257,14 +258,14 @@ def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
     name = published(tmp_path)
     twice = ",".join([*TRIAGE, " ChiefComplaint "]) + "\n" + ",".join(["1", *T.values()]) + "\n"
     (tmp_path / "triage.csv.gz").write_bytes(twice.encode())
-    with pytest.raises(CaseError, match=r"triage.csv.gz:1: column chiefcomplaint stands there more than once"):
+    with pytest.raises(UserError, match=r"triage.csv.gz:1: column chiefcomplaint stands there more than once"):
         loaded(name)
 
 
 def test_a_file_without_its_header_does_not_show_a_patient(tmp_path: Path) -> None:
     name = published(tmp_path)
     (tmp_path / "triage.csv.gz").write_bytes(b"10000001,30000001,98.6,104,18,97,132,84,8,2,SECRET COMPLAINT\n")
-    with pytest.raises(CaseError, match="none of the 11 fields of line 1 is a known name") as caught:
+    with pytest.raises(UserError, match="none of the 11 fields of line 1 is a known name") as caught:
         loaded(name)
     assert "SECRET" not in str(caught.value)
 
@@ -405,11 +406,11 @@ def test_rows_that_do_not_fit_together(tmp_path: Path) -> None:
 
 def test_a_stay_twice_is_refused_in_either_file(tmp_path: Path) -> None:
     other = {"stay_id": "30000002"}
-    with pytest.raises(CaseError, match=r"triage.csv.gz:4: stay_id 30000001 was already used in line 2"):
+    with pytest.raises(UserError, match=r"triage.csv.gz:4: stay_id 30000001 was already used in line 2"):
         loaded(published(tmp_path, [T, T | other, T], [E, E | other]))
-    with pytest.raises(CaseError, match=r"edstays.csv.gz:4: stay_id 30000001 was already used in line 2"):
+    with pytest.raises(UserError, match=r"edstays.csv.gz:4: stay_id 30000001 was already used in line 2"):
         loaded(published(tmp_path, [T], [E, E | other, E]))
-    with pytest.raises(CaseError, match=r"patients.csv.gz:3: subject_id 10000001 was already used in line 2"):
+    with pytest.raises(UserError, match=r"patients.csv.gz:3: subject_id 10000001 was already used in line 2"):
         loaded(published(tmp_path, [T], [E], [P, P]))
 
 
@@ -429,7 +430,7 @@ def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path
     found = loaded(name)
     assert [record.case.id for record in found.records] == ["stay-30000001", "stay-30000005"]
     assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
-    with pytest.raises(CaseError, match="a stray quotation mark may have swallowed rows"):
+    with pytest.raises(UserError, match="a stray quotation mark may have swallowed rows"):
         loaded(name, strict=True)
 
 
@@ -440,19 +441,19 @@ def test_strict_refuses_faults_and_counts_them(tmp_path: Path) -> None:
     triage += [T | other[3] | {"pain": "uta"}]
     name = published(tmp_path, triage, edstays)
     assert [case.id[-1] for case in loaded(name).cases] == ["1", "3", "5"]
-    with pytest.raises(CaseError) as caught:
+    with pytest.raises(UserError) as caught:
         loaded(name, strict=True)
     assert str(caught.value) == (
         f"{tmp_path}/triage.csv.gz:3: no acuity, so no gold level: dropped; strict refuses all 3: 2 × no acuity, so no "
         "gold level: dropped; 1 × o2sat a code for a missing value (negative, or all nines): left out of the narrative"
     )
     assert len(loaded(published(tmp_path, [T, triage[4]], edstays), strict=True).cases) == 2  # notes are no faults
-    with pytest.raises(CaseError, match=r"no cases in it: 1 × no acuity.*\(triage.csv.gz, line 2\)"):
+    with pytest.raises(UserError, match=r"no cases in it: 1 × no acuity.*\(triage.csv.gz, line 2\)"):
         loaded(published(tmp_path, [T | {"acuity": ""}]))
 
 
 def test_where_the_files_are_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(CaseError, match=r"no triage.csv or triage.csv.gz in it"):
+    with pytest.raises(UserError, match=r"no triage.csv or triage.csv.gz in it"):
         loaded(str(tmp_path))
     (tmp_path / "ed").mkdir()
     (tmp_path / "hosp").mkdir()
@@ -460,11 +461,11 @@ def test_where_the_files_are_looked_for(tmp_path: Path) -> None:
     (tmp_path / "hosp" / "patients.csv").write_bytes(as_csv(list(P), [P]))
     assert loaded(str(tmp_path)).cases[0].text == WHOLE
     (tmp_path / "triage.csv").write_bytes(as_csv(TRIAGE, [T]))
-    with pytest.raises(CaseError, match="keep one"):
+    with pytest.raises(UserError, match="keep one"):
         loaded(str(tmp_path))
     (tmp_path / "triage.csv").unlink()
     (tmp_path / "ed" / "edstays.csv.gz").unlink()
-    with pytest.raises(CaseError, match=r"no edstays.csv or edstays.csv.gz in it"):
+    with pytest.raises(UserError, match=r"no edstays.csv or edstays.csv.gz in it"):
         loaded(str(tmp_path))
 
 
@@ -506,7 +507,7 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path, content: bytes, says:
     stays = [E | {"stay_id": str(30_000_000 + i)} for i in range(1, 400)]
     name = published(tmp_path, edstays=stays)
     (tmp_path / "triage.csv.gz").write_bytes(content)
-    with pytest.raises(CaseError, match=r"triage\.csv\.gz" + says) as caught:
+    with pytest.raises(UserError, match=r"triage\.csv\.gz" + says) as caught:
         loaded(name)
     assert "SECRET" not in str(caught.value)
     assert caught.value.__context__ is None or caught.value.__suppress_context__
@@ -516,7 +517,7 @@ def test_a_line_without_end_is_refused_before_it_is_read_whole(tmp_path: Path) -
     path = tmp_path / "small-on-disk.csv.gz"
     path.write_bytes(gzip.compress(b"9" * (16 * MAX_LINE), 1))
     tracemalloc.start()
-    with pytest.raises(CaseError, match=r":1: over 4,194,304 bytes"):
+    with pytest.raises(UserError, match=r":1: over 4,194,304 bytes"):
         load("mietic-validate", str(path), strict=False)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -533,16 +534,16 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     for loader in ("jsonl", "mietic-validate", "mietic-instructions"):
-        with pytest.raises(CaseError, match="missing: cannot be read: No such file"):
+        with pytest.raises(UserError, match="missing: cannot be read: No such file"):
             load(loader, str(tmp_path / "missing"), strict=False)
-        with pytest.raises(CaseError, match="cannot be read: expected a file, found a folder"):
+        with pytest.raises(UserError, match="cannot be read: expected a file, found a folder"):
             load(loader, str(tmp_path), strict=False)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(place=st.integers(0, 10_000), byte=st.integers(0, 255), loader=st.sampled_from(sorted(LOADERS)))
 def test_any_one_wrong_byte_is_read_or_refused(tmp_path: Path, place: int, byte: int, loader: str) -> None:
-    """Nothing but CaseError ever leaves a loader."""
+    """Nothing but UserError ever leaves a loader."""
     sound = {
         "jsonl": b'{"id": "a", "text": "SECRET", "esi": 2}\n{"id": "b", "text": "SECRET", "esi": 3, "tags": ["x"]}\n',
         "mietic-validate": validate_file([sample(1), sample(2)]),
@@ -561,7 +562,7 @@ def test_any_one_wrong_byte_is_read_or_refused(tmp_path: Path, place: int, byte:
         for row in LOADERS[loader](name):
             assert isinstance(row, Record | Banded | Remark)
             assert not isinstance(row, Remark) or "SECRET" not in row.detail + str(REASONS[row.reason])
-    except CaseError as error:
+    except UserError as error:
         assert str(tmp_path) in str(error)
 
 
@@ -586,14 +587,14 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
         "bad_field": (1, (4,)),
     }
     assert found.report.rows == 6
-    with pytest.raises(CaseError, match=r"cases.jsonl:2: not valid JSON: .*; strict refuses all 4: 1 × not valid JSON"):
+    with pytest.raises(UserError, match=r"cases.jsonl:2: not valid JSON: .*; strict refuses all 4: 1 × not valid JSON"):
         load_jsonl(name)
 
 
 def test_jsonl_knows_patients(tmp_path: Path) -> None:
     name = jsonl(tmp_path, {**CASE, "patient": "p1"}, {**CASE, "id": "b", "patient": 17}, {**CASE, "id": "c"})
     assert [record.patient for record in load("jsonl", name, strict=True).records] == ["p1", "17", ""]
-    with pytest.raises(CaseError, match="patient of case 'a' must be"):
+    with pytest.raises(UserError, match="patient of case 'a' must be"):
         load_jsonl(jsonl(tmp_path, {**CASE, "patient": ["p"]}))
 
 
@@ -601,13 +602,13 @@ def test_jsonl_knows_patients(tmp_path: Path) -> None:
     "esi", ["SECRET narrative in the wrong field", ["SECRET narrative"], {"a": "SECRET narrative"}]
 )
 def test_a_narrative_in_the_wrong_field_is_not_shown(tmp_path: Path, esi: object) -> None:
-    with pytest.raises(CaseError, match=r"esi of case 'a' must be a whole number from 1 to 5, got a \w+") as caught:
+    with pytest.raises(UserError, match=r"esi of case 'a' must be a whole number from 1 to 5, got a \w+") as caught:
         load_jsonl(jsonl(tmp_path, {**CASE, "esi": esi}))
     assert "SECRET" not in str(caught.value)
 
 
 def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path: Path) -> None:
-    with pytest.raises(CaseError, match=r"1: not valid JSON: a whole number of more than 64 bits"):
+    with pytest.raises(UserError, match=r"1: not valid JSON: a whole number of more than 64 bits"):
         load_jsonl(jsonl(tmp_path, '{"id": "a", "text": "x", "esi": ' + "1" * 5_000 + "}"))
 
 
@@ -719,13 +720,13 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
         "no_narrative": (1, (8,)),
         "bad_id": (1, (9,)),
     }
-    with pytest.raises(CaseError, match=r"f.csv:4: no acuity"):
+    with pytest.raises(UserError, match=r"f.csv:4: no acuity"):
         load("mietic-validate", str(path), strict=True)
     path.write_bytes(validate_file([sample(1), sample(2), sample(1)]))
-    with pytest.raises(CaseError, match=r"f.csv:6: mietic-30000001 was already used in line 2"):
+    with pytest.raises(UserError, match=r"f.csv:6: mietic-30000001 was already used in line 2"):
         load("mietic-validate", str(path), strict=False)
     path.write_bytes(validate_file([{k: v for k, v in sample(1).items() if k not in ("acuity", "Final Decision")}]))
-    with pytest.raises(CaseError, match=r"f.csv:1: columns acuity, final_decision missing; found .*ubject_id, stay_id"):
+    with pytest.raises(UserError, match=r"f.csv:1: columns acuity, final_decision missing; found .*ubject_id, stay_id"):
         load("mietic-validate", str(path), strict=False)
 
 
@@ -757,7 +758,7 @@ def test_bands_are_refused_as_gold_with_the_reason(tmp_path: Path, strict: bool)
     path = tmp_path / "MIETIC.csv"
     path.write_bytes(as_csv(["instruction", "input", "output"], [ask("ESI Level 2?")]))
     with pytest.raises(
-        CaseError, match=r"'mietic-instruction-000001' has a band, ESI 2 to 2, and no gold level: .* wording"
+        UserError, match=r"'mietic-instruction-000001' has a band, ESI 2 to 2, and no gold level: .* wording"
     ):
         load("mietic-instructions", str(path), strict=strict)
     assert not hasattr(Banded("a", "b", 1, 1), "esi")

@@ -13,11 +13,11 @@ from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfi
 from benchmarks.tiny_world.model import make_tokenizer
 from grpo.config import Lora, Model
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
-from grpo.policy.base_model import ModelError
 from grpo.policy.policy import Policy, adapter_swapped, load_policy
 from grpo.qwen3_5 import decode, weights
 from grpo.qwen3_5.decode_state import State
 from grpo.rollout import ENGINES, choose, rollout
+from grpo.runtime.errors import UserError
 from grpo.token_budget import stop_cause
 from grpo.types import Case, Group, Prompt
 from tests.conftest import TARGETS
@@ -220,7 +220,7 @@ def test_any_causal_language_model(name: str, tmp_path: Path) -> None:
 
 def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Path) -> None:
     """Its log-probabilities are not those of the head's products, which is all that the loss and the engines know."""
-    with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*logits are not the products of its head.*softcapping"):
+    with pytest.raises(UserError, match=r"Gemma2ForCausalLM.*logits are not the products of its head.*softcapping"):
         other_policy(Gemma2Config, tmp_path, final_logit_softcapping=1.0)
 
 

@@ -14,7 +14,7 @@ from torch.cuda._utils import _get_device_index
 
 from grpo.commands.merge import merge
 from grpo.config import Lora, Model
-from grpo.policy.base_model import ModelError, load_base, pick_device
+from grpo.policy.base_model import load_base, pick_device
 from grpo.policy.policy import (
     Policy,
     adapter_copy,
@@ -25,6 +25,7 @@ from grpo.policy.policy import (
     save_adapter,
 )
 from grpo.prompts import encode_plain, render_prompt
+from grpo.runtime.errors import UserError
 from grpo.types import Case
 from tests.conftest import TARGETS
 
@@ -159,18 +160,18 @@ def test_dropout_is_the_configs(make_policy: Callable[..., Policy], random_base:
 
 
 def test_a_model_that_is_not_here(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"'Qwen/Qwen3.5-9B': not on this machine, .*hf download Qwen/Qwen3.5-9B"):
+    with pytest.raises(UserError, match=r"'Qwen/Qwen3.5-9B': not on this machine, .*hf download Qwen/Qwen3.5-9B"):
         load("Qwen/Qwen3.5-9B")
-    with pytest.raises(ModelError, match="no such folder"):
+    with pytest.raises(UserError, match="no such folder"):
         load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ModelError, match="holds no config.json, so it is no model"):
+    with pytest.raises(UserError, match="holds no config.json, so it is no model"):
         load(tmp_path / "empty")
     model = Model(name=str(tmp_path / "empty"), device="cpu", dtype="float32", gradient_checkpointing=False)
     (fault,) = missing_parts(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""))
     assert "holds no config.json" in fault
     (tmp_path / "empty" / "config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"its files cannot be loaded: .*(JSON|tokenizer)"):
+    with pytest.raises(UserError, match=r"its files cannot be loaded: .*(JSON|tokenizer)"):
         load(tmp_path / "empty")
 
 
@@ -178,7 +179,7 @@ def test_a_base_whose_weights_are_broken(random_base: Path, tmp_path: Path) -> N
     base = tmp_path / "broken"
     shutil.copytree(random_base, base)
     (base / "model.safetensors").write_bytes(b"\xff" * 100)
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(UserError, match="cannot be loaded"):
         load(base)
 
 
@@ -186,7 +187,7 @@ def test_a_tokenizer_without_a_chat_template(random_base: Path, tmp_path: Path) 
     base = tmp_path / "plain"
     shutil.copytree(random_base, base)
     (base / "chat_template.jinja").unlink()
-    with pytest.raises(ModelError, match="no chat template"):
+    with pytest.raises(UserError, match="no chat template"):
         load(base)
 
 
@@ -197,11 +198,11 @@ def adapter(make_policy: Callable[..., Policy], tmp_path: Path) -> Path:
 
 
 def test_adapters_that_do_not_fit(adapter: Path, random_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"r is 4, \[lora\] says 8"):
+    with pytest.raises(UserError, match=r"r is 4, \[lora\] says 8"):
         load(random_base, adapter, r=8)
-    with pytest.raises(ModelError, match="target_modules is"):
+    with pytest.raises(UserError, match="target_modules is"):
         load(random_base, adapter, target_modules=("q_proj",))
-    with pytest.raises(ModelError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         load(random_base, tmp_path / "missing")
 
 
@@ -212,10 +213,10 @@ def test_an_adapter_of_another_base(adapter: Path, random_base: Path, tmp_path: 
     tensors = load_file(path)
     name = next(iter(tensors))
     save_file({**tensors, name: torch.zeros(4, 999)}, path)
-    with pytest.raises(ModelError, match="cannot be loaded on this base|made for another base"):
+    with pytest.raises(UserError, match="cannot be loaded on this base|made for another base"):
         load(random_base, adapter)
     save_file({key.replace("layers.0", "layers.40"): value for key, value in tensors.items()}, path)
-    with pytest.raises(ModelError, match="made for another base"):
+    with pytest.raises(UserError, match="made for another base"):
         load(random_base, adapter)
 
 
@@ -224,11 +225,11 @@ def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_b
     plain = json.loads(path.read_text())
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
     path.write_text(json.dumps(plain | {"base_model_name_or_path": "Qwen/Qwen3.5-9B-Base"}))
-    with pytest.raises(ModelError, match=r"made for the base Qwen/Qwen3.5-9B-Base, model.name says Qwen/Qwen3.5-9B"):
+    with pytest.raises(UserError, match=r"made for the base Qwen/Qwen3.5-9B-Base, model.name says Qwen/Qwen3.5-9B"):
         check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
     for key, value in (("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("rank_pattern", {"q_proj": 3})):
         path.write_text(json.dumps(plain | {key: value}))
-        with pytest.raises(ModelError, match=f"{key}: only plain LoRA of one rank .*grpo merge` makes full weights"):
+        with pytest.raises(UserError, match=f"{key}: only plain LoRA of one rank .*grpo merge` makes full weights"):
             load(random_base, adapter)
 
 
@@ -236,10 +237,10 @@ def test_a_rank_that_the_file_does_not_have_is_refused_before_memory_is_taken(ad
     """PEFT would first make tensors of the rank that the config claims."""
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**6}))
-    with pytest.raises(ModelError, match=r"lora_A.weight has shape \(4, \d+\), r is 1000000"):
+    with pytest.raises(UserError, match=r"lora_A.weight has shape \(4, \d+\), r is 1000000"):
         load(random_base, adapter, r=10**6)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
-    with pytest.raises(ModelError, match="adapter_model.safetensors: cannot be read"):
+    with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
         load(random_base, adapter, r=10**6)
 
 
@@ -250,7 +251,7 @@ def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path
     shutil.copy(adapter / "adapter_config.json", whole)
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
     for folder in (adapter, whole):
-        with pytest.raises(ModelError, match="holds an adapter"):
+        with pytest.raises(UserError, match="holds an adapter"):
             load(folder)
         model = Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False)
         (fault,) = missing_parts(model, lora)
@@ -272,14 +273,14 @@ def test_an_adapter_is_not_put_on_weights_that_hold_it(
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="x")
     for base, held in (("once", [adapter]), ("then", [adapter, other])):
         for one in held:
-            with pytest.raises(ModelError, match=r"lora.warm_start: .*: \w+ is merged into it already"):
+            with pytest.raises(UserError, match=r"lora.warm_start: .*: \w+ is merged into it already"):
                 load(tmp_path / base, one)
     check_adapter(other, lora, str(tmp_path / "once"))
 
 
 def test_a_target_that_is_no_layer_is_named(random_base: Path) -> None:
     for wrong in ("k_prj", "lm_head", "norm"):
-        with pytest.raises(ModelError, match=f"{wrong}: no such linear layer"):
+        with pytest.raises(UserError, match=f"{wrong}: no such linear layer"):
             load(random_base, target_modules=("q_proj", wrong))
 
 
@@ -288,19 +289,19 @@ def test_an_adapter_without_effect_is_refused(adapter: Path, random_base: Path) 
 
     path = adapter / "adapter_model.safetensors"
     save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(path).items()}, path)
-    with pytest.raises(ModelError, match="changes nothing"):
+    with pytest.raises(UserError, match="changes nothing"):
         load(random_base, adapter)
 
 
 def test_a_broken_adapter_file(adapter: Path, random_base: Path) -> None:
     (adapter / "adapter_model.safetensors").write_bytes((2**62).to_bytes(8, "little") + b"{}")
-    with pytest.raises(ModelError, match="lora.warm_start"):
+    with pytest.raises(UserError, match="lora.warm_start"):
         load(random_base, adapter)
     (adapter / "adapter_config.json").write_text("[]")
-    with pytest.raises(ModelError, match="expected a JSON object, got a list"):
+    with pytest.raises(UserError, match="expected a JSON object, got a list"):
         load(random_base, adapter)
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3"}))
-    with pytest.raises(ModelError, match="only LoRA adapters"):
+    with pytest.raises(UserError, match="only LoRA adapters"):
         load(random_base, adapter)
 
 
@@ -351,7 +352,7 @@ def test_the_base_of_a_card_that_is_not_there_gets_past_the_index_check() -> Non
 
 @pytest.mark.parametrize(("name", "cards"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_card_that_is_not_there_is_named(name: str, cards: int) -> None:
-    with pytest.raises(ModelError, match=f'model.device = "{name}": (no CUDA device|this machine has 1 CUDA device)'):
+    with pytest.raises(UserError, match=f'model.device = "{name}": (no CUDA device|this machine has 1 CUDA device)'):
         pick_device(name, cards=cards)
 
 

@@ -18,7 +18,6 @@ from grpo.commands.merge import merge
 from grpo.config import EMBEDDED, load_config, notes
 from grpo.report.model_card import (
     LONGEST,
-    CardError,
     escape,
     evaluation_tables,
     model_card,
@@ -28,6 +27,7 @@ from grpo.report.model_card import (
     write_model_card,
 )
 from grpo.run.folder import Run, add_metrics, start_run, write_json
+from grpo.runtime.errors import UserError
 from rewards import load_reward, parse_answer
 
 SECRET = "Zoster at the left temple"
@@ -304,4 +304,4 @@ def test_damaged_records_are_named(name: str, text: str | None, message: str, tm
     path.unlink() if text is None else path.write_text(text)
     with pytest.raises(ValueError, match=re.escape(message)) as caught:
         model_card(path.parent)
-    assert isinstance(caught.value, CardError) or name == "eval.json"
+    assert isinstance(caught.value, UserError) or name == "eval.json"

@@ -15,17 +15,9 @@ from safetensors.torch import load_file
 from grpo.config import Checkpoint
 from grpo.policy.policy import Policy, adapter_copy
 from grpo.run import checkpoint as checkpoint_module
-from grpo.run.checkpoint import (
-    FILES,
-    CheckpointError,
-    Progress,
-    damage,
-    latest_checkpoint,
-    load_checkpoint,
-    prune,
-    save_checkpoint,
-)
+from grpo.run.checkpoint import FILES, Progress, damage, latest_checkpoint, load_checkpoint, prune, save_checkpoint
 from grpo.runtime.atomic_files import DiskError
+from grpo.runtime.errors import UserError
 from tests.support.faults import DAMAGES
 
 EVERY = Checkpoint(every=1, keep=2)
@@ -92,7 +84,7 @@ def test_whatever_was_not_written_like_that_is_named_and_the_one_before_is_used(
     path, told = latest_checkpoint(folder)
     assert path == folder / "step_000001" and len(told) == 1
     assert f"step_000002: {name}" in told[0] and told[0].endswith("not used")
-    with pytest.raises(CheckpointError, match=name):
+    with pytest.raises(UserError, match=name):
         load_checkpoint(folder / "step_000002", policy, adamw(policy))
 
 
@@ -131,7 +123,7 @@ def test_a_manifest_of_anything_is_no_more_than_damage(folder: Path, manifest: s
 def test_where_none_is_whole_nothing_is_guessed(folder: Path) -> None:
     for path in folder.iterdir():
         (path / "state.json").unlink()
-    with pytest.raises(CheckpointError, match="start again from step 0") as told:
+    with pytest.raises(UserError, match="start again from step 0") as told:
         latest_checkpoint(folder)
     assert "step_000001: state.json" in str(told.value) and "step_000002: state.json" in str(told.value)
     assert latest_checkpoint(folder / "nowhere") == (None, ())
@@ -141,10 +133,10 @@ def test_a_whole_checkpoint_of_another_adapter_or_step_is_refused(
     policy: Policy, make_policy: Callable[..., Policy], folder: Path
 ) -> None:
     other = make_policy(r=2)
-    with pytest.raises(CheckpointError, match="has another shape"):
+    with pytest.raises(UserError, match="has another shape"):
         load_checkpoint(folder / "step_000002", other, adamw(other))
     shutil.copytree(folder / "step_000001", folder / "step_000009")
-    with pytest.raises(CheckpointError, match=r"state\.json is of step 1"):
+    with pytest.raises(UserError, match=r"state\.json is of step 1"):
         load_checkpoint(folder / "step_000009", policy, adamw(policy))
 
 
@@ -176,7 +168,7 @@ def test_the_only_good_one_is_never_dropped(policy: Policy, folder: Path, monkey
         os.truncate(target / "optimizer.safetensors", 10)
 
     monkeypatch.setattr(checkpoint_module, "placed", lying)
-    with pytest.raises(CheckpointError, match="right after it was written"):
+    with pytest.raises(UserError, match="right after it was written"):
         save_checkpoint(folder, policy, optimizer, Progress(4), one)
     assert latest_checkpoint(folder)[0] == folder / "step_000003"
 
@@ -217,7 +209,7 @@ def test_what_a_crash_left_half_written_or_half_dropped_is_cleared(policy: Polic
 
 def test_a_file_where_checkpoints_should_be_is_refused(policy: Policy, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(CheckpointError, match="expected a folder of checkpoints"):
+    with pytest.raises(UserError, match="expected a folder of checkpoints"):
         latest_checkpoint(tmp_path / "file")
     (folder / "step_000003").write_text("no folder")
     path, told = latest_checkpoint(folder)

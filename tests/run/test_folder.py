@@ -17,7 +17,6 @@ from grpo.config import Config, Source, load_config
 from grpo.run.checkpoint import Progress
 from grpo.run.folder import (
     Run,
-    RunError,
     add_evaluation,
     add_metrics,
     before_after,
@@ -28,6 +27,7 @@ from grpo.run.folder import (
     locked,
 )
 from grpo.run.folder import start_run as start
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import columns
 from rewards import load_reward
 from tests.support.recorded_runs import recorded
@@ -53,11 +53,11 @@ def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: Run) -> Non
     with locked(run.path):
         held = subprocess.run(
             [sys.executable, "-c", "import sys, pathlib, grpo.run.folder as r\n"
-             "try:\n  r.locked(pathlib.Path(sys.argv[1])).__enter__()\nexcept r.RunError as e: print(e)", run.path],
+             "try:\n  r.locked(pathlib.Path(sys.argv[1])).__enter__()\nexcept r.UserError as e: print(e)", run.path],
             capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
         assert f"in use by process {os.getpid()} on " in held.stdout
-        with pytest.raises(RunError, match="in use by"), locked(run.path):
+        with pytest.raises(UserError, match="in use by"), locked(run.path):
             pass
     with locked(run.path):
         pass  # the file of before blocks nobody
@@ -91,7 +91,7 @@ def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
     for resume, says in ((False, "never overwritten"), (True, "no run to resume here")):
-        with pytest.raises(RunError, match=says):
+        with pytest.raises(UserError, match=says):
             check_folder(tmp_path / "mine", config, resume=resume)
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
 
@@ -115,7 +115,7 @@ def test_a_symlink_out_of_the_folder_is_refused(
     outside.mkdir()
     (run.path / name).parent.mkdir(exist_ok=True)
     (run.path / name).symlink_to(outside)
-    with pytest.raises(RunError, match=f"{name}: a symlink"):
+    with pytest.raises(UserError, match=f"{name}: a symlink"):
         check_folder(run.path, made[0], resume=True)
     assert not any(outside.iterdir())
 
@@ -168,14 +168,14 @@ def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
 
 def test_a_resume_with_other_contents_is_refused(made: tuple[Config, Source], run: Run) -> None:
     continue_run(run.path, Progress(0), made[0], INPUTS)
-    with pytest.raises(RunError, match=r"what cases\.train names has changed since the run was started"):
+    with pytest.raises(UserError, match=r"what cases\.train names has changed since the run was started"):
         continue_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
 def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run, content: str) -> None:
     (run.path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(RunError, match=r"config\.json: cannot be read|other values of"):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read|other values of"):
         check_folder(run.path, made[0], resume=True)
 
 
@@ -212,7 +212,7 @@ def test_records_of_anything_are_one_error_and_nothing_is_touched(
     else:
         path.write_text(content)
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
-    with pytest.raises(RunError) as told:
+    with pytest.raises(UserError) as told:
         continue_run(run.path, Progress(0), made[0], INPUTS)
     assert says in str(told.value)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
@@ -230,7 +230,7 @@ def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted
     ]  # fmt: skip
     for key, value in odd:
         run.evaluations.write_text(json.dumps([right, right | {key: value}, {"secret": value}]))
-        with pytest.raises(RunError) as told:
+        with pytest.raises(UserError) as told:
             evaluations(run)
         assert str(told.value) == f"{run.evaluations}: not the evaluations of a run: {key} of record 2", value
 

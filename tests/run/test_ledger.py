@@ -12,8 +12,9 @@ from safetensors import safe_open
 
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.run import ledger as ledger_module
-from grpo.run.ledger import TENSORS, LedgerError, cut_ledger, ledger_steps, read_step, step_files, write_step
+from grpo.run.ledger import TENSORS, cut_ledger, ledger_steps, read_step, step_files, write_step
 from grpo.runtime.atomic_files import DiskError
+from grpo.runtime.errors import UserError
 from grpo.types import Dropped, Step
 from tests.test_metrics import config_with, make_step
 
@@ -94,7 +95,7 @@ def test_every_tensor_that_changes_is_named(folder: Path) -> None:
         file.write_bytes(whole[:begin] + bytes([whole[begin] ^ 1]) + whole[begin + 1 :])
         try:
             changed = read_step(folder, 3).changed
-        except LedgerError as error:
+        except UserError as error:
             assert name in str(error)
         else:
             assert changed == ("ledger/step_000003.safetensors", f"ledger/step_000003.safetensors: {name}")
@@ -152,17 +153,17 @@ def test_a_resumed_run_takes_the_steps_after_its_checkpoint_out(tmp_path: Path) 
 )
 def test_a_broken_ledger_is_one_error_that_names_the_file(folder: Path, name: str, content: bytes, says: str) -> None:
     (folder / name).write_bytes(content)
-    with pytest.raises(LedgerError) as error:
+    with pytest.raises(UserError) as error:
         read_step(folder, 3)
     assert says in str(error.value) and str(folder) in str(error.value)
     assert "40-year-old" not in str(error.value)
 
 
 def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(LedgerError, match="no step 7 in this ledger: it holds 3 to 3"):
+    with pytest.raises(UserError, match="no step 7 in this ledger: it holds 3 to 3"):
         read_step(folder, 7)
-    with pytest.raises(LedgerError, match="no ledger here"):
+    with pytest.raises(UserError, match="no ledger here"):
         ledger_steps(tmp_path / "nothing")
     shutil.rmtree(folder)
-    with pytest.raises(LedgerError, match="no ledger here"):
+    with pytest.raises(UserError, match="no ledger here"):
         read_step(folder, 3)

@@ -28,7 +28,8 @@ from grpo.qwen3_5 import decode_ops as plain
 from grpo.qwen3_5 import gated_delta_scan as gated_delta
 from grpo.qwen3_5 import train_forward as shared_prefix
 from grpo.run import self_check as module
-from grpo.run.self_check import DRIFT_BAND, DriftWarning, SelfCheck, SelfCheckError, agree, check_on_cuda, self_check
+from grpo.run.self_check import DRIFT_BAND, DriftWarning, SelfCheck, agree, check_on_cuda, self_check
+from grpo.runtime.errors import UserError
 from tests.conftest import TARGETS
 from tests.engine.test_engines import buffers
 from tests.test_train import lines, run, without_cost
@@ -326,9 +327,7 @@ def test_plain_decoding_at_fault_stops(
     policy: Policy, name: str, fault: Callable[[Op], Op], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain, name, fault(getattr(plain, name)))
-    with pytest.raises(
-        SelfCheckError, match=r"plain torch: (a log-probability .* by .* \(limit|RuntimeError: no kernel)"
-    ):
+    with pytest.raises(UserError, match=r"plain torch: (a log-probability .* by .* \(limit|RuntimeError: no kernel)"):
         self_check(policy)
 
 
@@ -337,7 +336,7 @@ def test_a_forward_pass_at_fault_stops(
     policy: Policy, fault: Callable[[Op], Op], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gated_delta.SCANS, "plain", fault(gated_delta.chunked_scan))
-    with pytest.raises(SelfCheckError, match="self-check in plain torch: (a log-probability|RuntimeError)"):
+    with pytest.raises(UserError, match="self-check in plain torch: (a log-probability|RuntimeError)"):
         self_check(policy)
 
 
@@ -356,7 +355,7 @@ def test_a_gradient_at_fault_stops(
         monkeypatch.setitem(where, name, fault(where[name]))
     else:
         monkeypatch.setattr(where, name, fault(getattr(where, name)))
-    with pytest.raises(SelfCheckError, match="self-check in plain torch: (the gradient of|RuntimeError)"):
+    with pytest.raises(UserError, match="self-check in plain torch: (the gradient of|RuntimeError)"):
         self_check(policy)
 
 
@@ -488,7 +487,7 @@ def test_an_adapter_that_is_not_decoded_is_seen_though_it_is_fresh(
     """B is 0 in a fresh adapter: the check gives it other values while it looks."""
     add = decode._add
     monkeypatch.setattr(decode, "_add", lambda x, h, layer: add(x, h, replace(layer, adapter=None)))
-    with pytest.raises(SelfCheckError, match="a log-probability of the plain decode step differs"):
+    with pytest.raises(UserError, match="a log-probability of the plain decode step differs"):
         self_check(policy)
 
 

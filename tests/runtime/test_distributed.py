@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from benchmarks import bench
 from benchmarks.series import __main__ as lab
 from grpo.commands import evaluate
-from grpo.config import EMBEDDED, ConfigError, load_config
+from grpo.config import EMBEDDED, load_config
 from grpo.run import resume as opening
 from grpo.run.checkpoint import damage
 from grpo.run.exit_messages import say_refused, say_stopped
@@ -33,6 +33,7 @@ from grpo.run.resume import check_alike
 from grpo.run.setup import Setup
 from grpo.runtime import distributed as ranks_module
 from grpo.runtime.distributed import ALONE, TORCHRUN, RankError, RankLost, Ranks, check_cards, joined, launcher
+from grpo.runtime.errors import UserError
 from grpo.runtime.interrupts import Stop, Stopped
 from grpo.runtime.out_of_memory import OutOfMemory
 from tests.support import ranked
@@ -526,5 +527,5 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_sharded_base_and_a_cut_by_free_memory_are_refused_together() -> None:
-    with pytest.raises(ConfigError, match="with model.shard = true all ranks cut alike"):
+    with pytest.raises(UserError, match="with model.shard = true all ranks cut alike"):
         load_config(TINY, ["model.shard=true", "optim.micro_batch_tokens=auto"])

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.tiny_world.model import make_tokenizer
-from grpo.cases import CaseError, load
+from grpo.cases import load
 from grpo.commands.inspect import main as inspect
 from grpo.commands.merge import main as merge
 from grpo.commands.replay import main as replay
@@ -25,13 +25,14 @@ from grpo.commands.report import main as report
 from grpo.commands.tensorboard import main as mirror
 from grpo.commands.tensorboard import scalars
 from grpo.commands.triage import main as triage
-from grpo.config import EMBEDDED, ConfigError, load_config, notes
+from grpo.config import EMBEDDED, load_config, notes
 from grpo.inspection.run_records import read_run
-from grpo.policy.adapter_files import AdapterError, read_config, read_pairs
-from grpo.policy.base_model import ModelError, check_base, load_base
+from grpo.policy.adapter_files import read_config, read_pairs
+from grpo.policy.base_model import check_base, load_base
 from grpo.policy.policy import check_adapter
 from grpo.prompts import control_ids, encode_plain, render_prompt
-from grpo.run.ledger import LedgerError, read_step
+from grpo.run.ledger import read_step
+from grpo.runtime.errors import UserError
 from grpo.runtime.tensor_files import declared, open_tensors
 from grpo.runtime.terminal import error_lines, wrap
 from grpo.train import main as train
@@ -215,10 +216,10 @@ def test_a_lying_header_is_one_error(tmp_path: Path, content: bytes) -> None:
     path.write_bytes(content)
     with pytest.raises(Unreadable), open_tensors(path) as file:
         {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    with pytest.raises(AdapterError, match="adapter_model.safetensors: "):
+    with pytest.raises(UserError, match="adapter_model.safetensors: "):
         read_pairs(tmp_path, {"r": 1, "lora_alpha": 1})
     (tmp_path / "ledger").mkdir()
-    with pytest.raises(LedgerError):
+    with pytest.raises(UserError):
         read_step(tmp_path / "ledger", 1)
 
 
@@ -229,7 +230,7 @@ def test_an_honest_header_is_read(tmp_path: Path) -> None:
 
 def test_a_safetensors_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "adapter_model.safetensors")
-    with pytest.raises(AdapterError, match="found a pipe"):
+    with pytest.raises(UserError, match="found a pipe"):
         read_pairs(tmp_path, {"r": 1, "lora_alpha": 1})
 
 
@@ -257,7 +258,7 @@ def test_tensors_of_a_ledger_fit_together_or_are_no_step(
     with open_tensors(path) as file:
         metadata = file.metadata()
     path.write_bytes(save(load_file(path) | {name: change(load_file(path)[name]).contiguous()}, metadata))
-    with pytest.raises(LedgerError, match="do not fit together|no ledger has"):
+    with pytest.raises(UserError, match="do not fit together|no ledger has"):
         read_step(ledger_folder, 3)
 
 
@@ -378,7 +379,7 @@ def test_a_megabyte_of_completion_is_shown(tmp_path: Path, capsys: pytest.Captur
     ],
 )
 def test_a_value_that_no_run_can_have(override: str, says: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load_config(TINY, [override])
     told = error_lines(error.value)
     assert says in told and len(told) < 2000 and "\x1b" not in told
@@ -387,7 +388,7 @@ def test_a_value_that_no_run_can_have(override: str, says: str) -> None:
 def test_version_one_is_a_whole_number(tmp_path: Path) -> None:
     for value in ("true", "1.0", "0x" + "f" * 5000):
         (tmp_path / "c.toml").write_text(f"version = {value}\n")
-        with pytest.raises(ConfigError, match="version = "):
+        with pytest.raises(UserError, match="version = "):
             load_config(tmp_path / "c.toml")
 
 
@@ -477,7 +478,7 @@ CASE_FILES = {
 def test_no_error_holds_what_a_case_says(tmp_path: Path, loader: str, content: str) -> None:
     (tmp_path / "file").write_text(content, encoding="utf-8")
     for strict in (True, False):
-        with pytest.raises(CaseError) as error:
+        with pytest.raises(UserError) as error:
             load(loader, str(tmp_path / "file"), strict=strict)
         if "subject_id," + MARKER not in content:  # a header is named, so that the missing column can be found
             assert MARKER not in str(error.value)
@@ -488,17 +489,17 @@ def test_a_gzip_that_expands_beyond_any_table_is_refused(tmp_path: Path) -> None
         for _ in range(5):
             file.write(b"\n" * 2**20)
     assert (tmp_path / "bomb").stat().st_size < 10_000
-    with pytest.raises(CaseError, match="expands over 100 times"):
+    with pytest.raises(UserError, match="expands over 100 times"):
         load("jsonl", str(tmp_path / "bomb"), strict=False)
 
 
 def test_a_pipe_is_no_case_file_and_no_reward_and_no_config(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
-    with pytest.raises(CaseError, match="found a pipe"):
+    with pytest.raises(UserError, match="found a pipe"):
         load("jsonl", str(tmp_path / "pipe.toml"), strict=False)
     with pytest.raises(RewardError, match="found a pipe"):
         load_reward(tmp_path / "pipe.toml")
-    with pytest.raises(ConfigError, match="no such config"):
+    with pytest.raises(UserError, match="no such config"):
         load_config(tmp_path / "pipe.toml")
 
 
@@ -546,11 +547,11 @@ def test_no_code_of_a_models_folder_is_run_or_asked_about(
     table["model_type" if name == "config.json" else "tokenizer_class"] = "own"
     (base / name).write_text(json.dumps(table))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked whether to run it"))
-    with pytest.raises(ModelError, match="auto_map asks for code"):
+    with pytest.raises(UserError, match="auto_map asks for code"):
         loaded(base)
     # and were it not refused first, the library itself would not run it
     monkeypatch.setattr("grpo.policy.base_model.check_base", lambda folder: None)
-    with contextlib.suppress(ModelError):  # a tokenizer, it takes for one that it knows
+    with contextlib.suppress(UserError):  # a tokenizer, it takes for one that it knows
         loaded(base)
     assert not traces.exists()
 
@@ -569,10 +570,10 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
     traces = tmp_path / "unpickled"
     (base / "model.safetensors").unlink()
     torch.save({"model.embed_tokens.weight": Trap(traces)}, base / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"pickles \(.bin\) can run code and are never opened"):
+    with pytest.raises(UserError, match=r"pickles \(.bin\) can run code and are never opened"):
         loaded(base)
     monkeypatch.setattr("grpo.policy.base_model.check_base", lambda folder: None)
-    with pytest.raises(ModelError):  # nor would the library, were it not refused first
+    with pytest.raises(UserError):  # nor would the library, were it not refused first
         loaded(base)
     assert not traces.exists()
     torch.load(base / "pytorch_model.bin", weights_only=False)
@@ -597,7 +598,7 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
 )  # fmt: skip
 def test_a_models_folder_that_cannot_be_trusted(base: Path, spoil: Callable[[Path], object], says: str) -> None:
     spoil(base)
-    with pytest.raises(ModelError, match=says):
+    with pytest.raises(UserError, match=says):
         loaded(base)
 
 
@@ -633,7 +634,7 @@ def test_an_adapter_that_is_more_than_it_should_be(
     monkeypatch.syspath_prepend(str(tmp_path))
     told = json.loads((folder / "adapter_config.json").read_text()) | change
     (folder / "adapter_config.json").write_text(json.dumps(told))
-    with pytest.raises(AdapterError, match=says) as error:
+    with pytest.raises(UserError, match=says) as error:
         read_config(folder)
     assert "\x1b" not in error_lines(error.value) and len(str(error.value)) < 1000
     assert train([TINY, "--set", f"lora.warm_start={folder}", "--out", str(tmp_path / "run")]) == 2
@@ -664,9 +665,9 @@ def test_a_pickled_warm_start_is_never_opened(
     lora = Lora(r=told["r"], alpha=float(told["lora_alpha"]), dropout=0.0, warm_start=str(folder),
                 target_modules=tuple(told["target_modules"]))  # fmt: skip
     with no_network(monkeypatch) as tried:
-        with pytest.raises(ModelError, match="adapter_model.safetensors: cannot be read"):
+        with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
             check_adapter(folder, lora, "embedded:base")
-        with pytest.raises(AdapterError, match="never opened"):
+        with pytest.raises(UserError, match="never opened"):
             read_pairs(folder, read_config(folder))
     assert not tried and not (tmp_path / "unpickled").exists()
 
@@ -738,7 +739,7 @@ def test_a_template_that_hides_or_repeats_a_turn_is_refused(tokenizer: object) -
     ):
         tokenizer.chat_template = template
         try:
-            with pytest.raises(ModelError, match="exactly once"):
+            with pytest.raises(UserError, match="exactly once"):
                 render_prompt(tokenizer, Case("a", "Rash.", 1), system_prompt="Extract.", thinking=False)
         finally:
             tokenizer.chat_template = before
@@ -777,7 +778,7 @@ def test_a_text_without_a_plain_spelling_is_refused_without_being_quoted() -> No
     made = fast_tokenizer(special=True, normalized=False)
     made.add_tokens(["§"], special_tokens=True)
     for text in (f"{MARKER} §", f"{MARKER} \ud800"):
-        with pytest.raises(ModelError) as error:
+        with pytest.raises(UserError) as error:
             encode_plain(made, text)
         assert MARKER not in str(error.value)
 

@@ -20,33 +20,23 @@ from typing import Any
 
 import torch
 
-from grpo.cases import LOADERS, CaseError, load
-from grpo.commands.inspect import INPUT_ERRORS as INSPECT_ERRORS
+from grpo.cases import LOADERS, load
 from grpo.commands.inspect import finite_values, group_record, groups_of, step_record, token_records
-from grpo.commands.replay import INPUT_ERRORS as REPLAY_ERRORS
 from grpo.commands.replay import folder_differences, replay, replay_lines
-from grpo.config import EMBEDDED, Checkpoint, ConfigError, Lora, Model, load_config, notes
+from grpo.config import EMBEDDED, Checkpoint, Lora, Model, load_config, notes
 from grpo.data.row_report import Banded, Tally, settled
-from grpo.evaluation.answers import AnswersError, read_answers
-from grpo.evaluation.comparison import FORMAT, ComparisonError, check_same_cases, compare, read_evaluation
+from grpo.evaluation.answers import read_answers
+from grpo.evaluation.comparison import FORMAT, check_same_cases, compare, read_evaluation
 from grpo.inspection import run_reader as recording
-from grpo.inspection.run_records import ReportError
 from grpo.inspection.step_text import group_lines, member_lines, step_lines, token_lines
-from grpo.policy.adapter_files import AdapterError, read_config, read_pairs, scaling
+from grpo.policy.adapter_files import read_config, read_pairs, scaling
 from grpo.policy.policy import Policy, load_policy
-from grpo.report.model_card import CardError, model_card
+from grpo.report.model_card import model_card
 from grpo.report.page import Request, make_report
-from grpo.run.checkpoint import (
-    FILES,
-    MANIFEST,
-    CheckpointError,
-    Progress,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from grpo.run.folder import Run, RunError, before_after, evaluations
-from grpo.run.ledger import LedgerError, read_step
+from grpo.run.checkpoint import FILES, MANIFEST, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.run.folder import Run, before_after, evaluations
+from grpo.run.ledger import read_step
+from grpo.runtime.errors import INPUT_ERRORS, UserError
 from rewards import RewardError, load_reward, parse_answer
 from rewards.parse import FORMATS
 from tests.report.test_report import add_evaluations, evaluation, record_run
@@ -219,7 +209,7 @@ def _config(data: bytes) -> None:
     path = _file("config.toml", data)
     try:
         config, source = load_config(path)
-    except ConfigError as error:
+    except UserError as error:
         assert str(path) in str(error) and len(str(error)) < 50_000
         notes(data.decode("utf-8", "replace"))
         raise
@@ -508,22 +498,22 @@ PARSER_SEEDS = [
     b"Looks stable.\n</think>\n\nEXTRACTION:\nChief complaint: fall\nANSWER: ESI 2",
     b"**Final ESI level: 3** because (1) pain 9/10, 2 resources\nESI-2 or 3\n2.",
 ]
-RUN_ERRORS = (RunError, LedgerError, RewardError, CardError, ReportError, *INSPECT_ERRORS, *REPLAY_ERRORS)
+RUN_ERRORS = INPUT_ERRORS
 TARGETS: dict[str, Target] = {
-    "config": Target(lambda: _shipped("configs/*.toml"), _config, (ConfigError,)),
-    "cases-jsonl": Target(_jsonl_seeds, _cases_of("jsonl", "cases.jsonl"), (CaseError,)),
-    "cases-mietic": Target(lambda: [MIETIC], _cases_of("mietic-validate", "mietic.csv"), (CaseError,)),
-    "cases-instructions": Target(lambda: [INSTRUCTIONS], _instructions, (CaseError,)),
+    "config": Target(lambda: _shipped("configs/*.toml"), _config, (UserError,)),
+    "cases-jsonl": Target(_jsonl_seeds, _cases_of("jsonl", "cases.jsonl"), (UserError,)),
+    "cases-mietic": Target(lambda: [MIETIC], _cases_of("mietic-validate", "mietic.csv"), (UserError,)),
+    "cases-instructions": Target(lambda: [INSTRUCTIONS], _instructions, (UserError,)),
     "cases-mimic": Target(
-        lambda: [bytes([i]) + content for i, content in enumerate(MIMIC.values())], _mimic, (CaseError,), 1
+        lambda: [bytes([i]) + content for i, content in enumerate(MIMIC.values())], _mimic, (UserError,), 1
     ),
     "reward": Target(lambda: _shipped("rewards/sets/*.toml"), _reward("toml"), (RewardError,)),
     "reward-json": Target(lambda: [(_run() / "reward.json").read_bytes()], _reward("json"), (RewardError,)),
     "parser": Target(lambda: PARSER_SEEDS, _parser, ()),
-    "adapter": Target(_adapter_seeds, _adapter, (AdapterError,), 1),
-    "checkpoint": Target(_checkpoint_seeds, _checkpoint, (CheckpointError,), 2),
-    "answers": Target(_answer_seeds, _answers, (AnswersError,)),
-    "evaluation": Target(_evaluation_seeds, _evaluation, (ComparisonError,)),
+    "adapter": Target(_adapter_seeds, _adapter, (UserError,), 1),
+    "checkpoint": Target(_checkpoint_seeds, _checkpoint, (UserError,), 2),
+    "answers": Target(_answer_seeds, _answers, (UserError,)),
+    "evaluation": Target(_evaluation_seeds, _evaluation, (UserError,)),
     "inspect": Target(_run_seeds, _on_altered_run(_ledger), RUN_ERRORS, 2),
     "replay": Target(_run_seeds, _on_altered_run(_replay), RUN_ERRORS, 2),
     "report": Target(_run_seeds, _on_altered_run(_report), RUN_ERRORS, 2),
