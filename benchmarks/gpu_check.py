@@ -237,7 +237,7 @@ def clock(device: torch.device) -> float:
 
 def check_kernels(arguments: argparse.Namespace) -> Result:
     """Every kernel, on odd shapes and on the 9B's. One that raises does not keep the others from being checked."""
-    sys.path.append(str(ROOT / "tests"))
+    sys.path.append(str(ROOT / "tests" / "support"))
     from fused_pieces import NEAR, Draws, drawn_cases, fused, plain, run_both, teach_bfloat16
 
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
