@@ -44,6 +44,8 @@ from torch import Tensor, nn
 from torch.cuda._utils import _get_device_index
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo.runtime.out_of_memory import OutOfMemory
+
 aten = torch.ops.aten
 INNER = "lazy"
 """The device type that the C++ side sees. Its backward runs in the caller's thread, and no real tensor has it."""
@@ -161,7 +163,7 @@ class Card:
             self._room = after
             try:
                 return real(*args, **kwargs)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, OutOfMemory):
                 failed.append(number)
                 raise
             finally:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import nn
 
+import grpo.engine.sampling as sampling_module
+import grpo.policy.policy as policy_module
 import grpo.run.roofline as roofline
 import grpo.train as train_module
 import grpo.update as update_module
@@ -294,3 +296,61 @@ def test_an_update_that_never_fits_is_refused(cases: Path, tmp_path: Path, capsy
         overrides = ("train.steps=1", "evaluate.ends={}", "model.device=cuda")
         assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 2
     assert failed == [0, 1] and "lower optim.micro_batch_size" in capsys.readouterr().err
+
+
+def check_refusal(text: str) -> None:
+    """Expect a single clear line about memory, and no traceback."""
+    assert text.count("error:") == 1 and "Traceback" not in text
+    assert "memory" in text[text.index("error:") :]
+
+
+def test_a_rollout_that_does_not_fit_keeps_the_steps_before(
+    run: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    overrides = ("train.steps=2", "checkpoint.every=100", "model.device=cuda", "evaluate.ends={}")
+    argv = [*small(cases, *overrides), "--out", str(out)]
+    with simulated_card() as card:
+        with card.out_of_memory(train_module, "sample_groups", calls=(1,), after=50) as failed:
+            assert train(argv) == 2
+        assert failed == [1] and (out / "checkpoints" / "step_000001").is_dir()
+        check_refusal(capsys.readouterr().err)
+        assert train([*argv, "--resume"]) == 0
+    assert (metrics(out), adapter(out)) == (metrics(run), adapter(run))
+
+
+def test_an_evaluation_that_does_not_fit_keeps_the_steps_before(
+    cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ("evaluate.ends={}", f'evaluate.during={{ test = "{cases / "test.jsonl"}" }}', "evaluate.every=1")
+    argv = small(cases, "train.steps=2", "checkpoint.every=100", "model.device=cuda", *sets)
+    with simulated_card() as card, card.out_of_memory(train_module, "evaluate", calls=(1,), after=50) as failed:
+        assert train([*argv, "--out", str(tmp_path / "run")]) == 2
+    assert failed == [1] and (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
+    check_refusal(capsys.readouterr().err)
+
+
+def test_a_base_that_does_not_fit_leaves_no_run(
+    cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [*small(cases, "train.steps=1", "model.device=cuda"), "--out", str(tmp_path / "run")]
+    with simulated_card() as card, card.out_of_memory(policy_module, "load_base", after=20):
+        assert train(argv) == 2
+    check_refusal(capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", ["evaluate", "triage", "replay"])
+def test_commands_that_do_not_fit_are_refused(
+    run: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    device = "model.device=cuda:1"
+    main, argv, owner, name = {
+        "evaluate": (evaluate, [*small(cases, device), "--out", str(tmp_path / "eval")], sampling_module, "draw"),
+        "triage": (triage, ["chest pain, 120/58", "--device", "cuda:1"], sampling_module, "draw"),
+        "replay": (replay, [str(run), "--model"], update_module, "score"),
+    }[command]
+    with simulated_card(index=1, cards=2) as card, card.out_of_memory(owner, name) as failed:
+        assert main(argv) == 2
+    assert failed == [0]
+    check_refusal(capsys.readouterr().err)
