@@ -116,4 +116,4 @@ def test_every_command_makes_sure_of_it_first() -> None:
                 first = node.body[1]  # after the docstring
                 assert ast.unparse(first) == "say_anyhow()", path
                 mains += 1
-    assert mains >= 13, "the search itself finds them"
+    assert mains >= 12, "the search itself finds them"
