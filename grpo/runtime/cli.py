@@ -30,9 +30,9 @@ def run_command(
 ) -> int:
     """Parse the arguments, call ``run`` with them and return its exit code.
 
-    Bad input (`INPUT_ERRORS`) is printed as one line and returns 2, with ``--json`` also as ``{"error": …}`` on standard
-    output. A file that cannot be written returns 3, Ctrl-C 130; any other exception is a bug and keeps its traceback. A
-    reader that closes the pipe early, as ``head`` does, is no error.
+    Bad input (`INPUT_ERRORS`) is printed as one line and returns 2; with ``--json`` standard output gets it as
+    ``{"error": …}``. A file that cannot be written returns 3 and Ctrl-C 130; any other exception is a bug and keeps its
+    traceback. A reader that closes the pipe early, as ``head`` does, is not an error.
 
     Args:
         if_interrupted: what Ctrl-C leaves behind, printed after "interrupted".
