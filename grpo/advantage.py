@@ -1,8 +1,7 @@
 """Advantages: how much better a completion did than the others of its prompt. NumPy only.
 
-Every variant is `(reward - mean of its group) / divisor`, so a variant is a divisor and nothing else. That
-also makes the split by reward component exact: each component is centred on its own group mean and divided
-by the divisor of the total.
+Every variant is `(reward - group mean) / divisor` and differs from the others only in the divisor. The split by reward
+component is therefore exact: each component is centered on its own group mean and divided by the divisor of the total.
 """
 
 from __future__ import annotations
@@ -17,25 +16,25 @@ Bools = NDArray[np.bool_]
 Divisor = Callable[[Floats, Bools, float, int], Floats]
 
 
-def _centred(values: Floats, members: Bools) -> Floats:
-    counts = np.maximum(members.sum(axis=1, keepdims=True), 1)
-    means = np.where(members, values, 0.0).sum(axis=1, keepdims=True) / counts
-    return np.where(members, values - means, 0.0)
+def _center(values: Floats, baseline_mask: Bools) -> Floats:
+    counts = np.maximum(baseline_mask.sum(axis=1, keepdims=True), 1)
+    means = np.where(baseline_mask, values, 0.0).sum(axis=1, keepdims=True) / counts
+    return np.where(baseline_mask, values - means, 0.0)
 
 
-def group_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
-    """Std of the group + epsilon, [B,1] (GRPO: DeepSeekMath, arXiv 2402.03300, which writes no epsilon).
+def group_divisor(rewards: Floats, baseline_mask: Bools, epsilon: float, ddof: int) -> Floats:
+    """Std of the group + epsilon, [B,1] (GRPO: DeepSeekMath, arXiv 2402.03300, which has no epsilon).
 
     >>> group_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
     array([[1.5]])
     """
-    counts = members.sum(axis=1, keepdims=True)
-    squares = (_centred(rewards, members) ** 2).sum(axis=1, keepdims=True)
+    counts = baseline_mask.sum(axis=1, keepdims=True)
+    squares = (_center(rewards, baseline_mask) ** 2).sum(axis=1, keepdims=True)
     return np.sqrt(squares / np.maximum(counts - ddof, 1)) + epsilon
 
 
-def unit_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
-    """One, [B,1]: the centred reward itself (Dr. GRPO, arXiv 2503.20783). Neither epsilon nor ddof acts.
+def unit_divisor(rewards: Floats, baseline_mask: Bools, epsilon: float, ddof: int) -> Floats:
+    """One, [B,1]: the centered reward itself (Dr. GRPO, arXiv 2503.20783). epsilon and ddof have no effect.
 
     >>> unit_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
     array([[1.]])
@@ -43,26 +42,26 @@ def unit_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> 
     return np.ones((len(rewards), 1))
 
 
-def batch_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
+def batch_divisor(rewards: Floats, baseline_mask: Bools, epsilon: float, ddof: int) -> Floats:
     """Std of all rewards of the batch around the batch's mean, + epsilon, [B,1] (Lite PPO, arXiv 2508.08221).
 
     >>> batch_divisor(np.array([[1.0, 1.0], [3.0, 3.0]]), np.ones((2, 2), bool), epsilon=0.5, ddof=0)
     array([[1.5],
            [1.5]])
     """
-    flat = group_divisor(rewards.reshape(1, -1), members.reshape(1, -1), epsilon, ddof)
+    flat = group_divisor(rewards.reshape(1, -1), baseline_mask.reshape(1, -1), epsilon, ddof)
     return np.repeat(flat, len(rewards), axis=0)
 
 
-def leave_one_out_divisor(rewards: Floats, members: Bools, epsilon: float, ddof: int) -> Floats:
-    """(G - 1)/G, [B,1]: the reward less the mean of the *others* (RLOO, arXiv 2402.14740).
+def leave_one_out_divisor(rewards: Floats, baseline_mask: Bools, epsilon: float, ddof: int) -> Floats:
+    """(G - 1)/G, [B,1]: the reward minus the mean of the *others* (RLOO, arXiv 2402.14740).
 
-    G counts the completions in the baseline. Neither epsilon nor ddof acts.
+    G counts the completions in the baseline. epsilon and ddof have no effect.
 
     >>> leave_one_out_divisor(np.array([[1.0, 3.0]]), np.array([[True, True]]), epsilon=0.5, ddof=0)
     array([[0.5]])
     """
-    counts = np.maximum(members.sum(axis=1, keepdims=True), 2)
+    counts = np.maximum(baseline_mask.sum(axis=1, keepdims=True), 2)
     return (counts - 1) / counts
 
 
@@ -89,17 +88,17 @@ def advantages(
         kind: "group" divides by the group's std + epsilon, "batch" by the batch's std + epsilon, "none" by 1,
             "leave_one_out" by (G - 1)/G.
         epsilon: >= 0, in units of reward, added to the std after the root.
-        ddof: 1 divides the squares by n - 1 (TRL's choice and that of v49), 0 by n. One success among eight
-            is worth 2.474 with ddof 1 and 2.645 with ddof 0 (epsilon 1e-4).
-        in_baseline: [B,G] bool. Completions marked False enter neither mean nor std and get 0. Without it
-            every completion counts, also one that the loss will leave out (TRL does the same).
+        ddof: 1 divides the squares by n - 1 (as TRL and v49 do), 0 by n. One success among eight has an
+            advantage of 2.474 with ddof 1 and 2.645 with ddof 0 (epsilon 1e-4).
+        in_baseline: [B,G] bool. Completions marked False count in neither mean nor std and get 0. By default
+            every completion counts, including those that the loss masks out (as in TRL).
 
-    A group whose rewards are all equal, decided by max == min and not by a std that rounding may leave above
-    0, gets exactly 0.0; so does one with fewer than two completions in the baseline.
+    A group whose rewards are all equal (max == min, not std == 0, which rounding can miss) gets exactly 0.0; so
+    does one with fewer than two completions in the baseline.
 
     Raises:
-        ValueError: unknown kind, not [B,G], G < 2, non-finite rewards, epsilon < 0, ddof not 0 or 1, or
-            rewards so far apart or so close that the result is not finite.
+        ValueError: unknown kind, shape not [B,G], G < 2, non-finite rewards, epsilon < 0, ddof not 0 or 1, or a
+            result that overflows.
 
     >>> advantages([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]], kind="group", epsilon=0.0, ddof=1)
     array([[-1.,  0.,  1.],
@@ -108,8 +107,8 @@ def advantages(
     array([[-1.5,  1.5,  0. ]])
     """
     matrix = _reward_matrix(rewards, "rewards")
-    members = _members(in_baseline, matrix)
-    return _shares({"reward": matrix}, matrix, members, kind, epsilon, ddof)["reward"]
+    baseline_mask = _baseline_mask(in_baseline, matrix)
+    return _normalize({"reward": matrix}, matrix, baseline_mask, kind, epsilon, ddof)["reward"]
 
 
 def split_by_component(
@@ -121,19 +120,19 @@ def split_by_component(
     in_baseline: ArrayLike | None = None,
     total: ArrayLike | None = None,
 ) -> dict[str, Floats]:
-    """A_k = (r_k - group mean of r_k)/divisor of the total reward: the part of A that component k gives.
+    """A_k = (r_k - group mean of r_k)/divisor of the total reward: the part of A due to component k.
 
     Args:
         components: name -> [B,G] finite, already weighted; the total reward is their sum.
-        total: [B,G], that sum as the rewards were added. Without it the components are added in the order of the
-            mapping; rounding in another order can part equal totals, and then a group without variance has some.
+        total: [B,G], that sum as the reward computed it; by default the components are added in the order of the
+            mapping. Rounding in another order can make equal totals differ, which would give a uniform group variance.
         kind, epsilon, ddof, in_baseline: as in `advantages`.
 
-    The parts add up to `advantages(total)`. Where the total has no variance every part is 0.0, also when two
-    components cancel: there is no advantage to split.
+    The parts add up to `advantages(total)`. If the total does not vary within a group, every part is 0.0, even if
+    components cancel out: there is no advantage to split.
 
     Raises:
-        ValueError: no components, components (or a total) of different shapes, and all that `advantages` refuses.
+        ValueError: no components, components or total of different shapes, or anything that `advantages` refuses.
 
     >>> parts = {"level": [[1.0, 0.0]], "rule": [[0.5, 0.5]]}
     >>> split_by_component(parts, kind="none", epsilon=0.0, ddof=1)
@@ -154,11 +153,11 @@ def split_by_component(
         whole = _reward_matrix(total, "total")
         if whole.shape != shape:
             raise ValueError(f"total: expected the components' shape {list(shape)}, got {list(whole.shape)}")
-    return _shares(parts, whole, _members(in_baseline, whole), kind, epsilon, ddof)
+    return _normalize(parts, whole, _baseline_mask(in_baseline, whole), kind, epsilon, ddof)
 
 
 def zero_variance(rewards: ArrayLike, *, in_baseline: ArrayLike | None = None) -> Bools:
-    """max == min within each group, [B] bool: the groups whose advantages are all exactly 0.
+    """Return [B] bool, True for groups with max == min, whose advantages are all exactly 0.
 
     Args:
         rewards: [B,G] finite, G >= 2.
@@ -171,33 +170,35 @@ def zero_variance(rewards: ArrayLike, *, in_baseline: ArrayLike | None = None) -
     array([ True, False])
     """
     matrix = _reward_matrix(rewards, "rewards")
-    return _zero_variance(matrix, _members(in_baseline, matrix))
+    return _zero_variance(matrix, _baseline_mask(in_baseline, matrix))
 
 
-def _zero_variance(rewards: Floats, members: Bools) -> Bools:
-    highest = np.where(members, rewards, -np.inf).max(axis=1)
-    lowest = np.where(members, rewards, np.inf).min(axis=1)
+def _zero_variance(rewards: Floats, baseline_mask: Bools) -> Bools:
+    highest = np.where(baseline_mask, rewards, -np.inf).max(axis=1)
+    lowest = np.where(baseline_mask, rewards, np.inf).min(axis=1)
     return np.asarray(highest <= lowest, dtype=np.bool_)  # an empty group has -inf <= inf
 
 
-def _shares(
-    parts: Mapping[str, Floats], total: Floats, members: Bools, kind: str, epsilon: float, ddof: int
+def _normalize(
+    parts: Mapping[str, Floats], total: Floats, baseline_mask: Bools, kind: str, epsilon: float, ddof: int
 ) -> dict[str, Floats]:
     if kind not in ADVANTAGES:
-        raise ValueError(f"expected an advantage kind out of {sorted(ADVANTAGES)}, got {kind!r}")
+        raise ValueError(f"expected one of the advantage kinds {sorted(ADVANTAGES)}, got {kind!r}")
     if not (np.isfinite(epsilon) and epsilon >= 0):
         raise ValueError(f"expected a finite epsilon >= 0, got {epsilon}")
     if ddof not in (0, 1):
         raise ValueError(f"expected ddof 0 or 1, got {ddof}")
-    silent = _zero_variance(total, members)[:, None]
-    with np.errstate(all="ignore"):  # what overflows is refused below, with a message
-        divisor = np.where(silent, 1.0, ADVANTAGES[kind](total, members, epsilon, ddof))
-        shares = {name: np.where(silent, 0.0, _centred(part, members) / divisor) for name, part in parts.items()}
-    for values in (divisor, *shares.values()):
+    uniform = _zero_variance(total, baseline_mask)[:, None]
+    with np.errstate(all="ignore"):  # overflow is reported below
+        divisor = np.where(uniform, 1.0, ADVANTAGES[kind](total, baseline_mask, epsilon, ddof))
+        normalized = {
+            name: np.where(uniform, 0.0, _center(part, baseline_mask) / divisor) for name, part in parts.items()
+        }
+    for values in (divisor, *normalized.values()):
         if not np.isfinite(values).all():
             group = int(np.argwhere(~np.isfinite(values))[0, 0])
             raise ValueError(f"the advantages of group {group} overflow; check the scale of the rewards")
-    return shares
+    return normalized
 
 
 def _reward_matrix(values: ArrayLike, name: str) -> Floats:
@@ -207,7 +208,7 @@ def _reward_matrix(values: ArrayLike, name: str) -> Floats:
     if matrix.shape[1] < 2:
         raise ValueError(
             f"{name}: expected groups of at least 2 completions, got G = {matrix.shape[1]}: "
-            "a lone completion has nothing to be compared with; raise group_size"
+            "a single completion has nothing to be compared with; raise group_size"
         )
     if not np.isfinite(matrix).all():
         group, member = np.argwhere(~np.isfinite(matrix))[0]
@@ -217,10 +218,12 @@ def _reward_matrix(values: ArrayLike, name: str) -> Floats:
     return matrix
 
 
-def _members(in_baseline: ArrayLike | None, rewards: Floats) -> Bools:
+def _baseline_mask(in_baseline: ArrayLike | None, rewards: Floats) -> Bools:
     if in_baseline is None:
         return np.ones(rewards.shape, dtype=np.bool_)
-    members = np.asarray(in_baseline)
-    if members.dtype != np.bool_ or members.shape != rewards.shape:
-        raise ValueError(f"in_baseline: expected bool {list(rewards.shape)}, got {members.dtype} {list(members.shape)}")
-    return members
+    baseline_mask = np.asarray(in_baseline)
+    if baseline_mask.dtype != np.bool_ or baseline_mask.shape != rewards.shape:
+        raise ValueError(
+            f"in_baseline: expected bool {list(rewards.shape)}, got {baseline_mask.dtype} {list(baseline_mask.shape)}"
+        )
+    return baseline_mask

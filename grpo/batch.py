@@ -1,4 +1,4 @@
-"""Groups and their rewards → one `Batch`: advantages and token weights are fixed here for the whole step."""
+"""Build the `Batch` of a step: advantages and token weights are fixed here, for the whole step."""
 
 from collections.abc import Sequence
 
@@ -13,27 +13,27 @@ from rewards import Score
 
 
 def reward_matrix(scores: Sequence[Sequence[Score]]) -> np.ndarray:
-    """Return the total rewards [B,G] float64."""
+    """Return total rewards, [B,G] float64."""
     return np.array([[score.total for score in row] for row in scores])
 
 
 def group_advantages(groups: Sequence[Group], rewards: np.ndarray, section: Advantage) -> np.ndarray:
-    """Return `grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
+    """Return the advantages [B,G] float64 of the configured kind, see `grpo.advantage.advantages`."""
     return normalised(rewards, baseline(finished_matrix(groups), section), section)
 
 
 def finished_matrix(groups: Sequence[Group]) -> np.ndarray:
-    """Return which completions [B,G] bool ended by themselves."""
+    """Return [B,G] bool, True for completions that ended with an end token."""
     return np.array([[completion.finished for completion in group.completions] for group in groups])
 
 
 def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) -> Batch:
-    """The rows of all groups, group by group, with everything the loss needs but the policy's log-probabilities.
+    """Return the rows of all groups in order, with everything the loss needs except the policy's log-probabilities.
 
     Args:
         groups: B groups of G completions.
-        advantages: [B,G] float64, in the same order, see `group_advantages`.
-        config: its ``[advantage]``, ``[loss]`` and ``[rollout]`` sections are used.
+        advantages: [B,G] float64, see `group_advantages`.
+        config: the sections ``[advantage]``, ``[loss]`` and ``[rollout]`` are used.
     """
     rows = [(group.prompt.ids, completion) for group in groups for completion in group.completions]
     lengths = [len(completion.ids) for _, completion in rows]
@@ -62,7 +62,7 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
 
 
 def baseline(finished: np.ndarray, section: Advantage) -> np.ndarray:
-    """Which of the completions [B,G] bool their group's mean and std are made of.
+    """Return [B,G] bool, True for completions that count in the mean and std of their group.
 
     >>> baseline(np.array([[True, False]]), Advantage(kind="none", epsilon=0.0, ddof=1, truncated_in_baseline=False))
     array([[ True, False]])
@@ -71,7 +71,7 @@ def baseline(finished: np.ndarray, section: Advantage) -> np.ndarray:
 
 
 def normalised(rewards: np.ndarray, members: np.ndarray, section: Advantage) -> np.ndarray:
-    """`grpo.advantage.advantages` as the config asks for it, [B,G] float64."""
+    """Return the advantages [B,G] float64 of the configured kind, given the baseline mask."""
     return normalized_advantages(
         rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof, in_baseline=members
     )

@@ -1,4 +1,4 @@
-"""Files → `Case`s, and the order in which training meets them: a pure function of (seed, step)."""
+"""Load cases, and choose those of each step as a pure function of (seed, step)."""
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,38 +17,38 @@ LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {
     "mietic-instructions": read_instructions,
     "mimic-iv-ed": read_mimic_iv_ed,
 }
-"""Format → reader. A reader yields rows one by one; `load` is the same as tuples."""
+"""Format → reader, which yields one row at a time."""
 
 
 def load(loader: str, name: str, *, strict: bool) -> Loaded:
-    """The cases of a file and the account of every row that did not become one.
+    """Return the cases of a file and a report on every row that did not become one.
 
     Args:
-        loader: a key of `LOADERS`, for a name that brings none of its own.
-        name: the file, or the folder for mimic-iv-ed; ``mietic-validate:FILE`` names its loader.
-        strict: refuse the file for any faulty row instead of leaving it out. Rows that the format itself sets aside
-            (MIETIC's unretained) are no fault.
+        loader: a key of `LOADERS`, used if ``name`` has no loader prefix.
+        name: the file, or the folder for mimic-iv-ed; a prefix as in ``mietic-validate:FILE`` selects the loader.
+        strict: refuse the file if any row is faulty, instead of dropping that row. Rows that the format itself excludes
+            (MIETIC's unretained ones) are not faulty.
 
     Raises:
-        UserError: a damaged or empty file, cases without gold levels, under ``strict`` any fault.
+        UserError: the file is damaged or empty, cases have no gold level, or, if ``strict``, any row is faulty.
     """
-    own, colon, rest = name.partition(":")
-    if colon and own in LOADERS:
-        loader, name = own, rest
+    prefix, colon, rest = name.partition(":")
+    if colon and prefix in LOADERS:
+        loader, name = prefix, rest
     return gather(name, LOADERS[loader](name), strict=strict)
 
 
 def load_jsonl(name: str) -> tuple[Case, ...]:
-    """Cases of a JSONL file, strictly (see `read_jsonl`).
+    """Return the cases of a JSONL file, refusing any faulty row (see `read_jsonl`).
 
     Raises:
-        UserError: with file and line, for the first line that is no case, a repeated id, or an empty file.
+        UserError: a line is not a case, an id is repeated, or the file is empty; gives file and line.
     """
     return load("jsonl", name, strict=True).cases
 
 
 def stream(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, ...]:
-    """Indices into ``cases``, each as often as its level is oversampled: one epoch of training, unshuffled.
+    """Return indices into ``cases``, each repeated as often as its level is oversampled: one unshuffled epoch.
 
     >>> cases = [Case("a", "...", 1), Case("b", "...", 3)]
     >>> stream(cases, {1: 5})
@@ -60,9 +60,9 @@ def stream(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, .
 def cases_for_step(
     cases: Sequence[Case], epoch: Sequence[int], *, seed: int, step: int, count: int
 ) -> tuple[Case, ...]:
-    """The ``count`` cases of a step (0-based): the shuffled epochs laid end to end and cut into steps.
+    """Return the ``count`` cases of a step (0-based): shuffled epochs are concatenated and divided into steps.
 
-    Every entry of ``epoch`` (see `stream`) is met once an epoch; the shuffle of epoch e depends on (seed, e) alone, so
+    Each entry of ``epoch`` (see `stream`) occurs once per epoch. The shuffle of epoch e depends only on (seed, e), so
     resuming needs no state.
     """
     size = len(epoch)
@@ -73,7 +73,7 @@ def cases_for_step(
 
 
 def row_key(*parts: int | str) -> int:
-    """A 128-bit key of named parts for counter-based noise: equal parts, equal key; no part can imitate another.
+    """Return a 128-bit key for counter-based noise: equal parts give equal keys, and parts cannot run together.
 
     >>> row_key(0, 1, "a", 2) == row_key(0, 1, "a", 2) != row_key(0, 1, "a2")
     True

@@ -1,8 +1,8 @@
 """The loss: a surrogate and a KL term per token, and a weighted sum over tokens. Tensors and floats only.
 
-The normaliser is an input. `token_weights` fixes what one token of each completion is worth for the whole
-optimiser step; `grpo_loss` then only adds, so any cut of the step into micro-batches gives the same gradient.
-Arithmetic is in float32, or float64 for float64 logprobs.
+The normalizer is an input: `token_weights` fixes the weight of each completion's tokens for the whole optimizer step,
+and `grpo_loss` only sums. Any split of the step into micro-batches therefore gives the same gradient. Arithmetic is in
+float32, or in float64 if logprobs are float64.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """What a surrogate sees, [N,T] each, with zeros at padding.
+    """Inputs of a surrogate, [N,T] each, zero at padding.
 
     Only `logprobs` and `log_ratio` carry a gradient. `log_ratio` is logprobs - old_logprobs in nats,
     `advantages` repeats the completion's advantage.
@@ -31,7 +31,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """Trust region of the ratio: [1 - low, 1 + high]; `dual` > 1 caps the ratio of negative advantages."""
+    """Clip range of the ratio: [1 - low, 1 + high]; `dual` > 1 caps the ratio of negative advantages."""
 
     low: float
     high: float
@@ -40,7 +40,7 @@ class Clip:
 
 @dataclass(frozen=True, slots=True)
 class Surrogate:
-    """What a surrogate gives, [N,T] each: the objective to maximise, the ratio, and where clipping acted."""
+    """Outputs of a surrogate, [N,T] each: the objective to maximize, the ratio, and where clipping had an effect."""
 
     objective: Tensor
     ratio: Tensor
@@ -50,7 +50,7 @@ class Surrogate:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LossTerms:
-    """The loss and what it was made of; everything but `loss` is detached.
+    """The loss and its terms; everything except `loss` is detached.
 
     loss [] is the scalar to call backward on. per_token [N,T] is each token's weighted contribution and sums
     to the loss. ratio [N,T] is the importance ratio the surrogate used (1 at padding). clipped_low and
@@ -96,7 +96,8 @@ def clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     """max(min(ratio·A, clip(ratio)·A), dual·A) where A < 0, else as "clip" (dual-clip PPO, arXiv 1912.09729).
 
-    Bounds the loss of a bad token that became much likelier. `clipped_high` also marks A < 0, ratio > dual.
+    Bounds the loss of a token with negative advantage that became much likelier. `clipped_high` also marks tokens
+    with A < 0 and ratio > dual.
 
     >>> triple = torch.full((1, 1), math.log(3.0))
     >>> one = torch.ones(1, 1)
@@ -119,7 +120,7 @@ def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     """min(s·A, clip(s)·A) with s = exp(mean of log_ratio over the completion) (GSPO, arXiv 2507.18071).
 
-    s is a function of every logprob of the row and is repeated over its tokens, so with "sequence" weights
+    s is a function of every logprob of the row and is token_advantages over its tokens, so with "sequence" weights
     the row adds min(s·A, clip(s)·A)/N. A completion is clipped as a whole.
 
     >>> log_ratio = torch.tensor([[0.0, 2 * math.log(2.0)]])
@@ -134,9 +135,9 @@ def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
 
 def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
-    """detach(min(ratio, 1 + high))·A·logprob: a capped weight, and no token without gradient.
+    """detach(min(ratio, 1 + high))·A·logprob: the weight is capped, and every token keeps its gradient.
 
-    CISPO, arXiv 2506.13585, without a lower bound: `low` does not act. `clipped_high` marks the tokens whose
+    CISPO, arXiv 2506.13585, without a lower bound: `low` has no effect. `clipped_high` marks the tokens whose
     weight was capped, whatever the sign of A.
 
     >>> logprobs = torch.tensor([[-2.0]])
@@ -154,7 +155,7 @@ def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
 
 def plain_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
-    """ratio·A, without any clip: importance-weighted REINFORCE.
+    """ratio·A, without clipping: importance-weighted REINFORCE.
 
     >>> double = torch.full((1, 1), math.log(2.0))
     >>> one = torch.ones(1, 1)
@@ -162,8 +163,8 @@ def plain_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     tensor([[2.]])
     """
     ratio = tokens.log_ratio.exp()
-    never = torch.zeros_like(tokens.mask)
-    return Surrogate(ratio * tokens.advantages, ratio, clipped_low=never, clipped_high=never)
+    nowhere = torch.zeros_like(tokens.mask)
+    return Surrogate(ratio * tokens.advantages, ratio, clipped_low=nowhere, clipped_high=nowhere)
 
 
 SURROGATES: dict[str, Callable[[Tokens, Clip], Surrogate]] = {
@@ -199,7 +200,7 @@ def k2(d: Tensor, ratio: Tensor) -> Tensor:
 def k3(d: Tensor, ratio: Tensor) -> Tensor:
     """exp(d) - d - 1 >= 0. Unbiased in value; its on-policy gradient is that of KL(reference || policy).
 
-    The estimator of GRPO (arXiv 2402.03300). expm1 keeps the digits of a small d.
+    The estimator of GRPO (arXiv 2402.03300). expm1 is accurate for small d.
 
     >>> k3(torch.tensor([math.log(2.0)]), torch.ones(1))
     tensor([0.3069])
@@ -210,7 +211,7 @@ def k3(d: Tensor, ratio: Tensor) -> Tensor:
 def ratio_k3(d: Tensor, ratio: Tensor) -> Tensor:
     """ratio·(exp(d) - d - 1) with the token's own ratio, not detached (arXiv 2512.02556).
 
-    Value and gradient are those of KL(policy || reference), also for samples of the old policy.
+    Value and gradient are those of KL(policy || reference), even for samples from the old policy.
 
     >>> ratio_k3(torch.tensor([math.log(2.0)]), torch.tensor([2.0]))
     tensor([0.6137])
@@ -248,7 +249,7 @@ def mean_token_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
 
 
 def constant_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
-    """1/(N·L_max): a sum over tokens, with no length in the normaliser (Dr. GRPO, arXiv 2503.20783).
+    """1/(N·L_max): a sum over tokens; the normalizer does not depend on length (Dr. GRPO, arXiv 2503.20783).
 
     >>> constant_weights(torch.tensor([1.0, 3.0]), 4)
     tensor([0.1250, 0.1250])
@@ -270,17 +271,17 @@ def token_weights(
     max_new_tokens: int,
     include: Sequence[bool] | Tensor | None = None,
 ) -> Tensor:
-    """What one token of each completion is worth in the loss of the whole optimiser step, [N] float32.
+    """Return the weight of each completion's tokens in the loss of the whole optimizer step, [N] float32.
 
     Args:
         lengths: [N] tokens of each completion of the *whole step*, end token included, 1 .. max_new_tokens.
         kind: "sequence" 1/(N·L_i), "token" 1/ΣL, "constant" 1/(N·max_new_tokens).
         max_new_tokens: the budget of one completion, >= 1.
-        include: [N] bool; completions marked False weigh 0.
+        include: [N] bool; completions marked False get weight 0.
 
-    A completion left out is out of every denominator too: N and ΣL count the included ones, so the weights
-    are those of a step that never held the others. (TRL's mask_truncated_completions keeps the left-out rows
-    in N for its "grpo" and "dr_grpo".) If none is included, all weights are 0.
+    An excluded completion counts in no denominator either: N and ΣL count the included ones, so the weights are
+    those of a step without the others. (TRL's mask_truncated_completions keeps excluded rows in N for its "grpo"
+    and "dr_grpo".) If none is included, all weights are 0.
 
     Raises:
         ValueError: unknown kind, max_new_tokens < 1, a length outside 1 .. max_new_tokens, or include not
@@ -290,7 +291,7 @@ def token_weights(
     tensor([0.5000, 0.2500, 0.0000])
     """
     if kind not in TOKEN_WEIGHTS:
-        raise ValueError(f"expected token weights out of {sorted(TOKEN_WEIGHTS)}, got {kind!r}")
+        raise ValueError(f"expected one of the token weights {sorted(TOKEN_WEIGHTS)}, got {kind!r}")
     sizes = torch.as_tensor(lengths, dtype=torch.float64)
     if sizes.ndim != 1 or max_new_tokens < 1:
         raise ValueError(f"expected lengths [N] and max_new_tokens >= 1, got {list(sizes.shape)} and {max_new_tokens}")
@@ -308,8 +309,8 @@ def token_weights(
 
 
 def silent_rows(advantages: Tensor, token_weights: Tensor, *, beta: float) -> Tensor:
-    """Completions whose gradient is zero whatever the policy, [N] bool: no token of theirs weighs anything, or they
-    have no advantage and there is no KL.
+    """Return [N] bool, True for completions whose gradient is zero under any policy: all their weights are zero, or
+    their advantage is zero and there is no KL term.
 
     Args:
         advantages: [N].
@@ -343,27 +344,27 @@ def grpo_loss(
     kl: str,
     beta: float,
 ) -> LossTerms:
-    """loss = Σ over tokens of weight·(-surrogate + beta·kl): a plain sum, so micro-batches add up.
+    """loss = Σ over tokens of weight·(-surrogate + beta·kl): a plain sum, so the losses of micro-batches add up.
 
     Args:
-        logprobs: [N,T] nats, of the policy; the only input that gets a gradient, the others are detached.
-        old_logprobs: [N,T] nats, of the policy that the step began with; on the first pass
+        logprobs: [N,T] nats, under the policy; the only input that gets a gradient.
+        old_logprobs: [N,T] nats, under the policy at the start of the step; on the first pass
             `logprobs.detach()`: the ratio is then exactly 1, and the gradient is not zero.
-        ref_logprobs: [N,T] nats, of the reference, or None. With beta = 0 it is reported, not trained on.
+        ref_logprobs: [N,T] nats, under the reference, or None. With beta = 0 the KL is reported but not trained on.
         advantages: [N], one per completion.
-        completion_mask: [N,T] bool, True at the completion's tokens. Whatever stands elsewhere, NaN and inf
-            included, reaches neither loss nor gradient.
-        token_weights: [N,T], `token_weights(...)` of the whole step repeated over each row.
+        completion_mask: [N,T] bool, True at completion tokens. Values elsewhere, even NaN and inf, affect neither
+            loss nor gradient.
+        token_weights: [N,T], `token_weights(...)` of the whole step, token_advantages along each row.
         surrogate, kl: names in SURROGATES and KL_ESTIMATORS.
-        clip_low, clip_high: >= 0; the ratio's region is [1 - clip_low, 1 + clip_high].
+        clip_low, clip_high: >= 0; the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: > 1 for the surrogate "dual_clip", None for the others.
         beta: >= 0, the weight of the KL term.
 
     An all-False mask gives a loss of 0 and a zero gradient.
 
     Raises:
-        ValueError: an unknown name, a setting out of range, shapes that disagree, a mask that is not bool, or
-            beta > 0 without ref_logprobs.
+        ValueError: unknown name, setting out of range, shapes that do not match, mask not bool, or beta > 0
+            without ref_logprobs.
 
     >>> logprobs = torch.tensor([[-1.0, -2.0]], requires_grad=True)
     >>> terms = grpo_loss(logprobs, logprobs.detach(), None, torch.tensor([3.0]),
@@ -376,30 +377,30 @@ def grpo_loss(
     _check_settings(surrogate, clip_low, clip_high, dual_clip, kl, beta, ref_logprobs is not None)
     _check_shapes(logprobs, old_logprobs, ref_logprobs, advantages, completion_mask, token_weights)
     mask = completion_mask
-    wide = torch.promote_types(logprobs.dtype, torch.float32)
-    current = _inside(logprobs, mask, wide)
-    log_ratio = current - _inside(old_logprobs.detach(), mask, wide)
-    repeated = _inside(advantages.detach()[:, None].expand_as(mask), mask, wide)
-    tokens = Tokens(current, log_ratio, repeated, mask)
+    compute_dtype = torch.promote_types(logprobs.dtype, torch.float32)
+    current = _masked(logprobs, mask, compute_dtype)
+    log_ratio = current - _masked(old_logprobs.detach(), mask, compute_dtype)
+    token_advantages = _masked(advantages.detach()[:, None].expand_as(mask), mask, compute_dtype)
+    tokens = Tokens(current, log_ratio, token_advantages, mask)
     result = SURROGATES[surrogate](tokens, Clip(clip_low, clip_high, dual_clip))
-    penalty = None
+    kl_terms = None
     if ref_logprobs is not None:
-        d = _inside(ref_logprobs.detach(), mask, wide) - current
-        penalty = KL_ESTIMATORS[kl](d, log_ratio.exp())
-    objective = result.objective if penalty is None or beta == 0 else result.objective - beta * penalty
-    per_token = -_inside(token_weights.detach(), mask, wide) * objective
+        d = _masked(ref_logprobs.detach(), mask, compute_dtype) - current
+        kl_terms = KL_ESTIMATORS[kl](d, log_ratio.exp())
+    objective = result.objective if kl_terms is None or beta == 0 else result.objective - beta * kl_terms
+    per_token = -_masked(token_weights.detach(), mask, compute_dtype) * objective
     return LossTerms(
         loss=per_token.sum(),
         per_token=per_token.detach(),
         ratio=result.ratio.detach(),
         clipped_low=result.clipped_low,
         clipped_high=result.clipped_high,
-        kl=None if penalty is None else penalty.detach(),
+        kl=None if kl_terms is None else kl_terms.detach(),
     )
 
 
-def _inside(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values where the mask is True and 0 elsewhere; `where` stops a NaN, a product does not."""
+def _masked(values: Tensor, mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the values where the mask is True and 0 elsewhere; multiplying by the mask would keep NaN."""
     return torch.where(mask, values.to(dtype), 0.0)
 
 
@@ -413,9 +414,9 @@ def _check_settings(
     has_reference: bool,
 ) -> None:
     if surrogate not in SURROGATES:
-        raise ValueError(f"expected a surrogate out of {sorted(SURROGATES)}, got {surrogate!r}")
+        raise ValueError(f"expected one of the surrogates {sorted(SURROGATES)}, got {surrogate!r}")
     if kl not in KL_ESTIMATORS:
-        raise ValueError(f"expected a KL estimator out of {sorted(KL_ESTIMATORS)}, got {kl!r}")
+        raise ValueError(f"expected one of the KL estimators {sorted(KL_ESTIMATORS)}, got {kl!r}")
     for name, value in (("clip_low", clip_low), ("clip_high", clip_high), ("beta", beta)):
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"{name}: expected a finite value >= 0, got {value}")

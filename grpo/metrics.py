@@ -1,8 +1,8 @@
-"""A step, accounted for: what every token and every reward component contributed, and the metrics of the step.
+"""The metrics of a step, and what every token and every reward component contributed to them.
 
-All of it is computed from a `Step` alone, on the CPU, in float64, in one place: the training loop and a replay of its
-ledger call the same functions on the same numbers. Sums are `math.fsum`'s, exactly rounded whatever the order, so the
-token contributions add up to the logged loss to the last bit.
+Everything is computed from a `Step` alone, on the CPU, in float64: the training loop and a replay of its ledger call
+the same functions on the same numbers. `math.fsum` rounds sums exactly in any order, so the token contributions add up
+to the logged loss bit for bit.
 """
 
 import math
@@ -24,26 +24,26 @@ from grpo.types import Batch, Step, TokenRecord
 
 @dataclass(frozen=True, slots=True)
 class TokenAccount:
-    """What each of M packed tokens did in each of E inner epochs, [E,M]."""
+    """The loss terms of M packed tokens in E inner epochs, [E,M] each."""
 
     ratio: Tensor
-    """fp64; exp(logprob − old logprob), or the completion's for "gspo"."""
+    """fp64; exp(logprob − old logprob), for "gspo" that of the whole completion."""
     clip: Tensor
-    """int8; −1 where the lower bound cut the surrogate's gradient, +1 where the upper did, else 0."""
+    """int8; −1 where the lower bound zeroed the surrogate's gradient, +1 where the upper bound did, else 0."""
     kl: Tensor | None
     """fp64 nats, unweighted; None without a reference."""
     loss: Tensor
-    """fp64; the token's term of the loss, weight and sign included. Its `fsum` over an epoch is that epoch's loss."""
+    """fp64; the token's term in the loss, with weight and sign. `fsum` over an epoch gives that epoch's loss."""
 
 
 def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAccount:
-    """The terms of the loss, token by token, from the recorded log-probabilities."""
+    """Compute the loss terms of every token from the recorded log-probabilities."""
     mask = batch.completion_mask
-    old = _spread(tokens.logprobs[0], mask)
-    ref = None if tokens.ref_logprobs is None else _spread(tokens.ref_logprobs, mask)
+    old = _unpack(tokens.logprobs[0], mask)
+    ref = None if tokens.ref_logprobs is None else _unpack(tokens.ref_logprobs, mask)
     epochs = [
         grpo_loss(
-            _spread(logprobs, mask),
+            _unpack(logprobs, mask),
             old,
             ref,
             batch.advantages,
@@ -67,10 +67,10 @@ def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAcco
 
 
 def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
-    """Component → [B,G] fp64: the part of each advantage that it gave. The parts add up to the advantage.
+    """Return component → [B,G] fp64, the part of each advantage that is due to that component.
 
-    See `grpo.advantage.split_by_component`. Exact but for rounding: K components of magnitude a leave at most
-    K·a·2⁻⁵² between their sum and the advantage.
+    See `grpo.advantage.split_by_component`. The parts add up to the advantage up to rounding: at most K·a·2⁻⁵² for K
+    components of magnitude a.
     """
     names = list(step.scores[0][0].parts)
     shape = rewards_of(step).shape
@@ -85,18 +85,15 @@ def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
 
 
 def rewards_of(step: Step) -> np.ndarray:
-    """[B,G] fp64 totals."""
+    """Return the total rewards, [B,G] fp64."""
     return np.array([[score.total for score in row] for row in step.scores])
 
 
 def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
-    """Everything of a step's line in ``metrics.jsonl`` that follows from the step itself: all but time and memory.
-
-    Every name is defined in the README.
-    """
+    """Return a step's line in ``metrics.jsonl``, except time and memory. grpo/run/README.md defines every name."""
     rewards = rewards_of(step)
     completions = [completion for group in step.groups for completion in group.completions]
-    flat = [score for row in step.scores for score in row]
+    all_scores = [score for row in step.scores for score in row]
     finished = np.array([completion.finished for completion in completions]).reshape(rewards.shape)
     section, budget = config.advantage, config.rollout.max_new_tokens
     stats: Stats = {
@@ -110,8 +107,8 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
         **answer_stats(step.groups, step.scores),
         **reward_by_status(completions, rewards.flatten()),
         **truncation_pull(rewards, finished, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof),
-        "reward/timed_out": mean_of(score.timed_out for score in flat),
-        **{f"reward/{name}/mean": mean_of(score.parts[name] for score in flat) for name in flat[0].parts},
+        "reward/timed_out": mean_of(score.timed_out for score in all_scores),
+        **{f"reward/{name}/mean": mean_of(score.parts[name] for score in all_scores) for name in all_scores[0].parts},
         **{f"advantage/{name}/abs_mean": mean_of(np.abs(share).flatten()) for name, share in shares.items()},
         **_dropped_stats(step),
         **_token_stats(step, account, config.loss.kl),
@@ -128,7 +125,7 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
 
 
 def exact_sum(values: Tensor) -> float:
-    """The exactly rounded sum; NaN if a value is not finite.
+    """Return the exactly rounded sum, or NaN if a value is not finite.
 
     >>> exact_sum(torch.tensor([1e16, 1.0, -1e16], dtype=torch.float64))
     1.0
@@ -137,18 +134,18 @@ def exact_sum(values: Tensor) -> float:
 
 
 def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
-    """Over the tokens of the first inner epoch; ratios and clipping over those of all."""
+    """Token statistics of the first inner epoch; ratios and clipping of all inner epochs."""
     tokens = step.tokens
     count = float(tokens.entropy.numel())
-    apart = (tokens.logprobs[0] - step.batch.sampler_logprobs[step.batch.completion_mask]).double()
+    logprob_diff = (tokens.logprobs[0] - step.batch.sampler_logprobs[step.batch.completion_mask]).double()
     stats: Stats = {
         "clip_ratio/low": (float((account.clip == -1).sum()), float(account.clip.numel())),
         "clip_ratio/high": (float((account.clip == 1).sum()), float(account.clip.numel())),
         "ratio": (exact_sum(account.ratio.flatten()), float(account.ratio.numel())),
         "entropy": (exact_sum(tokens.entropy.double()), count),
-        "sampler/abs_logprob_diff": (exact_sum(apart.abs()), count),
-        "sampler/max_abs_logprob_diff": (float(apart.abs().max()), 1.0),
-        "sampler/kl_k3": (exact_sum(torch.expm1(apart) - apart), count),
+        "sampler/abs_logprob_diff": (exact_sum(logprob_diff.abs()), count),
+        "sampler/max_abs_logprob_diff": (float(logprob_diff.abs().max()), 1.0),
+        "sampler/kl_k3": (exact_sum(torch.expm1(logprob_diff) - logprob_diff), count),
     }
     if account.kl is not None:
         stats[f"kl/{estimator}"] = (exact_sum(account.kl[0]), count)
@@ -156,32 +153,32 @@ def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
 
 
 def _dropped_stats(step: Step) -> Stats:
-    """What drop-and-refill cost, and the mean reward of all that was sampled: the batch alone is a selection."""
-    kept = rewards_of(step).flatten().tolist()
-    left_out = [reward for one in step.dropped for reward in one.rewards]
+    """The cost of replacing groups, and the mean reward of everything sampled, of which the batch is a selection."""
+    trained = rewards_of(step).flatten().tolist()
+    replaced = [reward for group in step.dropped for reward in group.rewards]
     return {
         "groups/dropped": (float(len(step.dropped)), 1.0),
-        "groups/dropped_tokens": (float(sum(sum(one.lengths) for one in step.dropped)), 1.0),
-        "reward/mean_sampled": mean_of([*kept, *left_out]),
+        "groups/dropped_tokens": (float(sum(sum(group.lengths) for group in step.dropped)), 1.0),
+        "reward/mean_sampled": mean_of([*trained, *replaced]),
     }
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """[M] → [N,T] fp64, zeros in the padding."""
-    whole = torch.zeros(mask.shape, dtype=torch.float64)
-    whole[mask] = values.double()
-    return whole
+def _unpack(values: Tensor, mask: Tensor) -> Tensor:
+    """Return packed values [M] as [N,T] fp64, zero at padding."""
+    padded = torch.zeros(mask.shape, dtype=torch.float64)
+    padded[mask] = values.double()
+    return padded
 
 
 def rows(step: Step) -> Iterator[tuple[int, int]]:
-    """(group, member) of each of N rows, in the batch's order."""
+    """Yield (group, member) of each of the N rows, in the order of the batch."""
     for b, group in enumerate(step.groups):
         for g in range(len(group.completions)):
             yield b, g
 
 
 def token_slices(lengths: Sequence[int]) -> list[slice]:
-    """Where each row's tokens lie among the M packed ones.
+    """Return the position of each row's tokens among the M packed ones.
 
     >>> token_slices([2, 3])
     [slice(0, 2, None), slice(2, 5, None)]

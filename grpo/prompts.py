@@ -1,4 +1,4 @@
-"""A case → the ids that the policy sees: the chat template's own control tokens, and plain text between them."""
+"""Turn cases into prompts: the control tokens of the chat template, with plain text between them."""
 
 import re
 from collections.abc import Sequence
@@ -10,73 +10,72 @@ from grpo.runtime.errors import UserError
 from grpo.types import Case, Prompt
 
 END_TOKENS = ("<|im_end|>", "<|endoftext|>")
-"""Qwen ends a turn with the first and a document with the second. A sampler that knows only one runs to the cap."""
+"""Qwen ends a turn with the first and a document with the second; a sampler must stop at either."""
 _SYSTEM, _CASE = "\ue000SYSTEM\ue001", "\ue000CASE\ue001"
-"""Stand for system prompt and narrative while the chat template is rendered: private-use characters no template
-holds."""
+"""Placeholders for system prompt and narrative while the chat template is rendered; private-use characters."""
 
 
 def prompts_for_step(
     cases: Sequence[Case], epoch: Sequence[int], tokenizer: Any, config: Config, step: int, resample_round: int = 0
 ) -> list[Prompt]:
     """Return the prompts of a step (0-based), a pure function of (seed, step). With ``thinking = "mixed"`` every other
-    one thinks, the phase changing with the step.
+    prompt opens thinking, starting with the first in even steps and the second in odd ones.
 
     Args:
         epoch: indices into ``cases``, see `grpo.cases.stream`.
-        resample_round: > 0 gives the prompts that replace groups without variance, from a shuffle of their own.
+        resample_round: > 0 for the prompts that replace groups without variance; they have a shuffle of their own.
     """
     seed = row_key("refill", config.train.seed, resample_round) if resample_round else config.train.seed
     chosen = cases_for_step(cases, epoch, seed=seed, step=step, count=config.rollout.prompts_per_step)
-    thinks = {"on": lambda i: True, "off": lambda i: False, "mixed": lambda i: (i + step) % 2 == 0}
-    thinking, system = thinks[config.rollout.thinking], config.cases.system_prompt
+    thinking_of = {"on": lambda i: True, "off": lambda i: False, "mixed": lambda i: (i + step) % 2 == 0}
+    thinking, system = thinking_of[config.rollout.thinking], config.cases.system_prompt
     return [render_prompt(tokenizer, case, system_prompt=system, thinking=thinking(i)) for i, case in enumerate(chosen)]
 
 
 def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
-    """Every id that ends a completion: what the generation config and the tokenizer name, and both of Qwen's."""
-    named = base.generation_config.eos_token_id
-    ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
+    """Return every id that ends a completion: those of the generation config and the tokenizer, and both of Qwen's."""
+    eos = base.generation_config.eos_token_id
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     vocabulary = tokenizer.get_vocab()
     ids |= {vocabulary[token] for token in END_TOKENS if token in vocabulary}
     ids.discard(None)
     if not ids:
-        raise UserError("neither the tokenizer nor the generation config names an end token")
+        raise UserError("neither the tokenizer nor the generation config defines an end token")
     return tuple(sorted(ids))
 
 
 def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: bool) -> Prompt:
-    """The chat up to where the answer begins, as ids. Control tokens come from the template alone: a narrative or a
-    system prompt that contains ``<|im_end|>`` or ``<think>`` reaches the model as those characters.
+    """Return the chat as ids, up to where the answer begins. All control tokens come from the template: ``<|im_end|>``
+    or ``<think>`` in a narrative or a system prompt reaches the model as ordinary characters.
 
-    The narrative is encoded by itself, between the template's two halves; for ordinary text that gives the ids of
-    encoding the whole chat at once. So is a system prompt in which, or at whose edges, a control token is spelled.
+    The narrative is encoded separately, between the two halves of the template; for ordinary text this gives the
+    same ids as encoding the whole chat at once. So is a system prompt that would give control tokens.
 
     Raises:
-        UserError: a chat template that does not show both turns once; a text that cannot be written in plain tokens.
+        UserError: the chat template does not contain each turn once, or a text has no encoding in plain tokens.
     """
-    before, slot, after = _rendered(tokenizer, _SYSTEM, thinking).partition(_CASE)
-    opening, _, between = before.partition(_SYSTEM)
-    inline, _, again = _rendered(tokenizer, system_prompt, thinking).partition(_CASE)
+    head_template, placeholder, after = _rendered(tokenizer, _SYSTEM, thinking).partition(_CASE)
+    before_system, _, after_system = head_template.partition(_SYSTEM)
+    inline, _, rest = _rendered(tokenizer, system_prompt, thinking).partition(_CASE)
     if (
-        not slot
-        or _SYSTEM not in before
-        or any(slot in part for slot in (_CASE, _SYSTEM) for part in (between, after, again))
+        not placeholder
+        or _SYSTEM not in head_template
+        or any(placeholder in part for placeholder in (_CASE, _SYSTEM) for part in (after_system, after, rest))
     ):
-        raise UserError("the chat template does not show the system's and the user's turn exactly once, in this order")
-    opened = after.rstrip().endswith("<think>")
+        raise UserError("the chat template must contain the system turn and then the user turn, each exactly once")
+    opens_thinking = after.rstrip().endswith("<think>")
     head = encode(tokenizer, inline)
-    control, around = control_ids(tokenizer), (encode(tokenizer, opening), encode(tokenizer, between))
-    if [i for i in head if i in control] != [i for part in around for i in part if i in control]:
-        whole = inline.startswith(opening) and inline.endswith(between)  # as the template wrote it, trimmed or not
-        said = inline[len(opening) : len(inline) - len(between)] if whole else system_prompt
-        head = [*around[0], *encode_plain(tokenizer, said), *around[1]]
+    control, edges = control_ids(tokenizer), (encode(tokenizer, before_system), encode(tokenizer, after_system))
+    if [i for i in head if i in control] != [i for part in edges for i in part if i in control]:
+        intact = inline.startswith(before_system) and inline.endswith(after_system)  # the template may have trimmed it
+        system_text = inline[len(before_system) : len(inline) - len(after_system)] if intact else system_prompt
+        head = [*edges[0], *encode_plain(tokenizer, system_text), *edges[1]]
     ids = (*head, *encode_plain(tokenizer, case.text), *encode(tokenizer, after))
-    return Prompt(case, ids, opened)
+    return Prompt(case, ids, opens_thinking)
 
 
 def _rendered(tokenizer: Any, system_prompt: str, thinking: bool) -> str:
-    """The chat as text, `_CASE` in the narrative's place."""
+    """Return the chat as text, with `_CASE` in place of the narrative."""
     chat = tokenizer.apply_chat_template(
         [{"role": "system", "content": system_prompt}, {"role": "user", "content": _CASE}],
         tokenize=False,
@@ -87,45 +86,44 @@ def _rendered(tokenizer: Any, system_prompt: str, thinking: bool) -> str:
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids that no plain text may give: every token that was added to the vocabulary, but for the one that stands for
-    what the vocabulary cannot spell."""
+    """Return the ids that plain text must not contain: all tokens added to the vocabulary, except the unknown token."""
     return frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
 
 
 def encode_plain(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text in which nothing is a control token: a control token's spelling is cut after its first character
-    and encoded in pieces. Where that is not enough (a normaliser may spell a control token that the text does not),
-    every character is encoded by itself.
+    """Return the ids of a text without any control token. A text that contains the spelling of one is split after its
+    first character and encoded in pieces; if that is not enough (a normalizer may produce the spelling), each character
+    is encoded separately.
 
     Raises:
-        UserError: a character that is a control token of its own, or half a surrogate pair.
+        UserError: a single character is a control token, or the text contains a lone surrogate.
     """
     control = control_ids(tokenizer)
-    for cut in (_whole, _within_spellings, _characters):
+    for cut in (_unsplit, _split_control_spellings, _split_characters):
         ids = [i for piece in cut(tokenizer, text) for i in encode(tokenizer, piece)]
         if control.isdisjoint(ids):
             return ids
-    raise UserError("a text holds a character that is a control token of this tokenizer: it has no plain spelling")
+    raise UserError("text contains a character that is a control token of this tokenizer and cannot be encoded")
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text as the tokenizer gives them, control tokens included."""
+    """Return the ids of a text, including control tokens."""
     try:
         return tokenizer.encode(text, add_special_tokens=False)
     except (TypeError, UnicodeEncodeError):
-        raise UserError("a text holds half a surrogate pair, which no tokenizer can write") from None
+        raise UserError("text contains a lone surrogate and cannot be encoded") from None
 
 
-def _whole(tokenizer: Any, text: str) -> list[str]:
+def _unsplit(tokenizer: Any, text: str) -> list[str]:
     return [text]
 
 
-def _within_spellings(tokenizer: Any, text: str) -> list[str]:
+def _split_control_spellings(tokenizer: Any, text: str) -> list[str]:
     control = sorted(tokenizer.get_added_vocab(), key=len, reverse=True)
     pattern = "|".join(re.escape(token) for token in control)
     cuts = [match.start() + 1 for match in re.finditer(f"(?=({pattern}))", text)]
     return [text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)]
 
 
-def _characters(tokenizer: Any, text: str) -> list[str]:
+def _split_characters(tokenizer: Any, text: str) -> list[str]:
     return list(text)

@@ -1,6 +1,6 @@
-"""Statistics as (sum, count): added over micro-batches, prompts or ranks, divided once.
+"""Statistics as (sum, count) pairs: added over micro-batches, prompts or ranks and divided once at the end.
 
-A mean of means weighs a short micro-batch like a long one; a sum and a count cannot.
+A mean of means would weigh a short micro-batch like a long one.
 """
 
 import math
@@ -11,17 +11,17 @@ Stats = dict[str, tuple[float, float]]
 
 
 def mean_of(values: Iterable[float]) -> tuple[float, float]:
-    """The (sum, count) of some values.
+    """Return (sum, count) of the values.
 
     >>> mean_of([1.0, 2.0, 6.0])
     (9.0, 3.0)
     """
-    listed = [float(value) for value in values]
-    return math.fsum(listed), float(len(listed))
+    floats = [float(value) for value in values]
+    return math.fsum(floats), float(len(floats))
 
 
 def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
-    """Sums and counts added up by name.
+    """Add up sums and counts by name.
 
     >>> merge([{"kl": (1.0, 2.0)}, {"kl": (5.0, 1.0)}])
     {'kl': (6.0, 3.0)}
@@ -29,13 +29,13 @@ def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
     total: Stats = {}
     for part in parts:
         for name, (value, count) in part.items():
-            before = total.get(name, (0.0, 0.0))
-            total[name] = (before[0] + value, before[1] + count)
+            sum_, number = total.get(name, (0.0, 0.0))
+            total[name] = (sum_ + value, number + count)
     return total
 
 
 def means(stats: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
-    """Each sum divided by its count; None where nothing was counted, never a NaN.
+    """Divide each sum by its count; None for a count of 0, never NaN.
 
     >>> means({"kl": (6.0, 3.0), "completions/mean_terminated_length": (0.0, 0.0)})
     {'kl': 2.0, 'completions/mean_terminated_length': None}

@@ -1,8 +1,8 @@
-"""The frozen values that cross borders, and the dimension key.
+"""Frozen values passed between modules, and the key to their dimensions.
 
-Dimensions: B prompts a step · G completions a prompt (one group) · N = B·G rows · T completion tokens of the
-widest row · E inner epochs · M = ΣL completion tokens of a step, packed row after row.
-Column t of every [N,T] tensor speaks of completion token t.
+Dimensions: B prompts per step · G completions per prompt (one group) · N = B·G rows · T completion tokens of the
+longest row · E inner epochs · M = ΣL completion tokens of a step, packed row after row.
+Column t of every [N,T] tensor describes completion token t.
 """
 
 from __future__ import annotations
@@ -12,53 +12,53 @@ from typing import TYPE_CHECKING
 
 from rewards import Score
 
-if TYPE_CHECKING:  # cases and configs are looked at without torch
+if TYPE_CHECKING:  # cases and configs can be read without torch
     from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """One patient's presentation, as the policy will read it.
+    """One patient's presentation.
 
     Example: ``Case(id="train-000017", text="A 34-year-old male ...", esi=2, tags=("severe_pain",))``
     """
 
     id: str
     text: str
-    """The narrative and nothing else: it becomes the user turn. May be a patient's data."""
+    """The narrative alone; it becomes the user turn. May be patient data."""
     esi: int
     """Gold ESI level, 1 (most acute) to 5."""
     tags: tuple[str, ...] = ()
-    """Names of subsets that an evaluation reports on its own."""
+    """Subsets that an evaluation reports separately."""
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A case as the policy sees it: token ids of the rendered chat, up to where the answer begins."""
+    """A case as token ids: the rendered chat up to where the answer begins."""
 
     case: Case
     ids: tuple[int, ...]
     thinking: bool
-    """True if the prompt ends inside an opened ``<think>``."""
+    """Whether the prompt ends inside an open ``<think>``."""
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """What was sampled, as it was sampled: these ids are scored and trained, never text encoded again."""
+    """One sampled answer. Training uses these very ids; the text is never encoded again."""
 
     ids: tuple[int, ...]
-    """Length L ≥ 1; the end token, if one was drawn, is the last."""
+    """Length L ≥ 1, including the end token if one was drawn."""
     sampler_logprobs: tuple[float, ...]
-    """(L), nats, of the distribution each id was drawn from (temperature included)."""
+    """[L] nats: log-probability of each id under the distribution it was drawn from, temperature included."""
     finished: bool
-    """The last id is an end token. False: the token budget cut it."""
+    """Whether the last id is an end token; False if the token budget truncated the completion."""
     text: str
-    """The ids decoded, end token left out."""
+    """The decoded ids without the end token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """G completions of one prompt: the unit within which advantages are normalised."""
+    """G completions of one prompt: the unit within which advantages are normalized."""
 
     prompt: Prompt
     completions: tuple[Completion, ...]
@@ -66,9 +66,9 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """All rows of one step. Advantages and token weights are fixed here, before any micro-batch is cut.
+    """All rows of one step. Advantages and token weights are fixed here, before the split into micro-batches.
 
-    Example: 2 prompts of 4 completions, the longest 31 tokens: N = 8, T = 31.
+    Example: 2 prompts with 4 completions each, the longest of 31 tokens: N = 8, T = 31.
     """
 
     prompt_ids: tuple[tuple[int, ...], ...]
@@ -76,55 +76,55 @@ class Batch:
     completion_ids: tuple[tuple[int, ...], ...]
     """N rows, ragged."""
     completion_mask: Tensor
-    """[N,T] bool, built from lengths."""
+    """[N,T] bool, True at completion tokens."""
     sampler_logprobs: Tensor
-    """[N,T] fp32 nats; 0 in the padding."""
+    """[N,T] fp32 nats; 0 at padding."""
     in_baseline: Tensor
-    """[N] bool; the completions that mean and std of their group are made of."""
+    """[N] bool; whether a completion counts in the mean and std of its group."""
     advantages: Tensor
     """[N] fp64."""
     token_weights: Tensor
-    """[N,T] fp32; the weight of each token in the loss of the whole step, 0 in the padding."""
+    """[N,T] fp32; weight of each token in the loss of the whole step, 0 at padding."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenRecord:
-    """The log-probabilities of one step's completion tokens as the update met them, on the CPU, packed."""
+    """Log-probabilities of one step's completion tokens as the update computed them; packed, on the CPU."""
 
     logprobs: Tensor
-    """[E,M] fp32 nats, of the policy at the start of each inner epoch; row 0 is also the old policy's."""
+    """[E,M] fp32 nats, under the policy at the start of each inner epoch; row 0 is also the old policy."""
     ref_logprobs: Tensor | None
-    """[M] fp32 nats; None with beta = 0, where the reference is never run."""
+    """[M] fp32 nats; None if beta = 0, when the reference is not run."""
     entropy: Tensor
-    """[M] fp32 nats, of the policy before its first update."""
+    """[M] fp32 nats, under the policy before its first update."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dropped:
-    """A group that was sampled and left out because it had no variance. Costs tokens, teaches nothing."""
+    """A sampled group that was replaced because its rewards did not vary: it cost tokens and gave no gradient."""
 
     case_id: str
     lengths: tuple[int, ...]
     finished: tuple[bool, ...]
     rewards: tuple[float, ...]
-    """All equal, or, where truncated completions are out of the baseline, equal among the others."""
+    """All equal, or equal among the finished completions if truncated ones are not in the baseline."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One training step, complete: all that its metrics are computed from, and what the ledger keeps."""
+    """One completed training step: everything its metrics are computed from and the ledger stores."""
 
     number: int
-    """1 for the first."""
+    """1 for the first step."""
     groups: tuple[Group, ...]
     scores: tuple[tuple[Score, ...], ...]
-    """[B][G], beside ``groups``."""
+    """[B][G], in the order of ``groups``."""
     batch: Batch
     tokens: TokenRecord
     dropped: tuple[Dropped, ...]
     trained_loss: float
-    """Of the first inner epoch, as the backward pass had it: in fp32 on the run's own device."""
+    """Loss of the first inner epoch as the backward pass computed it, in fp32 on the training device."""
     grad_norm: float
-    """Before clipping; the last inner epoch's."""
+    """Gradient norm of the last inner epoch, before clipping."""
     skipped: int
-    """Inner epochs whose loss or gradient was not finite: no optimiser step was taken."""
+    """Number of inner epochs without an optimizer step because loss or gradient was not finite."""
