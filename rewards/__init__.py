@@ -1,4 +1,4 @@
-"""Rewards as data: a table over the signed error, rule rows, and a proof over all they can say."""
+"""Rewards as data: a table over the signed error, rule rows, and a proof over everything they can give."""
 
 from rewards.overlong import Overlong, overlong
 from rewards.parse import parse_answer

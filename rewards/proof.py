@@ -1,16 +1,16 @@
-"""The proof over the finite table: what a reward can say, enumerated before any completion is drawn.
+"""Prove a reward: enumerate everything it can give, before any completion is sampled.
 
-A completion ends as one of eight `OUTCOMES`: a level, or one of three kinds of silence. For every gold level, every
-outcome and every combination of the triggers that rows for this gold have, the totals are computed by the same
-`combine` that scores. Triggers are independent booleans, rows with equal triggers share one; rules of code
+A completion has one of eight `OUTCOMES`: a level, or one of three ways to have none. For every gold level, outcome and
+combination of the triggers of the rules for this gold level, the totals are computed by the same `combine`
+that scores completions. Triggers are independent booleans, and rules with equal triggers share one. Code rules
 contribute their declared range, so a total is an interval [low, high].
 
-A soft overlong penalty adds a length term: anything in [−penalty, 0] to a finished completion, exactly −penalty to one
-that was cut, nothing to a timeout, which is the floor whatever the length.
+A soft overlong penalty adds a length term: any value in [−penalty, 0] for a finished completion, exactly −penalty for a
+truncated one, and nothing for a timeout, which always gets the floor.
 
-Two invariants compare completions that may differ in everything: the exact answer is the strict best, silence the
-strict worst. There, code rules and the length term take their least favourable values. The two about the order of
-errors compare like with like: the same length term cancels, code rules do not, for they may read the level.
+Two invariants compare arbitrary completions: the exact answer is strictly best, and no answer is strictly worst. In
+these, code rules and the length term take their least favorable values. The two invariants on the order of errors
+compare completions of equal length: the length term cancels; code rules do not, because they may read the level.
 """
 
 import math
@@ -23,30 +23,30 @@ from rewards.rules import Trigger
 from rewards.table import combine, total
 from rewards.types import LEVELS
 
-SILENCES = ("no parse", "truncated", "timeout")
-"""Finished without an answer; cut by the budget without an answer; a pattern ran out of time (the floor). A completion
-that was cut after its answer is among the levels."""
-OUTCOMES: tuple[int | str, ...] = (*LEVELS, *SILENCES)
+NO_ANSWER = ("no parse", "truncated", "timeout")
+"""Finished without an answer; truncated without an answer; a pattern timed out (the floor). A completion that was
+truncated after its answer counts as that level."""
+OUTCOMES: tuple[int | str, ...] = (*LEVELS, *NO_ANSWER)
 
 TIE = 1e-9
-"""Totals closer than this are equal: decimals such as 0.1 + 0.2 leave dust that no advantage can see."""
+"""Totals closer than this are equal: decimals such as 0.1 + 0.2 are not exact."""
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One cell of the whole table.
+    """One cell of the table.
 
-    Example: ``Row(2, 4, ("severe_pain_missed",), -1.5, -1.5)``: gold 2, answer 4, the pain trigger fires.
+    Example: ``Row(2, 4, ("severe_pain_missed",), -1.5, -1.5)``: gold 2, answer 4, and the pain trigger fires.
     """
 
     gold: int
     outcome: int | str
-    """A predicted level, or one of `SILENCES`."""
+    """A predicted level, or one of `NO_ANSWER`."""
     triggers: tuple[str, ...]
-    """The triggers that fire, each named by the rules that share it, joined with "+"."""
+    """The triggers that fire, each given by its rules, joined with "+"."""
     low: float
     high: float
-    """The least and greatest total, length term included; equal without code rules and length term."""
+    """Least and greatest total including the length term; equal without code rules and length term."""
 
     def __str__(self) -> str:
         outcome = f"predicted {self.outcome}" if isinstance(self.outcome, int) else self.outcome
@@ -57,7 +57,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Invariant:
-    """One claim about the table, with the pair of rows that comes closest to breaking it.
+    """One claim about the table, with the pair of cells that comes closest to violating it.
 
     margin = least value of ``better`` − greatest value of ``worse`` over all pairs the claim is about.
     """
@@ -65,20 +65,20 @@ class Invariant:
     name: str
     claim: str
     strict: bool
-    """A tie breaks it."""
+    """Whether a tie violates the claim."""
     margin: float
-    """inf when no pair exists."""
+    """inf if there is no pair."""
     better: Row | None
     worse: Row | None
 
     @property
     def holds(self) -> bool:
-        """margin > 0 for a strict claim, margin >= 0 otherwise, dust below `TIE` aside."""
+        """Whether margin > 0 for a strict claim, else margin >= 0, up to `TIE`."""
         return self.margin > TIE if self.strict else self.margin >= -TIE
 
     @property
     def ties(self) -> bool:
-        """The closest pair is worth the same, which only a strict claim minds."""
+        """Whether the closest pair has equal totals."""
         return abs(self.margin) <= TIE
 
     def __str__(self) -> str:
@@ -90,7 +90,7 @@ class Invariant:
 
 @dataclass(frozen=True, slots=True)
 class Proof:
-    """What the enumeration found for one reward."""
+    """The result of the enumeration for one reward."""
 
     reward: str
     sha256: str
@@ -100,7 +100,7 @@ class Proof:
 
     @property
     def sound(self) -> bool:
-        """All invariants hold."""
+        """Whether all invariants hold."""
         return all(invariant.holds for invariant in self.invariants)
 
     @property
@@ -110,7 +110,7 @@ class Proof:
 
     @property
     def smallest_margin(self) -> float:
-        """The least margin of the strict invariants: by how much the reward is sound."""
+        """The least margin of the strict invariants."""
         return min(invariant.margin for invariant in self.invariants if invariant.strict)
 
 
@@ -118,20 +118,20 @@ Pair = tuple[Row, Row]
 
 
 def prove(reward: Reward, *, overlong: Overlong | None = None) -> Proof:
-    """The proof of a reward: the whole table and the margin of each invariant.
+    """Return the proof of a reward: the whole table and the margin of each invariant.
 
     Args:
         reward: any loaded reward.
-        overlong: the soft overlong penalty that is added to its totals after the bounds, or None.
+        overlong: the soft overlong penalty added to its totals after the bounds, or None.
 
     >>> from rewards import load_reward
     >>> prove(load_reward("v49")).sound, prove(load_reward("v49")).smallest_margin
     (True, 0.5)
     >>> [invariant.name for invariant in prove(load_reward("v46")).violations]
-    ['silence_worst']
-    >>> [str(one) for one in prove(load_reward("v49"), overlong=Overlong(cache=20, penalty=0.5)).violations]
+    ['no_answer_is_worst']
+    >>> [str(failure) for failure in prove(load_reward("v49"), overlong=Overlong(cache=20, penalty=0.5)).violations]
     ... # doctest: +ELLIPSIS
-    ['FAILS (ties), every commitment is worth more than any silence: ...: [-2, -1.5] | ...: [-2.5, -2]']
+    ['FAILS (ties), every answer is worth more than no answer: ...: [-2, -1.5] | ...: [-2.5, -2]']
     """
     penalty = overlong.penalty if overlong else 0.0
     rows = tuple(row for gold in LEVELS for row in _rows(reward, gold, penalty))
@@ -149,7 +149,7 @@ def prove(reward: Reward, *, overlong: Overlong | None = None) -> Proof:
 
 
 def _rows(reward: Reward, gold: int, penalty: float) -> Iterator[Row]:
-    silent = combine(reward.table, None, {})
+    no_answer = combine(reward.table, None, {})
     for firing in combinations(triggers_for(reward.rules, gold)):
         names = _names(reward, gold, firing)
         for predicted in LEVELS:
@@ -157,13 +157,13 @@ def _rows(reward: Reward, gold: int, penalty: float) -> Iterator[Row]:
                 combine(reward.table, predicted - gold, modifiers)
                 for modifiers in modifiers_range(reward.rules, gold, predicted, firing)
             )
-            yield Row(gold, predicted, names, _lengthened(low, penalty), total(high))
-        yield Row(gold, "no parse", names, _lengthened(silent, penalty), total(silent))
-        yield Row(gold, "truncated", names, _lengthened(silent, penalty), _lengthened(silent, penalty))
+            yield Row(gold, predicted, names, _with_penalty(low, penalty), total(high))
+        yield Row(gold, "no parse", names, _with_penalty(no_answer, penalty), total(no_answer))
+        yield Row(gold, "truncated", names, _with_penalty(no_answer, penalty), _with_penalty(no_answer, penalty))
         yield Row(gold, "timeout", names, reward.floor, reward.floor)
 
 
-def _lengthened(parts: dict[str, float], penalty: float) -> float:
+def _with_penalty(parts: dict[str, float], penalty: float) -> float:
     return total(parts | {"overlong": -penalty})
 
 
@@ -178,17 +178,20 @@ def _names(reward: Reward, gold: int, firing: frozenset[Trigger]) -> tuple[str, 
 Table = dict[tuple[int, tuple[str, ...], int | str], Row]
 
 
-def _exact_and_the_rest(table: Table) -> Iterator[Pair]:
+def _exact_and_others(table: Table) -> Iterator[Pair]:
     for (gold, triggers, outcome), row in table.items():
         if outcome != gold:
             yield table[gold, triggers, gold], row
 
 
-def _committed_and_silent(table: Table) -> Iterator[Pair]:
-    # across all golds and triggers the closest pair is the least commitment and the greatest of each silence
+def _answered_and_unanswered(table: Table) -> Iterator[Pair]:
+    # over all gold levels and triggers, the closest pair is the least answer and the greatest total without one
     worst_commitment = min((row for row in table.values() if row.outcome in LEVELS), key=lambda row: row.low)
-    for silence in SILENCES:
-        yield worst_commitment, max((row for row in table.values() if row.outcome == silence), key=lambda row: row.high)
+    for outcome in NO_ANSWER:
+        yield (
+            worst_commitment,
+            max((row for row in table.values() if row.outcome == outcome), key=lambda row: row.high),
+        )
 
 
 def _nearer_and_farther(table: Table) -> Iterator[Pair]:
@@ -208,16 +211,16 @@ def _over_and_under(table: Table) -> Iterator[Pair]:
 
 INVARIANTS: dict[str, tuple[str, bool, bool, Callable[[Table], Iterator[Pair]]]] = {
     # name: (claim, strict, compared at equal length, pairs of (better, worse))
-    "exact_best": ("the exact level is worth more than everything else", True, False, _exact_and_the_rest),
-    "silence_worst": ("every commitment is worth more than any silence", True, False, _committed_and_silent),
-    "larger_error_no_better": ("a larger error in one direction is worth no more", False, True, _nearer_and_farther),
-    "under_below_over": ("under-triage is worth less than over-triage as far", True, True, _over_and_under),
+    "exact_is_best": ("the exact level is worth more than everything else", True, False, _exact_and_others),
+    "no_answer_is_worst": ("every answer is worth more than no answer", True, False, _answered_and_unanswered),
+    "reward_falls_with_error": ("a larger error in one direction is worth no more", False, True, _nearer_and_farther),
+    "undertriage_costs_more": ("under-triage is worth less than equal over-triage", True, True, _over_and_under),
 }
 
 
-def _invariant(name: str, claim: str, strict: bool, pairs: Iterator[Pair], given_back: float) -> Invariant:
-    """The claim at its closest pair; ``given_back`` undoes the spread of a length term that both rows share."""
+def _invariant(name: str, claim: str, strict: bool, pairs: Iterator[Pair], shared_length_term: float) -> Invariant:
+    """Return the claim with its closest pair; ``shared_length_term`` cancels the length term that both cells have."""
     better, worse = min(pairs, key=lambda pair: pair[0].low - pair[1].high, default=(None, None))
     if better is None or worse is None:
         return Invariant(name, claim, strict, math.inf, None, None)
-    return Invariant(name, claim, strict, better.low - worse.high + given_back, better, worse)
+    return Invariant(name, claim, strict, better.low - worse.high + shared_length_term, better, worse)

@@ -1,4 +1,4 @@
-"""A reward: one resolved set, ready to score completions."""
+"""Load a reward set and score completions with it."""
 
 import hashlib
 import importlib
@@ -30,33 +30,33 @@ from rewards.table import Table, combine, total
 from rewards.types import LARGEST, LEVELS, Fired, RewardError, Score, Span, View
 
 CACHED_TEXTS = 4096
-"""Case texts whose trigger matches are remembered. Those that ran out of time are all remembered, by their hash."""
+"""Number of case texts whose trigger matches are cached. Timeouts are all cached, by hash."""
 MOST_TRIGGERS = 12
-"""Distinct triggers that rows for one gold level may have: the floor and the proof enumerate 2^n combinations."""
+"""Limit of distinct triggers of the rules for one gold level: floor and proof enumerate 2^n combinations."""
 
 Matches = tuple[Span | None, ...] | None
-"""One entry a distinct trigger; None in place of all of them when a pattern ran out of time."""
+"""One entry per distinct trigger, or None if a pattern timed out."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """One reward, immutable; make it with `load_reward`."""
+    """One reward, immutable; created by `load_reward`."""
 
     name: str
     about: str
     sha256: str
-    """Of everything that can change a score; grades, sources and example cases are not part of it."""
+    """Hash of everything that can change a score; grades, sources and example cases do not."""
     components: tuple[str, ...]
-    """Keys of every ``Score.parts``: outcome, no_parse, the rules in the set's order, bounds, overlong, timeout."""
+    """Keys of ``Score.parts``: outcome, no_parse, the rules in the order of the set, bounds, overlong, timeout."""
     rules: tuple[Rule, ...]
     table: Table
     formats: tuple[str, ...]
     floor: float
-    """The least total the set can give, over every gold, outcome and combination of triggers; no length term."""
+    """Least total over every gold level, outcome and combination of triggers, without a length term."""
     triggers: tuple[Trigger, ...]
     """The distinct triggers of the rules."""
     matches: Callable[[str], Matches]
-    """Case text → what each distinct trigger found. No text pays for a timeout twice."""
+    """Case text → the match of each distinct trigger. A timeout is not paid twice."""
 
     def score(
         self,
@@ -69,24 +69,24 @@ class Reward:
         case_id: str,
         length_penalty: float = 0.0,
     ) -> Score:
-        """The reward of one completion: total = fsum(parts), parts as `rewards.table.combine` makes them, and
+        """Return the reward of one completion: total = fsum(parts), with the parts of `rewards.table.combine` and
         ``overlong`` = length_penalty.
 
         Args:
-            text: the case as the policy read it; triggers look here and nowhere else.
+            text: the case as the policy read it; triggers search only here.
             gold: ESI level, 1 to 5.
             completion: the decoded text.
-            thinking: the prompt already opened ``<think>``.
-            finished: False if the token budget cut the completion. A cut completion that parsed scores as
-                parsed; one without an answer is a no-parse like any other.
-            case_id: what an error names instead of the text.
-            length_penalty: what `rewards.overlong` says about the completion's length, <= 0; added after the bounds.
+            thinking: whether the prompt opened ``<think>``.
+            finished: False if the completion was truncated. A truncated completion that parses is scored as parsed;
+                one without an answer is a no-parse like any other.
+            case_id: used in errors instead of the text.
+            length_penalty: the value of `rewards.overlong` for this completion, <= 0; added after the bounds.
 
-        A pattern that runs out of time gives the floor to *every* completion of the case, whatever it answers and
-        however long it is: a group that cannot be judged has equal rewards and so teaches nothing.
+        If a pattern times out, *every* completion of the case gets the floor, whatever its answer and length: a group
+        that cannot be judged has equal rewards and gives no gradient.
 
-        Raises RewardError for a gold that is no level, a length penalty that is none, and for a code rule that fails
-        or leaves its range.
+        Raises RewardError for an invalid gold level or length penalty, and for a code rule that fails or returns a
+        value outside its range.
 
         >>> v49 = load_reward("v49")
         >>> score = v49.score(text="Arrived intubated.", gold=1, completion="ANSWER: ESI 1", thinking=False,
@@ -99,57 +99,56 @@ class Reward:
         if not -LARGEST <= length_penalty <= 0:
             raise RewardError(f'case "{case_id}": expected a length_penalty <= 0, got {length_penalty}')
         answer = parse_answer(completion, thinking=thinking, formats=self.formats)
-        found = self.matches(text)
-        if found is None:
+        spans = self.matches(text)
+        if spans is None:
             parts = dict.fromkeys(self.components, 0.0) | {"timeout": self.floor}
             return Score(self.floor, MappingProxyType(parts), answer, (), True)
         fired: tuple[Fired, ...] = ()
         if answer.level is not None:
             view = View(text, gold, answer.level, completion, finished)
             fired = tuple(
-                Fired(rule.name, self._span(rule, found), _value(rule, view, case_id))
+                Fired(rule.name, self._span(rule, spans), _value(rule, view, case_id))
                 for rule in self.rules
-                if rule.concerns(gold, answer.level) and (rule.trigger is None or self._span(rule, found) is not None)
+                if rule.concerns(gold, answer.level) and (rule.trigger is None or self._span(rule, spans) is not None)
             )
         error = None if answer.level is None else answer.level - gold
-        stacked = combine(self.table, error, {one.rule: one.value for one in fired})
+        stacked = combine(self.table, error, {match.rule: match.value for match in fired})
         parts = dict.fromkeys(self.components, 0.0) | stacked | {"overlong": length_penalty}
         return Score(total(parts), MappingProxyType(parts), answer, fired, False)
 
     def applies(self, rule_name: str, text: str, gold: int) -> bool:
-        """Whether the rule speaks about this case: its gold condition holds and its trigger fires.
+        """Return whether the rule applies to this case: its gold condition holds and its trigger fires.
 
-        False where the patterns ran out of time. Raises RewardError for a name that no rule has.
+        False if a pattern timed out. Raises RewardError if no rule has this name.
         """
         rule = self.rule(rule_name)
         if gold not in rule.gold:
             return False
-        found = self.matches(text)
-        return found is not None and (rule.trigger is None or self._span(rule, found) is not None)
+        spans = self.matches(text)
+        return spans is not None and (rule.trigger is None or self._span(rule, spans) is not None)
 
     def rule(self, name: str) -> Rule:
-        """The rule of that name. Raises RewardError if there is none."""
+        """Return the rule of that name. Raises RewardError if there is none."""
         for rule in self.rules:
             if rule.name == name:
                 return rule
-        raise RewardError(
-            f'{self.name}: no rule is called "{name}"; it has {", ".join(rule.name for rule in self.rules) or "none"}'
-        )
+        names = ", ".join(rule.name for rule in self.rules) or "none"
+        raise RewardError(f'{self.name}: there is no rule "{name}"; the rules are {names}')
 
-    def _span(self, rule: Rule, found: tuple[Span | None, ...]) -> Span | None:
-        return None if rule.trigger is None else found[self.triggers.index(rule.trigger)]
+    def _span(self, rule: Rule, spans: tuple[Span | None, ...]) -> Span | None:
+        return None if rule.trigger is None else spans[self.triggers.index(rule.trigger)]
 
 
 def load_reward(name_or_path: str | Path) -> Reward:
-    """The reward of a shipped set or of a file.
+    """Load the reward of a shipped set or of a file.
 
     Args:
         name_or_path: a shipped name ("v45c", "v46", "v48", "v49", "v50"), a path ending in ``.toml``, or a path ending
-            in ``.json`` that holds what `dump_reward` gave.
+            in ``.json`` with the output of `dump_reward`.
 
-    Functions named by code rules are imported here: a set is trusted like code, so load only files you would run.
+    The functions of code rules are imported here: a set is trusted like code, so load only files you would run.
 
-    Raises RewardError naming file, row and key.
+    Raises RewardError with file, row and key.
 
     >>> load_reward("v49").components[:3]
     ('outcome', 'no_parse', 'lifesaving_obeyed')
@@ -185,12 +184,12 @@ def load_reward(name_or_path: str | Path) -> Reward:
 
 
 def dump_reward(name_or_path: str | Path) -> dict[str, object]:
-    """The resolved set as JSON holds it, extensions applied, example cases included: written to a file ending in
-    ``.json``, `load_reward` reads the same reward from it, with the same hash.
+    """Return the resolved set as a JSON object, with extensions applied and example cases included. `load_reward` reads
+    the same reward, with the same hash, from a ``.json`` file with this content.
 
-    A rule of code is held by its name and its range: its module must still be there, unchanged, for the hash to agree.
+    A code rule is stored as its name and range: for the hash to agree, its module must exist unchanged.
 
-    Raises RewardError as `load_reward` does for a file that cannot be used.
+    Raises RewardError as `load_reward` does.
 
     >>> sorted(dump_reward("v46"))[:5], dump_reward("v49")["no_parse"]["value"]
     (['about', 'answer', 'base', 'bounds', 'case'], -2.0)
@@ -199,23 +198,23 @@ def dump_reward(name_or_path: str | Path) -> dict[str, object]:
 
 
 def triggers_for(rules: tuple[Rule, ...], gold: int) -> tuple[Trigger, ...]:
-    """The distinct triggers of the rows whose gold condition admits this level, in the rows' order."""
+    """Return the distinct triggers of the rules for this gold level, in the order of the rules."""
     return tuple(dict.fromkeys(rule.trigger for rule in rules if rule.trigger and gold in rule.gold))
 
 
 def modifiers_range(
     rules: tuple[Rule, ...], gold: int, predicted: int, firing: frozenset[Trigger]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """The least and the greatest values of the rules that speak, by name, when exactly these triggers fire."""
-    speaking = [
+    """Return the least and the greatest value of each rule that applies when exactly these triggers fire."""
+    applying = [
         rule for rule in rules if rule.concerns(gold, predicted) and (rule.trigger is None or rule.trigger in firing)
     ]
-    return {rule.name: rule.low for rule in speaking}, {rule.name: rule.high for rule in speaking}
+    return {rule.name: rule.low for rule in applying}, {rule.name: rule.high for rule in applying}
 
 
 def combinations(triggers: tuple[Trigger, ...]) -> list[frozenset[Trigger]]:
-    """Every subset of the triggers, smallest first: triggers are taken as independent of each other."""
-    return [frozenset(chosen) for size in range(len(triggers) + 1) for chosen in itertools.combinations(triggers, size)]
+    """Return every subset of the triggers, smallest first; triggers are treated as independent."""
+    return [frozenset(subset) for size in range(len(triggers) + 1) for subset in itertools.combinations(triggers, size)]
 
 
 def _floor(table: Table, rules: tuple[Rule, ...]) -> float:
@@ -229,7 +228,7 @@ def _floor(table: Table, rules: tuple[Rule, ...]) -> float:
 
 
 def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str], Matches]:
-    # a timeout is remembered too: all completions of a case must meet the same judgement, and none pays for it again
+    # timeouts are cached too, so that all completions of a case are judged alike and only one waits
     timed_out: set[bytes] = set()
 
     @lru_cache(maxsize=CACHED_TEXTS)
@@ -282,7 +281,7 @@ def _function(row: RuleRow, path: Path) -> CodeRule:
     module_name, _, name = (row.function or "").partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
-    except (Exception, SystemExit) as error:  # importing runs the module: it may raise anything, or try to exit
+    except (Exception, SystemExit) as error:  # importing runs the module, which may raise anything or exit
         raise RewardError(
             f'{path}: rule "{row.name}".function: cannot import "{row.function}": {type(error).__name__}: {error}'
         ) from error
@@ -297,17 +296,17 @@ def _value(rule: Rule, view: View, case_id: str) -> float:
     try:
         value = rule.function(view)
     except (Exception, SystemExit) as error:
-        # whatever a rule of code raises stops the run; its message may quote the case, so only its place is passed on
+        # the message of the exception may quote the case, so only its location is reported
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise RewardError(
             f'rule "{rule.name}" ({rule.function_name}) raised {type(error).__name__} at {Path(frame.filename).name}:'
             f'{frame.lineno} on case "{case_id}"; a rule must return a number for every case'
         ) from None
     if isinstance(value, bool) or not isinstance(value, int | float) or not rule.low <= value <= rule.high:
-        shown = value if isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST) else None
+        number = value if isinstance(value, float) or (isinstance(value, int) and abs(value) <= LARGEST) else None
         raise RewardError(
             f'rule "{rule.name}" ({rule.function_name}) must return a number in [{rule.low}, {rule.high}], got '
-            f'{type(value).__name__ if shown is None else shown} on case "{case_id}"'
+            f'{type(value).__name__ if number is None else number} on case "{case_id}"'
         )
     return float(value)
 
@@ -331,7 +330,7 @@ def _content_hash(resolved: ResolvedSet, rules: tuple[Rule, ...]) -> str:
 
 
 def _source_hash(function: CodeRule, name: str) -> str:
-    """Of the file that holds a code rule: an edited rule is another reward."""
+    """Return the sha256 of a code rule's file: editing a rule gives another reward."""
     module = sys.modules.get(getattr(function, "__module__", None) or "") or sys.modules.get(name.partition(":")[0])
     file = getattr(module, "__file__", None)
     try:

@@ -1,7 +1,7 @@
-"""Rule rows: trigger in the case text × gold condition × predicted condition → value.
+"""Rules: trigger in the case text × gold condition × predicted condition → value.
 
-A trigger reads the case text alone, never the completion, so it is one boolean a case. Its patterns run through
-`regex` under a time limit.
+A trigger reads only the case text, never the completion, so it is one boolean per case. Its patterns are matched by
+`regex` with a time limit.
 """
 
 import contextlib
@@ -19,25 +19,25 @@ from rewards.types import LEVELS, Span, View
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS)}
 NUMBER = rf"(?P<number>[0-9]{{1,3}}|{'|'.join(NUMBER_WORDS)})(?![0-9a-z])"
-"""What ``{number}`` stands for in a numeric trigger's patterns."""
+"""Replaces ``{number}`` in the patterns of a numeric trigger."""
 
-PATIENCE = 4
-"""A search that ran out of time is tried once more with so many times as much."""
+TIMEOUT_RETRY_FACTOR = 4
+"""A search that timed out is repeated once with the time limit multiplied by this."""
 
 CodeRule = Callable[[View], float]
 T = TypeVar("T")
 
 
 class PatternTimeout(Exception):
-    """A trigger's patterns ran out of time on one text."""
+    """A trigger's patterns timed out on one text."""
 
 
 @dataclass(frozen=True, slots=True)
 class PatternTrigger:
-    """Fires where ``pattern`` matches outside every match of ``unless``.
+    """Fires if ``pattern`` matches outside every match of ``unless``.
 
-    "Outside" is by overlap: in "not intubated, chest tube placed" an ``unless`` for "not intubated" takes away that
-    match and leaves the chest tube.
+    A match is outside if it does not overlap: in "not intubated, chest tube placed" an ``unless`` of "not intubated"
+    removes the first match and leaves the chest tube.
     """
 
     pattern: str
@@ -47,10 +47,10 @@ class PatternTrigger:
 
 @dataclass(frozen=True, slots=True)
 class NumberTrigger:
-    """Fires where a number captured by one of ``patterns`` lies in [at_least, at_most].
+    """Fires if a number captured by one of ``patterns`` is in [at_least, at_most].
 
-    Numbers above ``at_most`` are no scores and are passed over. ``which`` says which of several numbers counts:
-    "any" of them, or only the "last" one in the text. Numbers inside a match of ``unless`` never count.
+    Numbers above ``at_most`` are not scores and are ignored. If there are several numbers, ``which`` selects "any" of
+    them or only the "last" one in the text. Numbers inside a match of ``unless`` never count.
     """
 
     patterns: tuple[str, ...]
@@ -66,17 +66,17 @@ Trigger = PatternTrigger | NumberTrigger
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """One row: worth ``value`` when the trigger fires, gold is in ``gold`` and the predicted level in ``predicted``.
+    """One rule: gives ``value`` if the trigger fires, gold is in ``gold`` and the predicted level in ``predicted``.
 
-    A rule of code has ``function``, which returns a value in [low, high]; for a row of data low = high = value.
-    Two rows with equal triggers share one trigger.
+    A code rule has a ``function`` that returns a value in [low, high]; for a data rule low = high = value. Two rules
+    with equal triggers share one trigger.
     """
 
     name: str
     grade: str
     source: str
     trigger: Trigger | None
-    """None: fires on every case."""
+    """None if the rule applies to every case."""
     gold: frozenset[int]
     predicted: frozenset[int]
     value: float | None
@@ -86,7 +86,7 @@ class Rule:
     function_name: str | None = None
 
     def concerns(self, gold: int, predicted: int | None) -> bool:
-        """Both conditions hold. Never for a completion without an answer."""
+        """Return whether both conditions hold; False for a completion without an answer."""
         return gold in self.gold and predicted in self.predicted
 
 
@@ -102,9 +102,9 @@ _CONDITION = re.compile(r"(=|!=|<=|>=|<|>) ?([1-5])")
 
 
 def levels(condition: str) -> frozenset[int]:
-    """The levels that a condition admits: "any", or a comparison with a level.
+    """Return the levels that satisfy a condition: "any", or a comparison with a level.
 
-    Raises ValueError for anything else, and for a condition that admits no level.
+    Raises ValueError for anything else, and for a condition that no level satisfies.
 
     >>> sorted(levels("> 2")), sorted(levels("= 1")), len(levels("any"))
     ([3, 4, 5], [1], 5)
@@ -115,71 +115,72 @@ def levels(condition: str) -> frozenset[int]:
     admitted = frozenset(level for level in LEVELS if _COMPARISONS[match[1]](level, int(match[2]))) if match else None
     if not admitted:
         raise ValueError(
-            f'expected "any" or a comparison such as "= 1", "> 2" or "!= 3" that admits a level, got "{condition}"'
+            f'expected "any" or a comparison such as "= 1", "> 2" or "!= 3" that a level satisfies, got "{condition}"'
         )
     return admitted
 
 
 @lru_cache(maxsize=512)
 def compile_pattern(pattern: str) -> regex.Pattern[str]:
-    """The pattern as triggers run it: case-insensitive, ``{number}`` expanded. Raises regex.error."""
+    """Compile a trigger's pattern: case-insensitive, with ``{number}`` expanded. Raises regex.error."""
     return regex.compile(pattern.replace("{number}", NUMBER), regex.IGNORECASE | regex.VERSION0)
 
 
 def find_trigger(trigger: Trigger, text: str, *, timeout_s: float) -> Span | None:
-    """The span of the first match that makes the trigger fire, or None.
+    """Return the span of the first match that makes the trigger fire, or None.
 
     Args:
-        trigger: what is looked for.
-        text: a case's text.
-        timeout_s: limit for each pattern, seconds of processor time.
+        trigger: the trigger to search for.
+        text: the text of a case.
+        timeout_s: time limit for each pattern, in seconds of CPU time.
 
-    Raises PatternTimeout when a pattern runs past the limit.
+    Raises PatternTimeout if a pattern exceeds the limit.
 
     >>> find_trigger(PatternTrigger("intubat", unless="not intubated"), "Not intubated.", timeout_s=0.1)
     >>> pain = NumberTrigger(("pain {number}/10",), at_least=7, at_most=10)
     >>> find_trigger(pain, "Pain 9/10.", timeout_s=0.1)
     (0, 9)
     """
-    return _in_time(_FIND[trigger.kind], trigger, text, timeout_s)
+    return _with_timeout(_FIND[trigger.kind], trigger, text, timeout_s)
 
 
 def trigger_spans(trigger: Trigger, text: str, *, timeout_s: float) -> list[Span]:
-    """All matches of the trigger's patterns that ``unless`` leaves standing, in order, whatever number they hold."""
-    return _in_time(lambda *given: [span for span, _ in _standing(*given)], trigger, text, timeout_s)
+    """Return all matches of the trigger's patterns outside ``unless``, in order, whatever number they contain."""
+    return _with_timeout(lambda *args: [span for span, _ in _matches_outside_unless(*args)], trigger, text, timeout_s)
 
 
-def _in_time(find: Callable[[Trigger, str, float], T], trigger: Trigger, text: str, timeout_s: float) -> T:
-    """What ``find`` returns. Once past the limit it may try again with `PATIENCE` times as much: `regex` counts the
-    processor time of the whole process, which other threads spend as well and a busy machine tells in jumps, and a
-    judgement must not depend on that."""
+def _with_timeout(find: Callable[[Trigger, str, float], T], trigger: Trigger, text: str, timeout_s: float) -> T:
+    """Call ``find``; after a timeout once more, with `TIMEOUT_RETRY_FACTOR` times the limit.
+
+    `regex` measures the CPU time of the whole process, and the result must not depend on other threads.
+    """
     with contextlib.suppress(TimeoutError):
         return find(trigger, text, timeout_s)
     try:
-        return find(trigger, text, PATIENCE * timeout_s)
+        return find(trigger, text, TIMEOUT_RETRY_FACTOR * timeout_s)
     except TimeoutError as error:
         raise PatternTimeout(f"a {trigger.kind} trigger ran past {timeout_s} s, and again") from error
 
 
-def _standing(trigger: Trigger, text: str, timeout_s: float) -> Iterator[tuple[Span, str | None]]:
-    """(span, number written) of each match outside ``unless``, in order of place."""
+def _matches_outside_unless(trigger: Trigger, text: str, timeout_s: float) -> Iterator[tuple[Span, str | None]]:
+    """Yield (span, captured number as text) of each match outside ``unless``, in order of position."""
     patterns = trigger.patterns if isinstance(trigger, NumberTrigger) else (trigger.pattern,)
-    found = [
+    matches = [
         (match.span(), match.groupdict().get("number"))
         for pattern in patterns
         for match in compile_pattern(pattern).finditer(text, timeout=timeout_s)
     ]
-    if not found:
+    if not matches:
         return
-    taken = (
+    excluded = (
         [match.span() for match in compile_pattern(trigger.unless).finditer(text, timeout=timeout_s)]
         if trigger.unless
         else []
     )
-    begins = [begin for begin, _ in taken]
-    for span, number in sorted(found, key=lambda item: (item[0][0], -item[0][1])):
-        last = bisect_left(begins, span[1]) - 1  # of those that begin before the match ends, the one that ends last
-        if last < 0 or taken[last][1] <= span[0]:
+    begins = [begin for begin, _ in excluded]
+    for span, number in sorted(matches, key=lambda item: (item[0][0], -item[0][1])):
+        last = bisect_left(begins, span[1]) - 1  # the last exclusion that begins before the match ends
+        if last < 0 or excluded[last][1] <= span[0]:
             yield span, number
 
 
@@ -187,21 +188,21 @@ def _find_pattern(trigger: PatternTrigger, text: str, timeout_s: float) -> Span 
     if trigger.unless is None:
         match = compile_pattern(trigger.pattern).search(text, timeout=timeout_s)
         return match.span() if match else None
-    return next((span for span, _ in _standing(trigger, text, timeout_s)), None)
+    return next((span for span, _ in _matches_outside_unless(trigger, text, timeout_s)), None)
 
 
 def _find_number(trigger: NumberTrigger, text: str, timeout_s: float) -> Span | None:
     scores = [
         (span, value)
-        for span, written in _standing(trigger, text, timeout_s)
-        if written is not None and (value := _number(written)) <= trigger.at_most
+        for span, number in _matches_outside_unless(trigger, text, timeout_s)
+        if number is not None and (value := _number(number)) <= trigger.at_most
     ]
     counted = scores[-1:] if trigger.which == "last" else scores
     return next((span for span, value in counted if value >= trigger.at_least), None)
 
 
-def _number(written: str) -> int:
-    word = written.lower()
+def _number(text: str) -> int:
+    word = text.lower()
     return NUMBER_WORDS[word] if word in NUMBER_WORDS else int(word)
 
 

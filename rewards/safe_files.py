@@ -1,7 +1,7 @@
-"""Files that nobody vouches for → bytes, lines, JSON, TOML: in bounded memory, and never waiting for what is no file.
+"""Read untrusted files as bytes, lines, JSON or TOML, in bounded memory and without ever blocking.
 
-Everything here raises one error, `Unreadable`, whose message says why and where, and neither the file's name nor
-anything that stands in it: callers name the file, and a case's text may be a patient's.
+Every function raises one error, `Unreadable`. Its message gives the reason and the position but neither the file name,
+which callers add, nor any content, which may be patient data.
 """
 
 import codecs
@@ -17,15 +17,15 @@ from typing import Any, Never
 
 MEBIBYTE = 2**20
 MOST_BYTES = 8 * MEBIBYTE
-"""Of a file that is read whole, unless its reader says otherwise: a config, a reward set, a header."""
+"""Default limit for a file that is read as a whole: a config, a reward set, a header."""
 MOST_TOML = 512 * 1024
+"""Characters."""
 LONGEST_TOML_LINE = 1024
-"""Characters of a line of TOML with more than `DEEPEST` dots: reading a dotted key takes time quadratic in
-its parts."""
+"""Characters of a TOML line with more than `DEEPEST` dots: parsing a dotted key is quadratic in its parts."""
 DEEPEST = 64
-"""Lists and objects within each other. No file of ours goes beyond 10."""
+"""Nesting of lists and objects. This project's own files need at most 10."""
 LARGEST = 2**63
-"""No whole number of a file of ours lies farther from 0."""
+"""Largest absolute value of an integer in this project's own files."""
 MARKS = {codecs.BOM_UTF32_LE: "UTF-32", codecs.BOM_UTF32_BE: "UTF-32", codecs.BOM_UTF16_LE: "UTF-16",
          codecs.BOM_UTF16_BE: "UTF-16"}  # fmt: skip
 KINDS = {
@@ -38,11 +38,11 @@ KINDS = {
 
 
 class Unreadable(ValueError):
-    """A file that is not what it should be. Says why and where, never what stands in it."""
+    """An invalid file. The message gives the reason and the position, never the content."""
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a file is there, links followed; False also for what cannot be looked at and for impossible names."""
+    """Return whether the path is a regular file, following links; False if it cannot be inspected."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (OSError, ValueError):
@@ -50,10 +50,10 @@ def is_regular(path: Path) -> bool:
 
 
 def open_regular(path: Path) -> BufferedReader:
-    """The file, open for reading. A pipe, a device or a folder is refused at once: opening never waits.
+    """Open a regular file for reading. Opening never blocks: pipes, devices and folders are refused.
 
     Raises:
-        Unreadable: not there, not to be read, or no file.
+        Unreadable: the file is missing, not readable, or not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -69,7 +69,7 @@ def open_regular(path: Path) -> BufferedReader:
 
 
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
-    """All of a file of at most ``most`` bytes. Raises `Unreadable`."""
+    """Return the content of a file of at most ``most`` bytes. Raises `Unreadable`."""
     try:
         with open_regular(path) as file:
             content = file.read(most + 1)
@@ -81,15 +81,15 @@ def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
 
 
 def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
-    """A UTF-8 text of at most ``most`` bytes, a byte-order mark before it dropped. Raises `Unreadable`."""
+    """Return a UTF-8 text of at most ``most`` bytes without its byte-order mark. Raises `Unreadable`."""
     return decoded(read_bytes(path, most=most))
 
 
 def decoded(content: bytes) -> str:
-    r"""UTF-8 → text, a byte-order mark dropped.
+    r"""Decode UTF-8, dropping a byte-order mark.
 
     Raises:
-        Unreadable: another encoding, or a NUL.
+        Unreadable: another encoding, or a NUL byte.
 
     >>> decoded(b"\xef\xbb\xbfESI 2\r\n")
     'ESI 2\r\n'
@@ -98,7 +98,7 @@ def decoded(content: bytes) -> str:
         if content.startswith(mark):
             raise Unreadable(f"not UTF-8 but {name}, by its byte-order mark: save it as UTF-8")
     if (place := content.find(b"\0")) >= 0:
-        raise Unreadable(f"holds a NUL (byte {place}): not a text file, or a damaged one")
+        raise Unreadable(f"contains a NUL (byte {place}): not a text file, or damaged")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -106,10 +106,10 @@ def decoded(content: bytes) -> str:
 
 
 def raw_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
-    """The lines of a file with their ends, one in memory at a time.
+    """Yield the lines of a file with their line ends, one at a time.
 
     Raises:
-        Unreadable: a line of more than ``longest`` bytes, named by its number.
+        Unreadable: a line has more than ``longest`` bytes; gives its number.
     """
     try:
         with open_regular(path) as file:
@@ -124,26 +124,26 @@ def raw_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
 
 
 def read_json(path: Path, *, most: int = MOST_BYTES, foreign: bool = False) -> Any:
-    """The value in a JSON file. Raises `Unreadable`; see `parse_json`."""
+    """Return the value in a JSON file. Raises `Unreadable`; see `parse_json`."""
     return parse_json(read_text(path, most=most), foreign=foreign)
 
 
 def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
-    """The value of a JSON text in which each key stands once.
+    """Parse JSON in which no object repeats a key.
 
     Args:
-        foreign: of another program: take NaN and the infinities, which are no JSON, and whole numbers beyond
-            ±`LARGEST`. Models' configs hold both.
+        foreign: accept NaN, infinities and integers beyond ±`LARGEST`, which other programs write, for example into
+            model configs.
 
     Raises:
-        Unreadable: anything else, nesting beyond `DEEPEST`; unless ``foreign``, a number that is not finite or too
-            large.
+        Unreadable: invalid JSON, a repeated key, nesting beyond `DEEPEST`; unless ``foreign``, a number that is not
+            finite or too large.
 
     >>> parse_json('{"step": 1}')
     {'step': 1}
     >>> parse_json('{"step": 1, "step": 2}')
     Traceback (most recent call last):
-    rewards.safe_files.Unreadable: not valid JSON: a key stands twice in one object
+    rewards.safe_files.Unreadable: not valid JSON: an object contains a key twice
     """
     text = decoded(text) if isinstance(text, bytes) else text
     try:
@@ -169,7 +169,7 @@ def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """The table of a TOML text, in bounded time. Raises `Unreadable`.
+    """Parse TOML in bounded time. Raises `Unreadable`.
 
     >>> parse_toml("steps = 3")
     {'steps': 3}
@@ -192,10 +192,10 @@ def parse_toml(text: str) -> dict[str, Any]:
 
 
 def check_contents(folder: Path) -> None:
-    """Makes sure that a folder holds files and folders alone, and nothing that leads out of it.
+    """Check that a folder contains only files and folders, and no links out of it.
 
     Raises:
-        Unreadable: a link out of the folder, or to nowhere, a pipe, a socket, a device; names it.
+        Unreadable: a link out of the folder or to nowhere, a pipe, a socket or a device; gives its path.
     """
     root = os.path.realpath(folder)
     waiting = [folder]
@@ -208,25 +208,25 @@ def check_contents(folder: Path) -> None:
                     if entry.is_symlink():
                         target = os.path.realpath(entry.path)
                         if os.path.commonpath([root, target]) != root or not os.path.exists(target):
-                            raise Unreadable(f"{inner}: a link out of this folder: put there what it points to")
+                            raise Unreadable(f"{inner}: a link out of this folder: replace it with its target")
                     elif entry.is_dir():
                         waiting.append(Path(entry.path))
                     elif not entry.is_file():
                         kind = KINDS.get(stat.S_IFMT(entry.stat().st_mode), "something else")
-                        raise Unreadable(f"{inner}: expected files and folders alone, found {kind}")
+                        raise Unreadable(f"{inner}: expected only files and folders, found {kind}")
         except OSError as error:
             raise Unreadable(f"cannot be read: {error.strerror}") from None
 
 
 def clipped(value: object, most: int = 80) -> str:
-    """A value for a message: as Python writes it, cut short.
+    """Return the repr of a value, shortened for a message.
 
     >>> clipped("a" * 100, 10)
     "'aaaaaaaa…"
     """
     try:
         text = repr(value[: most + 1] if isinstance(value, str | bytes) else value)
-    except (ValueError, RecursionError):  # whole numbers of too many digits, nesting
+    except (ValueError, RecursionError):  # an integer with too many digits, or nesting too deep
         return f"a {type(value).__name__}"
     return text if len(text) <= most else text[: most - 1] + "…"
 
@@ -234,7 +234,7 @@ def clipped(value: object, most: int = 80) -> str:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise Unreadable("not valid JSON: a key stands twice in one object")
+        raise Unreadable("not valid JSON: an object contains a key twice")
     return table
 
 
@@ -246,12 +246,12 @@ def _small(digits: str) -> int:
 
 def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise Unreadable("not valid JSON: a number too large to be one")
+        raise Unreadable("not valid JSON: a number too large for a float")
     return value
 
 
 def _no_constant(name: str) -> Never:
-    raise Unreadable(f"not valid JSON: {name} is no JSON number")
+    raise Unreadable(f"not valid JSON: {name} is not a JSON number")
 
 
 def _refuse_depth(value: Any, kind: str) -> None:
@@ -259,9 +259,9 @@ def _refuse_depth(value: Any, kind: str) -> None:
     for _ in range(DEEPEST + 1):
         level = [
             inner
-            for one in level
-            if isinstance(one, dict | list)
-            for inner in (one.values() if isinstance(one, dict) else one)
+            for node in level
+            if isinstance(node, dict | list)
+            for inner in (node.values() if isinstance(node, dict) else node)
         ]
         if not level:
             return

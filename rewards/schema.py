@@ -1,4 +1,4 @@
-"""What a reward set's file may hold: every key, every row, every range. `rewards.set_files` reads it."""
+"""The schema of a reward set's file: every key, row and range. `rewards.set_files` reads the files."""
 
 import math
 import re
@@ -16,18 +16,20 @@ def _tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-MOST_COMPILED = 2_000_000
-"""Characters of a pattern times all its least repeats: they are written out when it is compiled, 300 bytes each."""
-MOST_TRIED = 10_000
+MAX_EXPANDED_CHARS = 2_000_000
+"""Characters of a pattern times all its minimum repeats: compiling expands them, at 300 bytes each."""
+MAX_PATTERN_CHARS = 10_000
 """Characters of a pattern."""
 
 
 def _compilable(pattern: str) -> str:
-    if len(pattern) > MOST_TRIED:
-        raise ValueError(f"expected a regular expression of at most {MOST_TRIED:,} characters, got {len(pattern):,}")
-    repeats = [max(1, int(found[-9:])) for found in re.findall(r"\{(\d+)", pattern, re.ASCII)]
-    if len(pattern) * math.prod(repeats) > MOST_COMPILED:
-        raise ValueError(f"expected a regular expression that repeats less: {math.prod(repeats):,.0f} times in all")
+    if len(pattern) > MAX_PATTERN_CHARS:
+        raise ValueError(
+            f"expected a regular expression of at most {MAX_PATTERN_CHARS:,} characters, got {len(pattern):,}"
+        )
+    repeats = [max(1, int(digits[-9:])) for digits in re.findall(r"\{(\d+)", pattern, re.ASCII)]
+    if len(pattern) * math.prod(repeats) > MAX_EXPANDED_CHARS:
+        raise ValueError(f"expected a regular expression with fewer repeats, got {math.prod(repeats):,.0f} in total")
     try:
         compile_pattern(pattern)
     except (regex.error, RecursionError, OverflowError) as error:
@@ -38,7 +40,9 @@ def _compilable(pattern: str) -> str:
 
 def _captures_number(pattern: str) -> str:
     if pattern.count("{number}") != 1:
-        raise ValueError(f"expected {{number}} once, where the score stands, got it {pattern.count('{number}')} times")
+        raise ValueError(
+            f"expected {{number}} exactly once, at the position of the score, got it {pattern.count('{number}')} times"
+        )
     return pattern
 
 
@@ -66,7 +70,7 @@ SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*$", max_length=60)]
 Seconds = Annotated[float, Field(gt=0, le=10)]
 Level = Annotated[int, Field(ge=1, le=5)]
 Grade = Literal["K", "I", "U"]
-"""K: stated by a model card of the series. I: inferred, the source gives the argument. U: unknown, our choice."""
+"""K: stated by a model card of the series. I: inferred, with the argument in ``source``. U: unknown, our choice."""
 Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compilable)]
 Condition = Annotated[str, AfterValidator(_checked_condition)]
 
@@ -84,7 +88,7 @@ class Outcome(Graded):
     """A row of the base table."""
 
     errors: Annotated[tuple[Annotated[int, Field(ge=-4, le=4)], ...], Field(min_length=1), BeforeValidator(_tuple)]
-    """Signed errors, predicted − gold, that this row is for."""
+    """Signed errors, predicted − gold, to which this row applies."""
     value: Value
 
 
@@ -109,7 +113,7 @@ class Bounds(Graded):
 
 
 class AnswerSection(Section):
-    """Which rows of the parser's table of formats are read."""
+    """The answer formats that the parser accepts."""
 
     formats: Annotated[
         tuple[Annotated[str, AfterValidator(_known_format)], ...], Field(min_length=1), BeforeValidator(_tuple)
@@ -142,7 +146,7 @@ class NumberRow(Section):
 
 
 class SameRow(Section):
-    """The trigger of another rule of the set: two rows, one boolean."""
+    """The trigger of another rule of the set."""
 
     kind: Literal["same"]
     rule: Name
@@ -160,16 +164,18 @@ class RuleRow(Graded):
     @model_validator(mode="after")
     def _data_or_code(self) -> "RuleRow":
         if (self.value is None) == (self.function is None):
-            raise ValueError("expected either value (a row of data) or function with range (a rule of code)")
+            raise ValueError("expected either value (a data rule) or function with range (a code rule)")
         if (self.function is None) != (self.range is None):
-            raise ValueError("expected function and range together: the proof needs the values a function may return")
+            raise ValueError(
+                "expected function and range together: the proof needs to know which values the function may return"
+            )
         if self.range and self.range[0] > self.range[1]:
             raise ValueError(f"expected range = [low, high] with low <= high, got {list(self.range)}")
         return self
 
 
 class ExampleCase(Section):
-    """A case the tests run: what the set must say about one completion."""
+    """An example the tests run: the expected score of one completion."""
 
     name: Name
     text: Text
@@ -188,7 +194,7 @@ ExampleCases = Annotated[tuple[ExampleCase, ...], BeforeValidator(_tuple)]
 
 
 class SetFile(Section):
-    """One file as written: what it leaves out comes from the set it extends."""
+    """One file as written; missing keys come from the set it extends."""
 
     name: SetName
     about: Text
@@ -205,7 +211,7 @@ class SetFile(Section):
 
 
 class ResolvedSet(Section):
-    """A whole set, extensions applied: what one file of JSON holds."""
+    """A complete set with extensions applied, as stored in JSON."""
 
     name: SetName
     about: Text
@@ -219,18 +225,6 @@ class ResolvedSet(Section):
     case: ExampleCases
 
 
-MODELS: tuple[type[BaseModel], ...] = (
-    SetFile,
-    ResolvedSet,
-    Outcome,
-    NoParse,
-    Stacking,
-    Bounds,
-    AnswerSection,
-    RuleRow,
-    PatternRow,
-    NumberRow,
-    SameRow,
-    ExampleCase,
-)
-"""Every model whose keys a file may hold."""
+def all_models(base: type[Section] = Section) -> list[type[Section]]:
+    """Return every model whose keys may occur in a file."""
+    return [model for child in base.__subclasses__() for model in (child, *all_models(child))]

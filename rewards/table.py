@@ -1,6 +1,6 @@
-"""The arithmetic of a reward: outcome, no-parse, rule values, stacking and bounds, in one place.
+"""The arithmetic of a reward: outcome, no-parse, rule values, stacking and bounds.
 
-Scoring and the proof both go through `combine`, so the proof speaks of what is scored.
+Scoring and the proof both call `combine`, so the proof holds for what is scored.
 """
 
 import math
@@ -13,22 +13,22 @@ ERRORS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
 
 def _keep_one(pick: Callable[[list[float]], float]) -> Callable[[list[float]], list[float]]:
     def keep(values: list[float]) -> list[float]:
-        kept = values.index(pick(values))
-        return [value if i == kept else 0.0 for i, value in enumerate(values)]
+        chosen = values.index(pick(values))
+        return [value if i == chosen else 0.0 for i, value in enumerate(values)]
 
     return keep
 
 
 PENALTIES: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "worst": _keep_one(min)}
-"""What stands of several negative values: all of them, or only the worst (the first of equals)."""
+"""How several negative values combine: all of them count, or only the worst (the first if equal)."""
 
 BONUSES: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "best": _keep_one(max)}
-"""What stands of several positive values: all of them, or only the best (the first of equals)."""
+"""How several positive values combine: all of them count, or only the best (the first if equal)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """The part of a set that is numbers: what each outcome is worth and how modifiers combine."""
+    """The numbers of a set: the value of each outcome, and how modifiers combine."""
 
     by_error: Mapping[int, float]
     """Signed error → value, all nine of `ERRORS`."""
@@ -38,21 +38,21 @@ class Table:
     bonuses: str
     """Key of `BONUSES`."""
     low: float
-    """Bounds of the total; infinite where the set names none."""
+    """Bounds of the total; infinite if the set has none."""
     high: float
 
 
 def combine(table: Table, error: int | None, modifiers: Mapping[str, float]) -> dict[str, float]:
-    """The parts of one score: outcome or no_parse, each modifier after stacking, and what the bounds took.
+    """Return the parts of one score: outcome or no_parse, each modifier after stacking, and the effect of the bounds.
 
-    total = clip(base + Σ stacked modifiers, low, high); the ``bounds`` part is what the clip added.
+    total = clip(base + Σ stacked modifiers, low, high); the ``bounds`` part is what clipping added.
 
     Args:
         table: the set's numbers.
-        error: predicted − gold, or None for a completion without an answer, which no modifier touches.
+        error: predicted − gold, or None for a completion without an answer, to which no modifier applies.
         modifiers: rule name → value before stacking.
 
-    Monotone in every modifier, which is what lets the proof treat a range by its two ends.
+    The total is monotone in every modifier, so the proof needs only the two ends of a range.
 
     >>> table = Table({0: 1.0, 2: -1.0}, -2.0, "worst", "sum", -math.inf, math.inf)
     >>> combine(table, 2, {"open_injury": -0.5, "severe_pain": -0.5})
@@ -74,5 +74,5 @@ def combine(table: Table, error: int | None, modifiers: Mapping[str, float]) -> 
 
 
 def total(parts: Mapping[str, float]) -> float:
-    """The exactly rounded sum of the parts, independent of their order."""
+    """Return the exactly rounded sum of the parts, independent of their order."""
     return math.fsum(parts.values())

@@ -24,8 +24,9 @@ from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, Rule, Score
-from rewards.blind_policies import PolicyReport, RuleAudit, check_accuracy
+from rewards.blind_policies import PolicyReport, check_accuracy
 from rewards.proof import OUTCOMES, Proof, Row
+from rewards.rule_audit import RuleAudit
 from rewards.safe_files import MEBIBYTE, Unreadable, read_text
 from rewards.types import LEVELS
 

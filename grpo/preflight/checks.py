@@ -16,17 +16,9 @@ from grpo.policy.memory_plan import Plan, Shape, make_plan, read_shape
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, load_reward
-from rewards.blind_policies import (
-    Counts,
-    PolicyReport,
-    RuleAudit,
-    WeightedCase,
-    audit_rules,
-    check_accuracy,
-    expected_rewards,
-    never_matter,
-)
+from rewards.blind_policies import PolicyReport, WeightedCase, check_accuracy, expected_rewards
 from rewards.proof import Invariant, Proof, prove
+from rewards.rule_audit import Counts, RuleAudit, audit_rules, never_matter
 from rewards.schema import ExampleCase
 from rewards.set_files import load_set
 from rewards.types import LEVELS

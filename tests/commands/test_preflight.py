@@ -90,7 +90,7 @@ def shown(capsys: pytest.CaptureFixture[str]) -> str:
 @pytest.mark.parametrize(
     ("name", "code", "says"),
     [
-        ("v45c", 1, ["counterexample: gold 1, predicted 2: +0", "under-triage is worth less than over-triage as far"]),
+        ("v45c", 1, ["counterexample: gold 1, predicted 2: +0", "under-triage is worth less than equal over-triage"]),
         ("v46", 1, ["counterexample: gold 1, predicted 3: -1", "gold 1, no parse: -0.5"]),
         ("v48", 1, ["counterexample: gold 1, predicted 3: -1", "gold 1, no parse: -0.5"]),
         ("v49", 0, ["proof     sound, smallest margin +0.5", "verdict   SOUND"]),
@@ -175,7 +175,7 @@ def test_an_honest_policy_that_cannot_be_is_refused_whatever_else_is_asked(
 ) -> None:
     assert main([TINY, "--honest", share, *more]) == 2
     out, err = capsys.readouterr()
-    assert "expected a share in (0, 1], got" in err and not out
+    assert "expected a value in (0, 1], got" in err and not out
 
 
 TEXTS = ("Arrived intubated.", "Gunshot wound, pain 9/10.", "Pain 8/10.", "Refill.", "Chest tube placed, pain 10/10.")
@@ -347,7 +347,7 @@ def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--set", "reward.set=v99"], 'no reward set is called "v99"'),
+        (["--set", "reward.set=v99"], 'no reward set "v99"'),
         (["--set", "optim.learning_rte=1"], "did you mean learning_rate?"),
         (
             ["--explain", "nobody", "--completion", "ANSWER: ESI 2"],
@@ -356,7 +356,7 @@ def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.Captu
         (["--explain", "train-000000", "--completion", "@nowhere.txt"], "@nowhere.txt: cannot be read"),
         (["--explain", "train-000000"], "--explain and --completion belong together"),
         (["--explain", "a", "--completion", "b", "--reward-only"], "leave out --reward-only and --json"),
-        (["--reward-only", "--honest", "7"], "expected a share in (0, 1], got 7.0"),
+        (["--reward-only", "--honest", "7"], "expected a value in (0, 1], got 7.0"),
     ],
 )
 def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -368,8 +368,8 @@ def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--set", "reward.set=v99"], 'no reward set is called "v99"'),
-        (["--honest", "7"], "expected a share in (0, 1], got 7.0"),
+        (["--set", "reward.set=v99"], 'no reward set "v99"'),
+        (["--honest", "7"], "expected a value in (0, 1], got 7.0"),
         (["--explain", "a", "--completion", "b"], "leave out --reward-only and --json"),
     ],
 )
@@ -443,7 +443,7 @@ def test_json_says_the_same_and_holds_no_case(balanced: list[str], capsys: pytes
     text = shown(capsys)
     found = json.loads(text)
     assert found["sound"] is False and found["proof"]["sound"] is False and len(found["proof"]["table"]) == 40
-    assert [one["name"] for one in found["proof"]["invariants"] if not one["holds"]] == ["silence_worst"]
+    assert [one["name"] for one in found["proof"]["invariants"] if not one["holds"]] == ["no_answer_is_worst"]
     assert found["probes"]["ranked"][0]["policy"] == "honest, 70% exact" and found["probes"]["beaten_by"] == []
     assert found["data"]["levels"] == [40] * 5 and found["plan"]["trained"] > 0
     assert found["plan"]["peak_bytes"]["update"] > 17e9
@@ -533,7 +533,7 @@ def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: py
     assert text.splitlines()[-1].split() == ["total", "+1.25"] and "not counted" not in text
 
     assert main([TINY, *world, *sets(reward__overlong="{cache_tokens = 20, penalty = 0.5}")]) == 1
-    assert "- every commitment is worth more than any silence: a tie of gold 1, predicted 3" in shown(capsys)
+    assert "- every answer is worth more than no answer: a tie of gold 1, predicted 3" in shown(capsys)
 
 
 def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -567,7 +567,7 @@ def test_training_refuses_an_unsound_reward_before_any_weight_is_read(
     out = tmp_path / "run"
     assert train.main([TINY, "--out", str(out), *balanced, *sets(reward__set="v46")]) == 2
     error = capsys.readouterr().err
-    assert error.startswith('error: reward "v46" is refused for this run:\n  - every commitment is worth more than')
+    assert error.startswith('error: reward "v46" is refused for this run:\n  - every answer is worth more than')
     assert "not so for gold 1, predicted 3: -1 against gold 1, no parse: -0.5" in error and "weights" not in error
     assert "reward.allow_unsound = true" in error and not out.exists()
 

@@ -9,15 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rewards import RewardError, View, load_reward, parse_answer
-from rewards.blind_policies import (
-    POLICIES,
-    PolicyReport,
-    WeightedCase,
-    audit_rules,
-    expected_rewards,
-    honest_draws,
-    never_matter,
-)
+from rewards.blind_policies import POLICIES, PolicyReport, WeightedCase, expected_rewards, honest_draws
+from rewards.rule_audit import audit_rules, never_matter
 
 PLAIN = "A 50-year-old male with a complaint."
 

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from rewards import Answer, load_reward, parse_answer
 from rewards.parse import FORMATS
-from rewards.second_level import FILLERS, HEDGES, LOOSE_WORDS, RANGE_WORDS
+from rewards.second_level import FILLER_WORDS, HEDGES, JOIN_WORDS, RANGE_WORDS
 
 WRITTEN = {
     # every way to commit to level 2, with the row of the format table that reads it
@@ -140,9 +140,9 @@ TEMPLATES = {
     "{}": None,
 }
 JOINERS = [
-    *(f" {word} " for word in (*RANGE_WORDS, *LOOSE_WORDS, *FILLERS)),
-    *(f", {word} ESI " for word in (*RANGE_WORDS, *LOOSE_WORDS)),
-    *(f"\n{word} " for word in (*RANGE_WORDS, *LOOSE_WORDS)),
+    *(f" {word} " for word in (*RANGE_WORDS, *JOIN_WORDS, *FILLER_WORDS)),
+    *(f", {word} ESI " for word in (*RANGE_WORDS, *JOIN_WORDS)),
+    *(f"\n{word} " for word in (*RANGE_WORDS, *JOIN_WORDS)),
     *(f"{blank}{sign}{blank}" for sign in "/|&+~,;→⇒↔…" for blank in ("", " ")),
     *(f"{blank}{dash}{blank}" for dash in "-\u2010\u2011\u2012\u2013\u2014\u2212" for blank in ("", " ")),
     " ", "  ", "\t", "\u00a0", "...", " ... ", " -> ", " => ", " >> ", " (", " [", " (ESI ", " / ESI ", ": ", ". ",
@@ -173,7 +173,7 @@ WORDS = (
 
 
 def test_the_words_that_join_are_all_of_these() -> None:
-    assert set(WORDS.split()) <= {*RANGE_WORDS, *LOOSE_WORDS}
+    assert set(WORDS.split()) <= {*RANGE_WORDS, *JOIN_WORDS}
 
 
 @pytest.mark.parametrize("joiner", JOINERS)

@@ -60,16 +60,16 @@ def test_v49_and_v50_are_sound_by_a_half() -> None:
         assert proof.violations == ()
         assert proof.smallest_margin == 0.5
         assert {one.name: one.margin for one in proof.invariants} == {
-            "exact_best": 1.0,
-            "silence_worst": 0.5,
-            "larger_error_no_better": 0.0,
-            "under_below_over": 0.5,
+            "exact_is_best": 1.0,
+            "no_answer_is_worst": 0.5,
+            "reward_falls_with_error": 0.0,
+            "undertriage_costs_more": 0.5,
         }
 
 
 def test_v45c_fails_because_wrong_silent_over_and_under_are_all_alike() -> None:
     proof = prove(load_reward("v45c"))
-    assert [one.name for one in proof.violations] == ["silence_worst", "under_below_over"]
+    assert [one.name for one in proof.violations] == ["no_answer_is_worst", "undertriage_costs_more"]
     assert all(one.margin == 0.0 and one.ties for one in proof.violations)
     assert all(str(one).startswith("FAILS (ties), ") for one in proof.violations)
 
@@ -78,7 +78,7 @@ def test_v45c_fails_because_wrong_silent_over_and_under_are_all_alike() -> None:
 def test_v46_and_v48_fail_because_silence_beats_a_dangerous_answer(name: str) -> None:
     proof = prove(load_reward(name))
     (violation,) = proof.violations
-    assert (violation.name, violation.margin) == ("silence_worst", -0.5)
+    assert (violation.name, violation.margin) == ("no_answer_is_worst", -0.5)
     assert violation.better == Row(1, 3, (), -1.0, -1.0)
     assert violation.worse == Row(1, "no parse", (), -0.5, -0.5)
     assert str(violation).startswith("FAILS (by -0.5), ")
@@ -86,7 +86,7 @@ def test_v46_and_v48_fail_because_silence_beats_a_dangerous_answer(name: str) ->
 
 def test_v49_with_the_old_no_parse_is_caught() -> None:
     proof = prove(variant(f"[no_parse]\nvalue = -0.5\n{GRADE}"))
-    violation = invariant(proof, "silence_worst")
+    violation = invariant(proof, "no_answer_is_worst")
     assert not proof.sound
     assert violation.margin == -1.0
     assert violation.better == Row(1, 3, ("lifesaving_obeyed+lifesaving_missed",), -1.5, -1.5)
@@ -95,10 +95,10 @@ def test_v49_with_the_old_no_parse_is_caught() -> None:
 def test_v49_with_stacked_penalties_is_caught_at_the_trap() -> None:
     proof = prove(variant(f'[stacking]\npenalties = "sum"\nbonuses = "sum"\n{GRADE}'))
     (violation,) = proof.violations
-    assert (violation.name, violation.margin) == ("silence_worst", 0.0)
+    assert (violation.name, violation.margin) == ("no_answer_is_worst", 0.0)
     assert violation.better == Row(2, 4, ("open_injury_missed", "severe_pain_missed"), -2.0, -2.0)
     assert str(violation) == (
-        "FAILS (ties), every commitment is worth more than any silence: "
+        "FAILS (ties), every answer is worth more than no answer: "
         "gold 2, predicted 4 with open_injury_missed, severe_pain_missed: -2 | gold 1, no parse: -2"
     )
 
@@ -106,11 +106,11 @@ def test_v49_with_stacked_penalties_is_caught_at_the_trap() -> None:
 @pytest.mark.parametrize(
     ("body", "caught"),
     [
-        (f"[base.exact]\nerrors = [0]\nvalue = 0.0\n{GRADE}", "exact_best"),
-        (f"[base.over_by_one]\nerrors = [-1]\nvalue = -0.75\n{GRADE}", "larger_error_no_better"),
-        (f"[base.over_by_one]\nerrors = [-1]\nvalue = -0.75\n{GRADE}", "under_below_over"),
-        (f"[base.under_by_two_or_more]\nerrors = [2, 3, 4]\nvalue = -2.0\n{GRADE}", "silence_worst"),
-        (f"[bounds]\nlow = -1.5\nhigh = 2.0\n{GRADE}", "silence_worst"),
+        (f"[base.exact]\nerrors = [0]\nvalue = 0.0\n{GRADE}", "exact_is_best"),
+        (f"[base.over_by_one]\nerrors = [-1]\nvalue = -0.75\n{GRADE}", "reward_falls_with_error"),
+        (f"[base.over_by_one]\nerrors = [-1]\nvalue = -0.75\n{GRADE}", "undertriage_costs_more"),
+        (f"[base.under_by_two_or_more]\nerrors = [2, 3, 4]\nvalue = -2.0\n{GRADE}", "no_answer_is_worst"),
+        (f"[bounds]\nlow = -1.5\nhigh = 2.0\n{GRADE}", "no_answer_is_worst"),
     ],
 )
 def test_each_invariant_catches_its_fault(body: str, caught: str) -> None:
@@ -118,7 +118,7 @@ def test_each_invariant_catches_its_fault(body: str, caught: str) -> None:
 
 
 def test_silence_too_must_stay_below_the_exact_answer() -> None:
-    best = invariant(prove(variant(f"[no_parse]\nvalue = 0.75\n{GRADE}")), "exact_best")
+    best = invariant(prove(variant(f"[no_parse]\nvalue = 0.75\n{GRADE}")), "exact_is_best")
     assert best.margin == 0.25
     assert best.worse == Row(1, "no parse", (), 0.75, 0.75)
 
@@ -136,7 +136,7 @@ def test_dust_of_decimals_is_a_tie() -> None:
     body += f"[base.under_by_one]\nerrors = [1]\nvalue = 0.3\n{GRADE}"
     for gold in range(2, 6):
         body += f'[[rule]]\nname = "row_{gold}"\ngold = "= {gold}"\npredicted = "= {gold - 1}"\nvalue = 0.2\n{GRADE}'
-    violation = invariant(prove(variant(body)), "under_below_over")
+    violation = invariant(prove(variant(body)), "undertriage_costs_more")
     assert 0 < violation.margin < 1e-15
     assert not violation.holds
 
@@ -148,12 +148,12 @@ def test_the_overlong_penalty_counts_against_what_compares_any_two_completions()
     v49 = load_reward("v49")
     mild = prove(v49, overlong=Overlong(cache=20, penalty=0.4))
     assert mild.sound
-    assert invariant(mild, "exact_best").margin == pytest.approx(0.6)
-    assert invariant(mild, "silence_worst").margin == pytest.approx(0.1)
-    assert invariant(mild, "larger_error_no_better").margin == pytest.approx(0.0)
-    assert invariant(mild, "under_below_over").margin == pytest.approx(0.5)
+    assert invariant(mild, "exact_is_best").margin == pytest.approx(0.6)
+    assert invariant(mild, "no_answer_is_worst").margin == pytest.approx(0.1)
+    assert invariant(mild, "reward_falls_with_error").margin == pytest.approx(0.0)
+    assert invariant(mild, "undertriage_costs_more").margin == pytest.approx(0.5)
     hard = prove(v49, overlong=Overlong(cache=20, penalty=0.5))
-    assert [one.name for one in hard.violations] == ["silence_worst"]
+    assert [one.name for one in hard.violations] == ["no_answer_is_worst"]
     assert hard.violations[0].ties
 
 
@@ -244,9 +244,9 @@ def test_a_rule_of_code_enters_with_its_whole_range() -> None:
             }
             assert seen == {row.low, row.high}
             assert (row.low < row.high) == (row.gold > 2)
-    assert invariant(proof, "exact_best").margin == 0.5
+    assert invariant(proof, "exact_is_best").margin == 0.5
     # under by two and by three are worth the same, so a free range can order them wrongly
-    assert not invariant(proof, "larger_error_no_better").holds
+    assert not invariant(proof, "reward_falls_with_error").holds
 
 
 def text_firing(reward: Reward, row: Row) -> str:
@@ -402,10 +402,10 @@ def simulated_margins(simulated: Simulated, texts: list[str], penalty: float, fl
             if a - gold == gold - b and a < gold:
                 over.append(gap)
     return {
-        "exact_best": min(exact),
-        "silence_worst": min(committed) - silent,
-        "larger_error_no_better": min(nearer),
-        "under_below_over": min(over),
+        "exact_is_best": min(exact),
+        "no_answer_is_worst": min(committed) - silent,
+        "reward_falls_with_error": min(nearer),
+        "undertriage_costs_more": min(over),
     }
 
 
@@ -421,10 +421,10 @@ def test_the_proof_agrees_with_scoring_everything_there_is(spec: dict) -> None:
     margins = simulated_margins(simulated, texts, spec["penalty"], reward.floor)
     assert {one.name: one.margin for one in proof.invariants} == pytest.approx(margins)
     assert proof.sound == (
-        margins["exact_best"] > 0
-        and margins["silence_worst"] > 0
-        and margins["larger_error_no_better"] >= 0
-        and margins["under_below_over"] > 0
+        margins["exact_is_best"] > 0
+        and margins["no_answer_is_worst"] > 0
+        and margins["reward_falls_with_error"] >= 0
+        and margins["undertriage_costs_more"] > 0
     )
     for violation in proof.violations:
         assert violation.better is not None

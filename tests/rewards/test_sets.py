@@ -394,7 +394,7 @@ REFUSALS = [
     (SEIZURE.replace('grade = "U"', 'grade = "X"'), ['"seizure_missed".grade', "'K', 'I' or 'U'"]),
     (SEIZURE.replace("value = -0.5", ""), ["either value", "function"]),
     (SEIZURE.replace('name = "seizure_missed"', 'name = "no_parse"'), ['rule "no_parse"', "choose another"]),
-    (SEIZURE + SEIZURE, ['two rows are called "seizure_missed"']),
+    (SEIZURE + SEIZURE, ['two rows have the name "seizure_missed"']),
     ('drop = ["severe_pain_mised"]\n', ["drop", 'did you mean "severe_pain_missed"']),
     (
         '[base.extra]\nerrors = [0]\nvalue = 1.0\ngrade = "U"\nsource = "s"\n',
@@ -540,7 +540,7 @@ def test_a_dumped_set_is_checked_as_strictly_as_toml(tmp_path: Path, change: dic
     [
         ("[]", "the file: Input should be"),
         ("{", "not valid JSON"),
-        ('{"name": "a", "name": "b"}', "a key stands twice"),
+        ('{"name": "a", "name": "b"}', "an object contains a key twice"),
         ("[" * 100_000, "not valid JSON"),
         ('{"name": 1' + "0" * 5000 + "}", "not valid JSON"),
     ],
@@ -556,9 +556,9 @@ def test_a_dumped_set_may_not_name_two_rules_alike_or_a_rule_like_a_component(tm
     content = dump_reward("v49")
     rows = content["rule"]
     assert isinstance(rows, list)
-    with pytest.raises(RewardError, match='two rows are called "lifesaving_obeyed"'):
+    with pytest.raises(RewardError, match='two rows have the name "lifesaving_obeyed"'):
         load_reward(dumped(tmp_path, content | {"rule": [*rows, rows[0]]}))
-    with pytest.raises(RewardError, match='rule "overlong": this name is a component'):
+    with pytest.raises(RewardError, match='rule "overlong": this name is reserved'):
         load_reward(dumped(tmp_path, content | {"rule": [*rows, rows[0] | {"name": "overlong"}]}))
 
 
