@@ -425,9 +425,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
         budget_stats([], max_new_tokens=0)
     with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
         forecast_stats([], max_new_tokens=0)
-    with pytest.raises(UserError, match=r"a row of scores for each of 2 groups, got 1"):
+    with pytest.raises(UserError, match=r"one row of scores for each of 2 groups, got 1"):
         answer_stats(groups, scores[:1])
-    with pytest.raises(UserError, match=r"case 'c-plain': expected a score for each of 6 completions, got 4"):
+    with pytest.raises(UserError, match=r"case 'c-plain': expected one score for each of 6 completions, got 4"):
         answer_stats(groups, [scores[0], scores[1][:4]])
     with pytest.raises(UserError, match=r"8 finite values.*got shape \[2, 4\]"):
         reward_by_status(STEP, np.zeros((2, 4)))
