@@ -23,8 +23,8 @@ from tqdm import tqdm
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import Config, Source, load_config
 from grpo.dynamic_sampling import replace_uniform_groups
-from grpo.evaluation.answers import evaluate
-from grpo.evaluation.metrics import summarise
+from grpo.evaluation.during_training import evaluate_if_due
+from grpo.evaluation.records import before_after_table
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.policy.policy import save_adapter
 from grpo.prompts import prompts_for_step
@@ -32,7 +32,7 @@ from grpo.report.model_card import write_model_card
 from grpo.rollout import sample_groups, sampling_keys
 from grpo.run.checkpoint import Progress, damage, save_checkpoint
 from grpo.run.exit_messages import NotFinite, how_to_go_on, say_refused, say_stopped
-from grpo.run.folder import Run, add_evaluation, add_metrics, before_after, check_folder, evaluations, finite, locked
+from grpo.run.folder import Run, add_metrics, check_folder, evaluations, finite, locked
 from grpo.run.ledger import LEDGER_VERSION, write_step
 from grpo.run.resume import check_alike, checksum, open_run, start_alike
 from grpo.run.roofline import floor_of
@@ -43,7 +43,7 @@ from grpo.runtime.distributed import RankLost, Ranks, expected, joined, leave
 from grpo.runtime.errors import INPUT_ERRORS
 from grpo.runtime.interrupts import Stop, Stopped, listening
 from grpo.runtime.out_of_memory import OutOfMemory
-from grpo.runtime.terminal import fit, say_anyhow, tell, visible
+from grpo.runtime.terminal import say_anyhow, tell, visible
 from grpo.scoring import score_groups
 from grpo.types import Group, Step
 from grpo.update import learning_rate, update
@@ -193,38 +193,6 @@ def postfix(record: dict[str, Any], config: Config) -> str:
     return shown if kl is None else f"{shown}, KL {kl:.4f}"
 
 
-def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
-    """Evaluates what the config asks for after ``step`` steps, in every mode, and writes the records down. What is
-    written already is not evaluated again."""
-    section = setup.config.evaluate
-    at_an_end = step in (0, setup.config.train.steps)
-    names = [
-        *(section.ends if at_an_end else ()),
-        *(section.during if at_an_end or step % section.every == 0 else ()),
-    ]
-    if not names:
-        return
-    ranks = setup.policy.ranks
-    records = evaluations(run) if ranks.leads else []
-    there = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in records])
-    due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in there]
-    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads)
-    with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
-        for name, mode in due:
-            bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")
-            verdicts = evaluate(
-                setup.policy,
-                setup.sets[name],
-                setup.config,
-                name=name,
-                thinking=mode == "on",
-                progress=bar.update,
-            )
-            record = {"step": step, "cases": name, "thinking": mode, **summarise(verdicts, setup.reward)}
-            if ranks.leads:
-                add_evaluation(run, record, verdicts, text=setup.config.ledger.text == "full")
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
@@ -307,7 +275,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not ranks.leads:
         return 0
     if records := evaluations(run):
-        tell(f"\n{before_after(records)}\n")
+        tell(f"\n{before_after_table(records)}\n")
     tell(f"adapter   {run.adapter}\nmetrics   {run.metrics}" + (f"\nanswers   {run.path / 'eval'}" if records else ""))
     tell(f"look      python -m grpo report {run.path}; python -m grpo replay {run.path}")
     return 0

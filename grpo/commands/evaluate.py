@@ -1,22 +1,20 @@
-"""The card's evaluation: ``python -m grpo evaluate CONFIG|MODEL``.
+"""Evaluate a config or a model: ``grpo evaluate CONFIG|MODEL``.
 
     model, adapter, cases → answers with and without thinking → rates with intervals, errors, a comparison
 
 OUT/
-    settings.json    all that the answers depend on, hashes of model, adapter and cases included
-    answers/         one JSONL a set and mode: every answer, appended as it comes
+    settings.json    everything that the answers depend on, with hashes of model, adapter and cases
+    answers/         one JSONL file per set and mode, to which answers are appended as they are sampled
     eval.json        rates, intervals, baselines, agreement, errors, levels by case; no text of any case
 
-A second start with the same settings goes on where the first stopped, and changes no answer. The reward set and the
-comparison are no part of the settings: they judge answers that are there. Exit codes: 0 done, 2 bad input,
-130 interrupted.
+Starting again with the same settings resumes and changes no answer. Reward set and comparison are not settings: they
+judge the stored answers.
 """
 
 import argparse
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,84 +23,82 @@ from tqdm import tqdm
 
 from grpo.config import Thinking
 from grpo.evaluation.answers import answer, append_answers, in_order, read_answers
-from grpo.evaluation.comparison import FORMAT, AnsweredCase, Evaluated, between_modes, compare
-from grpo.evaluation.failures import failure_row, failures, triage_of_errors
-from grpo.evaluation.metrics import Verdict, baselines, levels_by_case, over_samples, summarise
-from grpo.evaluation.request import MODES, Asked, ask, default_folder
-from grpo.evaluation.table import scorecard
+from grpo.evaluation.comparison import FORMAT, AnsweredCase, compare_evaluations, compare_modes
+from grpo.evaluation.failures import count_failures, failures
+from grpo.evaluation.metrics import JudgedAnswer, baselines, levels_by_case, multi_sample_stats, summarize
+from grpo.evaluation.request import MODES, EvaluationRequest, check_output_folder, default_folder, parse_request
+from grpo.evaluation.table import evaluation_table
 from grpo.policy.policy import adapter_swapped, load_policy
 from grpo.run.folder import provenance, write_json
 from grpo.run.input_hashes import text_sha256
 from grpo.run.self_check import with_checked_kernels
+from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.distributed import require_alone
-from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.runtime.out_of_memory import EVALUATION, memory_errors
-from grpo.runtime.terminal import error_lines, say_anyhow, visible
-from grpo.types import Case
-from rewards.safe_files import Unreadable, check_contents, is_regular, read_json
+from grpo.runtime.terminal import visible
 
-Verdicts = Mapping[tuple[str, Thinking], tuple[Verdict, ...]]
-"""(set, mode) → its answers, in the order of the cases."""
+Part = tuple[str, Thinking]
+"""(set, mode)."""
+AnswersByPart = Mapping[Part, Sequence[JudgedAnswer]]
+"""The answers of each part are in the order of its cases."""
 
 
-def answered(asked: Asked, out: Path) -> Verdicts:
-    """All answers: those that the folder holds, and the others as they come. Loads nothing if none is missing."""
-    config = asked.config
-    parts = [(name, mode) for name in asked.sets for mode in config.evaluate.thinking]
+def answer_all(request: EvaluationRequest, out: Path) -> AnswersByPart:
+    """Return all answers: those stored in the folder and, sampled and stored now, the missing ones. Load no model if
+    none is missing."""
+    config, formats = request.config, request.reward.formats
+    parts: list[Part] = [(name, mode) for name in request.sets for mode in config.evaluate.thinking]
     files = {(name, mode): out / "answers" / f"{name}_{mode}.jsonl" for name, mode in parts}
-    known = {(name, mode): _known(asked, files[name, mode], name, mode) for name, mode in parts}
-    wanted = {part: len(asked.sets[part[0]]) * asked.samples for part in parts}
-    missing = [part for part in parts if len(known[part]) < wanted[part]]
-    with memory_errors("evaluation", EVALUATION), contextlib.ExitStack() as stack:
-        policy = None
-        if missing:
+    stored = {
+        (name, mode): read_answers(
+            files[name, mode],
+            request.sets[name],
+            request.samples,
+            thinking=request.thinking[mode],
+            formats=formats,
+        )
+        for name, mode in parts
+    }
+    counts = {(name, mode): len(request.sets[name]) * request.samples for name, mode in parts}
+    missing = [part for part in parts if len(stored[part]) < counts[part]]
+    if missing:
+        with memory_errors("evaluation", EVALUATION), contextlib.ExitStack() as stack:
             policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
-        if policy is not None and not config.lora.warm_start:
-            stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter says nothing: none need be run
-        open_folder(out, asked.settings)
-        done = sum(map(len, known.values()))
-        bar = stack.enter_context(tqdm(total=sum(wanted.values()), initial=done, unit="answer", disable=not missing))
-        for name, mode in missing:
-            assert policy is not None
-            bar.set_description(f"{name}, thinking {mode}")
-            for batch in answer(
-                policy,
-                asked.sets[name],
-                config,
-                name=name,
-                thinking=mode == "on",
-                samples=asked.samples,
-                formats=asked.reward.formats,
-                known=known[name, mode],
-            ):
-                append_answers(files[name, mode], batch, text=config.ledger.text == "full")
-                known[name, mode] |= {(v.case.id, v.sample): v for v in batch}
-                bar.update(len(batch))
-    return {part: in_order(list(known[part].values()), asked.sets[part[0]]) for part in parts}
+            if not config.lora.warm_start:
+                stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter changes nothing: skip it
+            open_folder(out, request.settings)
+            done = sum(map(len, stored.values()))
+            bar = stack.enter_context(tqdm(total=sum(counts.values()), initial=done, unit="answer"))
+            for name, mode in missing:
+                bar.set_description(f"{name}, thinking {mode}")
+                for batch in answer(
+                    policy,
+                    request.sets[name],
+                    config,
+                    name=name,
+                    thinking=mode == "on",
+                    samples=request.samples,
+                    formats=formats,
+                    stored=stored[name, mode],
+                ):
+                    append_answers(files[name, mode], batch, text=config.ledger.text == "full")
+                    stored[name, mode] |= {(a.case.id, a.sample): a for a in batch}
+                    bar.update(len(batch))
+    return {part: in_order(list(stored[part].values()), request.sets[part[0]]) for part in parts}
 
 
-def _known(asked: Asked, file: Path, name: str, mode: Thinking) -> dict[tuple[str, int], Verdict]:
-    return read_answers(
-        file, asked.sets[name], asked.samples, thinking=asked.opened[mode], formats=asked.reward.formats
-    )
+def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Create the folder, readable by its owner only."""
+    (out / "answers").mkdir(parents=True, exist_ok=True)
+    out.chmod(0o700)
+    write_json(out / "settings.json", settings)
 
 
-def evaluation(asked: Asked, verdicts: Verdicts, against: Path | None) -> dict[str, Any]:
-    """``eval.json``: every figure, case ids and levels, and no text."""
-    config, settings, reward = asked.config, asked.settings, asked.reward
-    failed = {part: failures(found, reward) for part, found in verdicts.items()}
-    records = [
-        {
-            "cases": name,
-            "thinking": mode,
-            **summarise(found, reward),
-            **({"samples": over_samples(found)} if asked.samples > 1 else {}),
-            "errors": triage_of_errors(asked.sets[name], failed[name, mode], reward),
-        }
-        for (name, mode), found in verdicts.items()
-    ]
-    cases = {name: answered_cases(members, name, verdicts) for name, members in asked.sets.items()}
-    adapter = config.lora.warm_start
+def evaluation_record(request: EvaluationRequest, answers: AnswersByPart, against: Path | None) -> dict[str, Any]:
+    """Return ``eval.json``: all figures, case ids and levels, and no text."""
+    config, settings, reward, adapter = request.config, request.settings, request.reward, request.config.lora.warm_start
+    failed = {part: failures(members, reward) for part, members in answers.items()}
+    cases = {name: answered_cases(request, name, answers) for name in request.sets}
     return {
         "format": FORMAT,
         "model": {"name": config.model.name, "sha256": settings["model_sha256"]},
@@ -110,24 +106,31 @@ def evaluation(asked: Asked, verdicts: Verdicts, against: Path | None) -> dict[s
         "reward": {"name": reward.name, "sha256": reward.sha256},
         "settings": dict(settings),
         "batch_size": config.evaluate.batch_size,
-        "left_out": list(asked.left_out),
+        "left_out": list(request.dropped),
         **provenance(settings["device"]),
-        "records": records,
-        "baselines": {name: baselines([case.esi for case in members]) for name, members in asked.sets.items()},
-        "agreement": {name: between_modes(told) for name, told in cases.items() if len(told[0].levels) == 2},
-        "errors": [
-            {"cases": name, "thinking": mode, **failure_row(failure)}
-            for (name, mode), found in failed.items()
-            for failure in found
+        "records": [
+            {
+                "cases": name,
+                "thinking": mode,
+                **summarize(members, reward),
+                **({"samples": multi_sample_stats(members)} if request.samples > 1 else {}),
+                "errors": count_failures(request.sets[name], failed[name, mode], reward),
+            }
+            for (name, mode), members in answers.items()
         ],
-        "cases": {name: [case.model_dump(mode="json") for case in told] for name, told in cases.items()},
-        "comparison": comparison(asked.before, settings, cases, against) if asked.before and against else None,
+        "baselines": {name: baselines([case.esi for case in members]) for name, members in request.sets.items()},
+        "agreement": {name: compare_modes(members) for name, members in cases.items() if len(members[0].levels) == 2},
+        "errors": [{"cases": n, "thinking": mode, **row} for (n, mode), rows in failed.items() for row in rows],
+        "cases": {name: [case.model_dump(mode="json") for case in members] for name, members in cases.items()},
+        "comparison": (
+            compare_evaluations(request.before, settings, cases, against) if request.before and against else None
+        ),
     }
 
 
-def answered_cases(cases: Sequence[Case], name: str, verdicts: Verdicts) -> tuple[AnsweredCase, ...]:
-    """The cases of a set by hash, each with the levels it was given in every mode."""
-    levels = {mode: levels_by_case(found) for (part, mode), found in verdicts.items() if part == name}
+def answered_cases(request: EvaluationRequest, name: str, answers: AnswersByPart) -> tuple[AnsweredCase, ...]:
+    """Return the cases of a set, each with its hash and the levels of its answers in each mode."""
+    levels = {mode: levels_by_case(members) for (part, mode), members in answers.items() if part == name}
     return tuple(
         AnsweredCase(
             id=case.id,
@@ -135,127 +138,64 @@ def answered_cases(cases: Sequence[Case], name: str, verdicts: Verdicts) -> tupl
             sha256=text_sha256(case.text),
             levels={mode: tuple(by_case[case.id]) for mode, by_case in levels.items()},
         )
-        for case in cases
+        for case in request.sets[name]
     )
 
 
-def comparison(
-    before: Evaluated, settings: Mapping[str, Any], cases: Mapping[str, Sequence[AnsweredCase]], against: Path
-) -> dict[str, Any]:
-    """What changed since an earlier evaluation, for every set and mode in both."""
-    found = [
-        {"cases": name, "thinking": mode, **compare(before.cases[name], now, mode)}
-        for name, now in cases.items()
-        if name in before.cases
-        for mode in now[0].levels
-    ]
-    compared = {(record["cases"], record["thinking"]): record["n"] for record in found}
-    alone = [
-        {"cases": name, "thinking": mode, "n": len(now) - compared.get((name, mode), 0)}
-        for name, now in cases.items()
-        for mode in now[0].levels
-    ]
-    how = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
-    return {
-        "against": str(against),
-        "adapter_sha256": before.settings.get("adapter_sha256"),
-        "changed_settings": [key for key in how if before.settings.get(key) != settings[key]],
-        "records": [record for record in found if record["n"]],
-        "not_compared": [record for record in alone if record["n"]],
-    }
-
-
-def check_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes sure that there is no such folder yet, or that its answers were given with these settings; writes nothing.
-
-    Raises:
-        UserError: it holds something else, or answers of another evaluation.
-    """
-    path = out / "settings.json"
-    if is_regular(path):
-        try:
-            check_contents(out)
-            before = read_json(path)
-        except Unreadable as error:
-            why = str(error).removeprefix("cannot be read: ")
-            raise UserError(f"{path}: cannot be read: {why}: delete {out} to start again") from None
-        if before != settings:
-            held = before if isinstance(before, dict) else {}
-            other = sorted(key for key in settings.keys() | held.keys() if settings.get(key) != held.get(key))
-            raise UserError(
-                f"{out}: holds answers given with other {', '.join(other)}: name another folder with --out, or "
-                f"delete it"
-            )
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out}: already there, and no evaluation: name another folder with --out")
-
-
-def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Makes the folder, readable by its owner alone."""
-    (out / "answers").mkdir(parents=True, exist_ok=True)
-    out.chmod(0o700)
-    write_json(out / "settings.json", settings)
-
-
-def parser() -> argparse.ArgumentParser:
-    """The command line."""
-    made = argparse.ArgumentParser(
-        prog="python -m grpo evaluate",
-        description="Answer cases with and without thinking, and say how good the answers are, and why the wrong are.",
-        epilog="Exit codes: 0 done, 2 bad input, 130 interrupted: the same command goes on.",
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``grpo evaluate``."""
+    parser = make_parser(
+        "evaluate",
+        "Answer cases with and without thinking; report rates with intervals, the reasons of wrong answers, and what "
+        "changed since an earlier evaluation.",
+        examples=[
+            "grpo evaluate configs/tiny.toml --out runs/before",
+            "grpo evaluate configs/tiny.toml --adapter runs/tiny/adapter --against runs/before/eval.json",
+            "grpo evaluate embedded:base --cases cases.jsonl --max-new-tokens 96",
+        ],
     )
-    made.add_argument("what", metavar="CONFIG|MODEL", help="a TOML config; or a model: folder, embedded:base or hub id")
-    made.add_argument("--adapter", metavar="DIR", help='instead of the config\'s warm start; "none": the base alone')
-    made.add_argument("--cases", metavar="FILE", help="instead of the sets of [evaluate]")
-    made.add_argument("--thinking", choices=MODES, help="default: as the config says; the card's: both")
-    made.add_argument("--samples", type=_positive, default=1, metavar="K", help="answers to each case (default: 1)")
-    made.add_argument("--max-new-tokens", type=_positive, metavar="N", help="token budget of an answer")
-    how = made.add_mutually_exclusive_group()
-    how.add_argument("--temperature", type=float, metavar="T", help="of the sampling")
-    how.add_argument("--greedy", action="store_true", help="the most likely token always")
-    made.add_argument("--batch-size", type=_positive, metavar="N", help="answers decoded together: memory and speed")
-    made.add_argument("--out", type=Path, metavar="DIR", help="folder (default: runs/eval-NAME-HASH of the settings)")
-    made.add_argument("--against", type=Path, metavar="EVAL.JSON", help="an earlier evaluation to compare with")
-    made.add_argument("--json", action="store_true", help="print eval.json instead of the table")
-    made.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
-    return made
+    add = parser.add_argument
+    add("what", metavar="CONFIG|MODEL", help="a TOML config, or a model: a folder, embedded:base or a hub id")
+    add("--adapter", metavar="DIR", help='adapter to use instead of the config\'s warm start; "none": the base alone')
+    add("--cases", metavar="FILE", help="case file to use instead of the sets of [evaluate]")
+    add("--thinking", choices=MODES, help="default: that of the config; for a MODEL, both")
+    add("--samples", type=positive_int, default=1, metavar="K", help="answers per case (default: 1)")
+    add("--max-new-tokens", type=positive_int, metavar="N", help="token budget of an answer")
+    sampling = parser.add_mutually_exclusive_group()
+    sampling.add_argument("--temperature", type=float, metavar="T", help="sampling temperature")
+    sampling.add_argument("--greedy", action="store_true", help="always choose the most likely token")
+    add("--batch-size", type=positive_int, metavar="N", help="answers decoded together; affects memory and speed")
+    add("--out", type=Path, metavar="DIR", help="output folder (default: runs/eval-NAME-HASH of the settings)")
+    add("--against", type=Path, metavar="EVAL.JSON", help="earlier evaluation to compare with")
+    add("--json", action="store_true", help="print eval.json instead of the table")
+    add("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key; may be repeated")
+    return parser
 
 
-def _positive(text: str) -> int:
+def positive_int(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {value}")
     return value
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    say_anyhow()
-    require_alone("grpo evaluate")
-    arguments = parser().parse_args(argv)
-    os.umask(0o077)  # answers may repeat what patients' notes say
-    try:
-        asked = ask(arguments)
-        out = arguments.out or default_folder(asked)
-        check_folder(out, asked.settings)
-        record = evaluation(asked, answered(asked, out), arguments.against)
-        write_json(out / "eval.json", record)
-    except INPUT_ERRORS as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
-    except OSError as error:  # a disk that is full, a folder that may not be written
-        print(f"error: {visible(str(error.filename or arguments.out or ''))}: {error.strerror}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+def run(arguments: argparse.Namespace) -> int:
+    """Evaluate and print the table or the record."""
+    os.umask(0o077)  # answers may repeat patients' notes
+    request = parse_request(arguments)
+    out = arguments.out or default_folder(request)
+    check_output_folder(out, request.settings)
+    record = evaluation_record(request, answer_all(request, out), arguments.against)
+    write_json(out / "eval.json", record)
     if arguments.json:
         print(json.dumps(record, indent=2))
     else:
-        where = (f"record     {out / 'eval.json'}", f"answers    {out / 'answers'}")
-        print("\n".join((scorecard(record), "", *map(visible, where))))
+        paths = (f"record     {out / 'eval.json'}", f"answers    {out / 'answers'}")
+        print("\n".join((evaluation_table(record), "", *map(visible, paths))))
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    require_alone("grpo evaluate")
+    return run_command(argument_parser(), run, argv, if_interrupted="the same command resumes")

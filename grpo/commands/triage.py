@@ -1,214 +1,96 @@
-"""One answer to one case: ``python -m grpo triage "case text"``, or the case on standard input.
-
-The defaults run the embedded model and its warm start. Exit codes: 0 a level was read, 1 the answer holds none, 2 bad
-input, 130 interrupted.
-"""
+"""Answer one case with an ESI level: ``grpo triage "case text"``, or with the case on standard input."""
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from grpo.cases import row_key
-from grpo.config import COLDEST, Lora, Model, resolve
+from grpo.config import resolve
 from grpo.data.row_report import MAX_TEXT
-from grpo.policy.adapter_files import base_of, lora_section, system_prompt
+from grpo.evaluation.answers import answer
+from grpo.evaluation.request import NO_ADAPTER, config_for_model, fit_to_context
+from grpo.policy.adapter_files import base_of
 from grpo.policy.base_model import device_option
-from grpo.policy.policy import Policy, check_adapter, load_policy
-from grpo.prompts import render_prompt
-from grpo.rollout import rollout
+from grpo.policy.policy import load_policy
 from grpo.run.self_check import with_checked_kernels
-from grpo.runtime.errors import INPUT_ERRORS, UserError
+from grpo.runtime.cli import make_parser, run_command
+from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
-from grpo.runtime.terminal import error_lines, say_anyhow, visible
-from grpo.types import Case, Completion
-from rewards import Answer, parse_answer
+from grpo.runtime.terminal import visible
+from grpo.types import Case
+from rewards.safe_files import Unreadable, decoded
 
 NOTICE = "Research model, not approved for clinical use."
 DEFAULT_MODEL, DEFAULT_ADAPTER = "embedded:base", "embedded:v46"
-CARDS_BUDGET = 1024
-"""Tokens of an answer, as the card evaluates; less where the model's context holds less."""
-NO_ADAPTER = Lora(r=1, alpha=1.0, dropout=0.0, target_modules=("down_proj",), warm_start="")
-"""A fresh adapter: B = 0, so the model speaks as it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class Triage:
-    """One case answered."""
-
-    answer: Answer
-    completion: Completion
-    thinking: bool
-
-
-def triage(
-    policy: Policy,
-    text: str,
-    *,
-    system: str,
-    thinking: bool,
-    temperature: float,
-    seed: int,
-    max_new_tokens: int | None = None,
-) -> Triage:
-    """One sampled answer to a case and the level that it commits to.
-
-    Args:
-        text: the narrative; it becomes the user turn and nothing else does.
-        system: the system prompt.
-        thinking: the chat template's switch.
-        temperature: 0 takes the most likely tokens.
-        seed: the same seed, model and case give the same answer.
-        max_new_tokens: None takes `CARDS_BUDGET`, or what the context leaves.
-
-    Raises:
-        UserError: a text that is no narrative, or a prompt and budget that do not fit the context.
-    """
-    case = Case("input", checked(text), 3)  # the level of gold is never looked at
-    prompt = render_prompt(policy.tokenizer, case, system_prompt=system, thinking=thinking)
-    room = min(CARDS_BUDGET, max(1, policy.context - len(prompt.ids)))
-    with memory_errors("answer", "lower --max-new-tokens, or use another --device"):
-        (group,) = rollout(
-            policy,
-            [prompt],
-            [[row_key("triage", seed)]],
-            max_new_tokens=room if max_new_tokens is None else max_new_tokens,
-            temperature=temperature,
-        )
-    (completion,) = group.completions
-    return Triage(parse_answer(completion.text, thinking=prompt.thinking), completion, prompt.thinking)
-
-
-def checked(text: str) -> str:
-    """The narrative without blanks around it.
-
-    Raises UserError if it is empty, longer than `MAX_TEXT` characters, or holds what no text file should.
-    """
-    if not text.strip():
-        raise UserError('no case: give it as one argument, python -m grpo triage "...", or on standard input')
-    if len(text) > MAX_TEXT:
-        raise UserError(f"the case has {len(text):,} characters, at most {MAX_TEXT:,} are read")
-    if "\0" in text or any("\ud800" <= c <= "\udfff" for c in text):
-        raise UserError("the case is not UTF-8 text: it holds a NUL or bytes that are no characters")
-    return text.strip()
-
-
-def load_speaker(model: str | None, adapter: str | None, *, device: str, dtype: str) -> tuple[Policy, str]:
-    """What answers, and its system prompt.
-
-    Args:
-        model: a base or merged model; None takes the adapter's own base, or the embedded base.
-        adapter: "none" takes none; None does too, or, if there is no model either, the embedded warm start.
-
-    Raises UserError: what cannot be loaded, and why.
-    """
-    if model is None and adapter is None:
-        model, adapter = DEFAULT_MODEL, DEFAULT_ADAPTER
-    for option, value in (("--model", model), ("--adapter", adapter)):
-        if value == "":
-            raise UserError(f'{option} "": expected a folder or a name')
-    folder = None if adapter in (None, "none") else resolve(str(adapter))
-    name = (base_of(folder) if folder else DEFAULT_MODEL) if model is None else model
-    lora = NO_ADAPTER if folder is None else lora_section(folder, str(adapter))
-    if folder:
-        check_adapter(folder, lora, name, key="--adapter")
-    section = Model.model_validate({"name": name, "device": device, "dtype": dtype, "gradient_checkpointing": False})
-    return load_policy(section, lora, seed=0), system_prompt(name, folder)
-
-
-def show(result: Triage) -> str:
-    """The answer for a person: what was said, then the level, or why there is none.
-
-    What a terminal would obey is shown as an escape: a case may hold its commands, and a model may repeat them.
-    """
-    answer = result.answer
-    said = "\n".join(visible(line) for line in result.completion.text.expandtabs().split("\n"))
-    level = f"ESI {answer.level}" if answer.level is not None else f"none: {answer.reason}"
-    cut = "" if result.completion.finished else f" (cut off after {len(result.completion.ids)} tokens)"
-    return f"{said.strip()}\n\nlevel     {level}{cut}\nnotice    {NOTICE}"
-
-
-def as_json(result: Triage) -> str:
-    """The answer for a machine, as one line."""
-    record = {
-        "level": result.answer.level,
-        "reason": result.answer.reason,
-        "text": result.completion.text,
-        "thinking": result.thinking,
-        "finished": result.completion.finished,
-        "tokens": len(result.completion.ids),
-        "notice": NOTICE,
-    }
-    return json.dumps(record)
-
-
-def _read_case(text: str | None) -> str:
-    """The case from the command line, or from standard input for "-" and for a pipe."""
-    if text not in (None, "-"):
-        return str(text)
-    if text is None and sys.stdin.isatty():
-        return ""
-    raw = sys.stdin.buffer.read(4 * MAX_TEXT + 1)
-    if len(raw) > 4 * MAX_TEXT:
-        raise UserError(f"standard input: more than {MAX_TEXT:,} characters, which is no narrative")
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"standard input: not UTF-8 (byte {error.start})") from None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo triage", description=f"Answer one case with an ESI level. {NOTICE}"
-    )
-    parser.add_argument("case", nargs="?", help='the narrative; "-" or nothing reads it from standard input')
-    parser.add_argument("--model", help=f"base or merged model (default: the adapter's base, else {DEFAULT_MODEL})")
-    parser.add_argument(
-        "--adapter", help=f"a LoRA adapter's folder, or none (default: {DEFAULT_ADAPTER} on {DEFAULT_MODEL})"
-    )
-    parser.add_argument("--system-prompt", help="default: the run's, the merged model's, or the card's")
-    parser.add_argument("--thinking", choices=["on", "off"], default="on")
-    parser.add_argument("--max-new-tokens", type=int, help=f"default: {CARDS_BUDGET}, or what the context leaves")
-    parser.add_argument("--temperature", type=float, default=0.1, help="0 is greedy (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", type=device_option, default="auto", help="auto, cpu, cuda, cuda:1")
-    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto")
-    parser.add_argument("--json", action="store_true", help="one line of JSON")
+def argument_parser() -> argparse.ArgumentParser:
+    """Return the parser of ``grpo triage``; options whose name has a dot override that key of the config."""
+    example = 'grpo triage "14-year-old girl, bug bite. Tongue swelling, muffled voice and stridor. HR 140."'
+    parser = make_parser("triage", f"Answer one case with an ESI level. {NOTICE}", examples=[example])
+    add = parser.add_argument
+    add("case", nargs="?", help='the narrative; "-" or nothing reads it from standard input')
+    add("--model", help=f"base or merged model (default: the adapter's base, else {DEFAULT_MODEL})")
+    add("--adapter", help=f"folder of a LoRA adapter, or none (default: {DEFAULT_ADAPTER} if there is no --model)")
+    add("--system-prompt", dest="cases.system_prompt", help="default: that of the run, the merged model or the card")
+    add("--thinking", dest="evaluate.thinking", choices=("on", "off"), nargs=1, default=["on"])
+    add("--max-new-tokens", dest="evaluate.max_new_tokens", type=int, help="default: 1024, or what the context leaves")
+    add("--temperature", dest="evaluate.temperature", type=float, help="0 is greedy (default: 0.1)")
+    add("--seed", dest="train.seed", type=int, default=0)
+    add("--device", dest="model.device", type=device_option, help="auto, cpu, cuda, cuda:1 (default: auto)")
+    add("--dtype", dest="model.dtype", choices=("auto", "bfloat16", "float32"))
+    add("--json", action="store_true", help="print one line of JSON")
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    say_anyhow()
-    arguments = _parser().parse_args(argv)
+def read_case(text: str | None) -> Case:
+    """Return the case in the argument, or on standard input for "-" and for a pipe."""
+    text = "" if text is None and sys.stdin.isatty() else text
+    raw = sys.stdin.buffer.read(4 * MAX_TEXT + 1) if text in (None, "-") else str(text).encode("utf-8", "surrogatepass")
     try:
-        if arguments.temperature != 0 and not COLDEST <= arguments.temperature < float("inf"):
-            raise UserError(f"--temperature {arguments.temperature}: expected 0, or a number of at least {COLDEST:g}")
-        if arguments.max_new_tokens is not None and arguments.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {arguments.max_new_tokens}: expected at least 1")
-        text = checked(_read_case(arguments.case))
-        policy, system = load_speaker(
-            arguments.model, arguments.adapter, device=arguments.device, dtype=arguments.dtype
-        )
-        result = triage(
-            with_checked_kernels(policy),
-            text,
-            system=arguments.system_prompt or system,
-            thinking=arguments.thinking == "on",
-            temperature=arguments.temperature,
-            seed=arguments.seed,
-            max_new_tokens=arguments.max_new_tokens,
-        )
-    except INPUT_ERRORS as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    print(as_json(result) if arguments.json else show(result))
-    return 0 if result.answer.level is not None else 1
+        narrative = decoded(raw).strip()
+    except Unreadable as error:
+        raise UserError(f"the case: {error}") from None
+    if not 0 < len(narrative) <= MAX_TEXT:
+        hint = "give it as one argument or on standard input"
+        raise UserError(f"expected a case of 1 to {MAX_TEXT:,} characters, got {len(narrative):,}: {hint}")
+    return Case("input", narrative, 3)  # the gold level is not used
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def triage(case: Case, model: str | None, adapter: str | None, options: Mapping[str, object]) -> dict[str, Any]:
+    """Return one sampled answer and its level as a JSON object. The default is the embedded model with its adapter."""
+    if model is None:
+        adapter = adapter or DEFAULT_ADAPTER
+        model = DEFAULT_MODEL if adapter in (NO_ADAPTER, DEFAULT_ADAPTER) else base_of(resolve(adapter))
+    config = config_for_model(model, adapter, options)
+    shorten = options["evaluate.max_new_tokens"] is None
+    config, thinking = fit_to_context(config, {"input": (case,)}, shorten=shorten)
+    (mode,) = config.evaluate.thinking
+    with memory_errors("answer", "lower --max-new-tokens, or use another --device"):
+        policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
+        ((judged,),) = answer(policy, [case], config, name="triage", thinking=mode == "on")
+    level, reason = judged.predicted, judged.answer.reason
+    result = {"level": level, "reason": reason, "text": judged.text, "thinking": thinking[mode]}
+    return result | {"finished": judged.finished, "tokens": judged.tokens, "notice": NOTICE}
+
+
+def format_answer(result: Mapping[str, Any]) -> str:
+    """Return the text, escaped for a terminal, and the level or the reason why there is none."""
+    text = "\n".join(visible(line) for line in result["text"].expandtabs().split("\n"))
+    level = f"ESI {result['level']}" if result["level"] is not None else f"none: {result['reason']}"
+    cut = "" if result["finished"] else f" (cut off after {result['tokens']} tokens)"
+    return f"{text.strip()}\n\nlevel     {level}{cut}\nnotice    {NOTICE}"
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the answer; return 0 if it has a level and 1 if it has none."""
+    options = {key: value for key, value in vars(arguments).items() if "." in key}
+    result = triage(read_case(arguments.case), arguments.model, arguments.adapter, options)
+    print(json.dumps(result) if arguments.json else format_answer(result))
+    return 0 if result["level"] is not None else 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command; return its exit code."""
+    return run_command(argument_parser(), run, argv)

@@ -1,7 +1,7 @@
-"""Cases → answers, under the evaluation's own budget and temperature, and the file that keeps them as they come.
+"""Cases → judged answers, with the token budget and temperature of ``[evaluate]``, and the files that store them.
 
-The noise of an answer depends on the seed, the set, the mode, the case and which of its answers it is: never on the
-training step, the batch, or what was answered before. Two evaluations differ by the policy alone.
+The sampling noise of an answer depends on the seed, the set, the mode, the case and the sample index, never on the
+training step, the batch or earlier answers: two evaluations differ only by the policy.
 """
 
 import json
@@ -15,10 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from grpo.cases import row_key
 from grpo.config import Config
-from grpo.evaluation.metrics import Verdict, row
+from grpo.evaluation.metrics import JudgedAnswer, answer_row
 from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
+from grpo.runtime.atomic_files import append_line, write_whole
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import EVALUATION, memory_errors
 from grpo.types import Case, Prompt
@@ -27,13 +28,12 @@ from rewards.parse import FORMATS
 from rewards.safe_files import MEBIBYTE, Unreadable, clipped, is_regular, raw_lines
 from rewards.types import Reason
 
-LONGEST_LINE = 64 * MEBIBYTE
-"""Bytes; an answer's text is in one."""
-Known = Mapping[tuple[str, int], Verdict]
+MAX_LINE_BYTES = 64 * MEBIBYTE
+"""One line contains the whole text of an answer."""
+START_OVER_HINT = "delete the file to answer its cases again"
+StoredAnswers = Mapping[tuple[str, int], JudgedAnswer]
 """(case id, sample) → its answer."""
-
-
-VERDICTS = TypeAdapter(list[Verdict])
+ANSWERS = TypeAdapter(list[JudgedAnswer])
 
 
 def evaluate(
@@ -43,27 +43,27 @@ def evaluate(
     *,
     name: str,
     thinking: bool,
-    progress: Callable[[int], object] = lambda done: None,
-) -> tuple[Verdict, ...]:
-    """One sampled answer to every case, in their order. Each rank of the policy answers its share.
+    progress: Callable[[int], object] = lambda count: None,
+) -> tuple[JudgedAnswer, ...]:
+    """Sample and judge one answer per case, in the order of the cases. Each rank of the policy answers its slice.
 
     Args:
-        name: of the set; part of the noise key.
+        name: name of the set; part of the sampling key.
         thinking: the chat template's switch.
-        progress: called with the number of cases just answered, here and as many elsewhere.
+        progress: called with the number of cases just answered, on all ranks together.
     """
     ranks, section = policy.ranks, config.evaluate
-    share = ranks.mine(len(cases))
-    found: list[Verdict] = []
+    rank_slice = ranks.mine(len(cases))
+    answers: list[JudgedAnswer] = []
     with memory_errors("evaluation", EVALUATION, policy.independent_ranks):
-        for verdicts in answer(policy, [cases[i] for i in share], config, name=name, thinking=thinking):
-            found += verdicts
-            progress(len(verdicts) * len(cases) // len(share))
+        for batch in answer(policy, [cases[i] for i in rank_slice], config, name=name, thinking=thinking):
+            answers += batch
+            progress(len(batch) * len(cases) // len(rank_slice))
         largest = -(-len(cases) // ranks.size)
-        for _ in range(-(-largest // section.batch_size) - -(-len(share) // section.batch_size)):
-            # a sharded policy answers on all ranks at once
+        for _ in range(-(-largest // section.batch_size) - -(-len(rank_slice) // section.batch_size)):
+            # the ranks of a sharded policy must answer equally many batches
             rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
-    return in_order(ranks.gather(found, VERDICTS), cases)
+    return in_order(ranks.gather(answers, ANSWERS), cases)
 
 
 def answer(
@@ -75,40 +75,40 @@ def answer(
     thinking: bool,
     samples: int = 1,
     formats: Sequence[str] = tuple(FORMATS),
-    known: Known | None = None,
-) -> Iterator[tuple[Verdict, ...]]:
-    """``samples`` answers to every case, batch by batch: each batch's answers that are not ``known`` yet.
+    stored: StoredAnswers | None = None,
+) -> Iterator[tuple[JudgedAnswer, ...]]:
+    """Sample and judge ``samples`` answers per case; yield, for each batch, the answers that are not ``stored``.
 
-    Batches are cut from all there is to answer, whatever is known: a batch that misses an answer is decoded whole, so
-    that a continued evaluation gives the bits of one that was never interrupted.
+    Batches are formed from all answers, stored or not, and a batch with a missing answer is decoded completely, so that
+    a resumed evaluation gives the same bits as an uninterrupted one.
 
     Args:
-        name: of the set; part of the noise key.
+        name: name of the set; part of the sampling key.
         thinking: the chat template's switch.
-        samples: answers to a case; the first is the same whatever their number.
-        formats: how an answer may be written, see `rewards.parse.FORMATS`.
-        known: what need not be answered again.
+        samples: answers per case; the first does not depend on their number.
+        formats: accepted answer formats, see `rewards.parse.FORMATS`.
+        stored: answers that need not be sampled again.
 
     Raises:
-        UserError: a case does not fit the model's context; before the first answer.
+        UserError: a case does not fit the model's context; raised before the first answer.
     """
-    known = known or {}
     prompts = [
         render_prompt(policy.tokenizer, c, system_prompt=config.cases.system_prompt, thinking=thinking) for c in cases
     ]
     for prompt in prompts:
         check_length(policy, prompt, config.evaluate.max_new_tokens)
     prompts.sort(key=lambda prompt: (len(prompt.ids), prompt.case.id))
-    wanted = [(prompt, sample) for prompt in prompts for sample in range(samples)]
+    members = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     size = config.evaluate.batch_size
-    for start in range(0, len(wanted), size):
-        batch = wanted[start : start + size]
-        if any((prompt.case.id, sample) not in known for prompt, sample in batch):
-            verdicts = _decoded(policy, batch, config, name=name, thinking=thinking, formats=formats)
-            yield tuple(v for v in verdicts if (v.case.id, v.sample) not in known)
+    for start in range(0, len(members), size):
+        batch = members[start : start + size]
+        missing = {(prompt.case.id, sample) for prompt, sample in batch} - (stored or {}).keys()
+        if missing:
+            answers = _decode_batch(policy, batch, config, name=name, thinking=thinking, formats=formats)
+            yield tuple(a for a in answers if (a.case.id, a.sample) in missing)
 
 
-def _decoded(
+def _decode_batch(
     policy: Policy,
     batch: Sequence[tuple[Prompt, int]],
     config: Config,
@@ -116,48 +116,54 @@ def _decoded(
     name: str,
     thinking: bool,
     formats: Sequence[str],
-) -> Iterator[Verdict]:
-    """The answers of one batch; a prompt that it holds several times is prefilled once."""
+) -> Iterator[JudgedAnswer]:
+    """Yield the answers of one batch of (prompt, sample); the samples of a prompt share its prefill."""
     rows = [(prompt, [sample for _, sample in same]) for prompt, same in groupby(batch, key=lambda item: item[0])]
+    seed = config.train.seed
     groups = rollout(
         policy,
         [prompt for prompt, _ in rows],
-        [
-            [noise_key(config.train.seed, name, thinking, prompt.case.id, k) for k in members]
-            for prompt, members in rows
-        ],
+        [[sampling_key(seed, name, thinking, prompt.case.id, k) for k in samples] for prompt, samples in rows],
         max_new_tokens=config.evaluate.max_new_tokens,
         temperature=config.evaluate.temperature,
     )
-    for group, (_, members) in zip(groups, rows, strict=True):
-        for completion, sample in zip(group.completions, members, strict=True):
-            yield Verdict(
-                case=group.prompt.case,
-                answer=parse_answer(completion.text, thinking=group.prompt.thinking, formats=formats),
-                finished=completion.finished,
-                tokens=len(completion.ids),
-                text=completion.text,
-                sample=sample,
-            )
+    for group, (prompt, samples) in zip(groups, rows, strict=True):
+        for completion, sample in zip(group.completions, samples, strict=True):
+            parsed = parse_answer(completion.text, thinking=prompt.thinking, formats=formats)
+            yield JudgedAnswer(prompt.case, parsed, completion.finished, len(completion.ids), completion.text, sample)
 
 
-def noise_key(seed: int, name: str, thinking: bool, case_id: str, sample: int) -> int:
-    """The noise of one answer. The first sample's is that of an evaluation during training.
+def sampling_key(seed: int, name: str, thinking: bool, case_id: str, sample: int) -> int:
+    """Return the noise key of one answer. The first sample has the key of an evaluation during training.
 
-    >>> noise_key(42, "test", True, "c1", 0) == row_key("evaluate", 42, "test", "True", "c1")
+    >>> sampling_key(42, "test", True, "c1", 0) == row_key("evaluate", 42, "test", "True", "c1")
     True
     """
     return row_key("evaluate", seed, name, str(thinking), case_id, *([sample] if sample else []))
 
 
-def in_order(verdicts: Sequence[Verdict], cases: Sequence[Case]) -> tuple[Verdict, ...]:
-    """The verdicts in the order of the cases, and of their samples."""
-    place = {case.id: i for i, case in enumerate(cases)}
-    return tuple(sorted(verdicts, key=lambda verdict: (place[verdict.case.id], verdict.sample)))
+def in_order(answers: Sequence[JudgedAnswer], cases: Sequence[Case]) -> tuple[JudgedAnswer, ...]:
+    """Return the answers in the order of the cases and of their samples."""
+    position = {case.id: i for i, case in enumerate(cases)}
+    return tuple(sorted(answers, key=lambda answer: (position[answer.case.id], answer.sample)))
 
 
-class _Row(BaseModel):
-    """A line that `grpo.evaluation.metrics.row` wrote."""
+def answer_lines(answers: Sequence[JudgedAnswer], *, text: bool) -> str:
+    """Return the answers as JSONL.
+
+    Args:
+        text: whether to include the answers' texts.
+    """
+    return "".join(json.dumps(answer_row(answer, text=text)) + "\n" for answer in answers)
+
+
+def append_answers(path: Path, answers: Sequence[JudgedAnswer], *, text: bool = True) -> None:
+    """Append at least one answer to a file, synced to the disk."""
+    append_line(path, answer_lines(answers, text=text).removesuffix("\n"))
+
+
+class _StoredRow(BaseModel):
+    """A line written by `answer_lines`."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -168,89 +174,71 @@ class _Row(BaseModel):
     finished: bool
     tokens: Annotated[int, Field(ge=1)]
     completion: str | None = None
-    """None with a ``ledger.text`` that keeps words out of files: then the parse is taken as it stands."""
-
-
-def append_answers(path: Path, verdicts: Sequence[Verdict], *, text: bool = True) -> None:
-    """Adds lines to a file of answers and waits until they are on the disk.
-
-    Args:
-        text: whether the answers' words are written, beside case id, levels and length.
-    """
-    rows = ({key: value for key, value in row(one).items() if text or key != "completion"} for one in verdicts)
-    with path.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(one) + "\n" for one in rows))
-        file.flush()
-        os.fsync(file.fileno())
+    """None if texts are not recorded."""
 
 
 def read_answers(
     path: Path, cases: Sequence[Case], samples: int, *, thinking: bool, formats: Sequence[str] = tuple(FORMATS)
-) -> dict[tuple[str, int], Verdict]:
-    """What a file of answers already holds; empty where there is none. A last line that a crash tore is cut off.
+) -> dict[tuple[str, int], JudgedAnswer]:
+    """Read a file of answers; no file is no answers. A last line torn by a crash is removed from the file.
 
-    What an answer says is parsed again: the level that the line names may be another program's reading, or an edit. A
-    file in which such a level differs is written anew with what its answers say.
+    Every text is parsed again, since the recorded level may come from another program's parser or an edit. If a level
+    differs, the file is rewritten.
 
     Args:
-        thinking: whether the prompts ended inside an opened ``<think>``.
-        formats: how an answer may be written, see `rewards.parse.FORMATS`.
+        thinking: whether the prompts ended inside an open ``<think>``.
+        formats: accepted answer formats, see `rewards.parse.FORMATS`.
 
     Raises:
-        UserError: any other line that is no answer to one of the cases.
+        UserError: a line is not an answer to one of the cases, or its answer occurs twice.
     """
     if not is_regular(path):
         return {}
     by_id = {case.id: case for case in cases}
-    found: dict[tuple[str, int], Verdict] = {}
-    stale, worded = False, True
+    answers: dict[tuple[str, int], JudgedAnswer] = {}
+    outdated, with_text = False, True
     for number, line in enumerate(_whole_lines(path), 1):
         try:
-            held = _Row.model_validate_json(line)
+            row = _StoredRow.model_validate_json(line)
         except ValidationError as error:
             fault = error.errors(include_input=False, include_url=False, include_context=False)[0]
-            where = ".".join(str(part) for part in fault["loc"]) or "the line"
-            raise UserError(f"{path}:{number}: {where}: {fault['type']}: not a line of answers; {_AFRESH}") from None
-        if held.id not in by_id or held.sample >= samples or (held.id, held.sample) in found:
-            raise UserError(
-                f"{path}:{number}: case {clipped(held.id)}, sample {held.sample}: not asked for, or twice; {_AFRESH}"
-            )
-        worded &= held.completion is not None
-        said = _said(held, thinking, formats)
-        if said is None:
-            raise UserError(f"{path}:{number}: neither words nor a parse: not a line of answers; {_AFRESH}")
-        stale |= (held.predicted, held.reason) != (said.level, said.reason)
-        found[held.id, held.sample] = Verdict(
-            by_id[held.id], said, held.finished, held.tokens, held.completion or "", held.sample
+            key = ".".join(str(part) for part in fault["loc"]) or "the line"
+            raise UserError(f"{path}:{number}: {key}: {fault['type']}: not an answer; {START_OVER_HINT}") from None
+        if row.id not in by_id or row.sample >= samples or (row.id, row.sample) in answers:
+            place = f"case {clipped(row.id)}, sample {row.sample}"
+            raise UserError(f"{path}:{number}: {place}: not in this evaluation, or twice; {START_OVER_HINT}")
+        parsed = _parse_row(row, thinking, formats)
+        if parsed is None:
+            raise UserError(f"{path}:{number}: neither a completion nor a valid level and reason; {START_OVER_HINT}")
+        outdated |= (row.predicted, row.reason) != (parsed.level, parsed.reason)
+        with_text &= row.completion is not None
+        answers[row.id, row.sample] = JudgedAnswer(
+            by_id[row.id], parsed, row.finished, row.tokens, row.completion or "", row.sample
         )
-    if stale:
-        aside = path.with_name(f".{path.name}.partial")
-        aside.unlink(missing_ok=True)
-        append_answers(aside, list(found.values()), text=worded)
-        os.replace(aside, path)
-    return found
+    if outdated:
+        write_whole(path, answer_lines(list(answers.values()), text=with_text))
+    return answers
 
 
-def _said(held: _Row, thinking: bool, formats: Sequence[str]) -> Answer | None:
-    if held.completion is not None:
-        return parse_answer(held.completion, thinking=thinking, formats=formats)
-    level = held.predicted if type(held.predicted) is int and 1 <= held.predicted <= 5 else None
-    known = held.reason in get_args(Reason) and (level is not None) == (held.reason == "parsed")
-    return Answer(level, held.reason, None) if known and held.predicted == level else None
+def _parse_row(row: _StoredRow, thinking: bool, formats: Sequence[str]) -> Answer | None:
+    """Return the answer in the row's text; without a text the recorded one, or None if that is impossible."""
+    if row.completion is not None:
+        return parse_answer(row.completion, thinking=thinking, formats=formats)
+    is_level = type(row.predicted) is int and 1 <= row.predicted <= 5
+    if row.reason not in get_args(Reason) or not (is_level if row.reason == "parsed" else row.predicted is None):
+        return None
+    return Answer(row.predicted, row.reason, None)
 
 
 def _whole_lines(path: Path) -> Iterator[bytes]:
-    """The lines of the file; one that a crash tore is cut off."""
+    """Yield the lines of a file; truncate the file if its last line has no end."""
     size = 0
     try:
-        for line in raw_lines(path, longest=LONGEST_LINE):
+        for line in raw_lines(path, longest=MAX_LINE_BYTES):
             if not line.endswith(b"\n"):
                 os.truncate(path, size)
                 return
             size += len(line)
             yield line
     except Unreadable as error:
-        raise UserError(f"{path}: {error}; {_AFRESH}") from None
-
-
-_AFRESH = "delete the file to answer its cases again"
+        raise UserError(f"{path}: {error}; {START_OVER_HINT}") from None

@@ -1,11 +1,12 @@
-"""Answers → rates, each with its interval: exact, adjacent, under and over, the three meanings of dangerous, recall.
+"""Judged answers → rates with intervals: exact, adjacent, under- and over-triage, three "dangerous" rates, recall.
 
-A rate is a share of all answers, but for ``high_acuity_under``: a share of the answers to cases of ESI 1 and 2. An
-answer that does not parse is wrong in every rate; it is no triage, so it is neither under- nor over-triage, and
+The denominator of a rate is all answers; for ``high_acuity_under`` it is the answers to cases of ESI 1 and 2. An answer
+that does not parse is wrong in every rate, but is neither under- nor over-triage:
 exact + under_triage + over_triage + no_parse = adjacent + non_adjacent + no_parse = 1.
-With several answers to a case, shares are over answers and intervals know which belong together.
+With several answers per case, rates are over answers, and intervals account for the answers that share a case.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,164 +17,164 @@ from grpo.types import Case
 from rewards import Answer, Reward
 from rewards.types import LEVELS
 
-MANY_SAMPLES = (1, 2, 4, 8, 16, 32, 64)
-"""The k of pass@k that are reported, up to the number of samples, and that number itself."""
+PASS_AT = (1, 2, 4, 8, 16, 32, 64)
+"""The values of k for which pass@k is reported, up to the number of samples; that number itself is added."""
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class JudgedAnswer:
     """One answer to one case."""
 
     case: Case
     answer: Answer
     finished: bool
-    """False: the token budget cut it."""
+    """False if the token budget cut it."""
     tokens: int
     text: str
     sample: int = 0
-    """Which of the answers to this case, from 0."""
+    """Index among the answers to this case, from 0."""
 
     @property
     def predicted(self) -> int | None:
         return self.answer.level
 
 
-def row(verdict: Verdict) -> dict[str, Any]:
-    """The answer as a line of JSON holds it: all of the verdict but the case's text."""
-    return {
-        "id": verdict.case.id,
-        "sample": verdict.sample,
-        "esi": verdict.case.esi,
-        "predicted": verdict.predicted,
-        "reason": verdict.answer.reason,
-        "finished": verdict.finished,
-        "tokens": verdict.tokens,
-        "completion": verdict.text,
+def answer_row(answer: JudgedAnswer, *, text: bool = True) -> dict[str, Any]:
+    """Return the answer as a JSON object, without the case's text.
+
+    Args:
+        text: whether to include the answer's own text, as ``completion``.
+    """
+    row = {
+        "id": answer.case.id,
+        "sample": answer.sample,
+        "esi": answer.case.esi,
+        "predicted": answer.predicted,
+        "reason": answer.answer.reason,
+        "finished": answer.finished,
+        "tokens": answer.tokens,
     }
+    return row | {"completion": answer.text} if text else row
 
 
 RateTest = Callable[[int, int | None], bool | None]
-"""(gold, predicted level or None) → whether the answer counts towards a rate; None: it is no part of the rate."""
+"""(gold level, predicted level or None) → whether the answer counts; None if it is not in the rate's denominator."""
 HIGH_ACUITY = 2
-"""Gold levels up to this one are what ``high_acuity_under`` is a share of."""
+"""The highest gold level in the denominator of ``high_acuity_under``."""
 
 RATES: Mapping[str, RateTest] = MappingProxyType(
     {
-        "exact": lambda gold, said: said == gold,
-        "adjacent": lambda gold, said: said is not None and abs(said - gold) <= 1,
-        "non_adjacent": lambda gold, said: said is not None and abs(said - gold) >= 2,
-        "under_triage": lambda gold, said: said is not None and said > gold,
-        "over_triage": lambda gold, said: said is not None and said < gold,
-        "dangerous_under": lambda gold, said: said is not None and said >= gold + 2,
-        "high_acuity_under": lambda gold, said: said is not None and said > gold if gold <= HIGH_ACUITY else None,
-        "no_parse": lambda gold, said: said is None,
+        "exact": lambda gold, level: level == gold,
+        "adjacent": lambda gold, level: level is not None and abs(level - gold) <= 1,
+        "non_adjacent": lambda gold, level: level is not None and abs(level - gold) >= 2,
+        "under_triage": lambda gold, level: level is not None and level > gold,
+        "over_triage": lambda gold, level: level is not None and level < gold,
+        "dangerous_under": lambda gold, level: level is not None and level >= gold + 2,
+        "high_acuity_under": lambda gold, level: level is not None and level > gold if gold <= HIGH_ACUITY else None,
+        "no_parse": lambda gold, level: level is None,
     }
 )
-"""Rate → what it counts. Three of them have been called "dangerous": non_adjacent, dangerous_under (two levels or more
-less acute than gold) and high_acuity_under (of the cases with gold 1 or 2: less acute than gold)."""
+"""Rate → what it counts. Three of them have been called "dangerous": non_adjacent, dangerous_under (at least two levels
+less acute than gold) and high_acuity_under (less acute than gold, among the cases of gold level 1 or 2)."""
 
 
-def summarise(verdicts: Sequence[Verdict], reward: Reward) -> dict[str, Any]:
-    """The rates of an evaluation, and under ``intervals`` the 95 % interval of each (see `clustered_wilson`).
+def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]:
+    """Return the rates of an evaluation and, under ``intervals``, the 95 % interval of each (see `clustered_wilson`).
 
-    ``n``: cases. ``high_acuity_n``: those of ESI 1 and 2, which ``high_acuity_under`` is a share of; without any, the
-    rate and its interval are None. ``qwk``: quadratic weighted kappa of gold and predicted over the answers that parse,
-    None where it is undefined; ``no_parse`` says how many it leaves out. ``recall``: of the answers to cases of a
-    level, how many name it. ``precision``: of the answers that name a level, how many are right. ``by_rule``,
-    ``by_tag``: exact over the cases that a rule speaks about, that carry a tag. ``confusion``: gold → [predicted 1 … 5,
-    no parse].
+    ``n``: number of cases. ``high_acuity_n``: cases of ESI 1 and 2; without any, ``high_acuity_under`` and its interval
+    are None. ``qwk``: quadratic weighted kappa of gold and predicted level over the answers that parse, None if
+    undefined. ``recall``: exact over the cases of a level. ``precision``: exact over the answers that name a level.
+    ``by_rule``, ``by_tag``: exact over the cases to which a rule applies, that have a tag. ``confusion``: gold →
+    [predicted 1 … 5, no parse].
     """
-    holds = {name: _on_levels(rate) for name, rate in RATES.items()}
-    found = {name: share(verdicts, test) for name, test in (holds | {"clipped_ratio": _cut}).items()}
-    spoken = [(v.case.esi, v.predicted) for v in verdicts if v.predicted is not None]
+    rates = _rates_of([(a.case.id, a.case.esi, a.predicted) for a in answers])
+    clipped, interval = rate_with_interval((a.case.id, not a.finished) for a in answers)
     return {
-        "n": len({v.case.id for v in verdicts}),
-        **{name: value for name, (value, _) in found.items()},
-        "high_acuity_n": len({v.case.id for v in verdicts if v.case.esi <= HIGH_ACUITY}),
-        "intervals": {name: interval for name, (_, interval) in found.items()},
-        "qwk": quadratic_kappa(spoken),
-        "mean_length": sum(v.tokens for v in verdicts) / len(verdicts),
-        "recall": {str(level): _part("recall", [v for v in verdicts if v.case.esi == level]) for level in LEVELS},
+        "n": len({a.case.id for a in answers}),
+        **{name: value for name, (value, _) in rates.items()},
+        "clipped_ratio": clipped,
+        "high_acuity_n": len({a.case.id for a in answers if a.case.esi <= HIGH_ACUITY}),
+        "intervals": {name: bounds for name, (_, bounds) in rates.items()} | {"clipped_ratio": interval},
+        "qwk": quadratic_kappa([(a.case.esi, a.predicted) for a in answers if a.predicted is not None]),
+        "mean_length": sum(a.tokens for a in answers) / len(answers),
+        "recall": {str(level): _exact("recall", [a for a in answers if a.case.esi == level]) for level in LEVELS},
         "precision": {
-            str(level): _part("precision", [v for v in verdicts if v.predicted == level]) for level in LEVELS
+            str(level): _exact("precision", [a for a in answers if a.predicted == level]) for level in LEVELS
         },
         "by_rule": {
-            rule.name: _part("exact", [v for v in verdicts if reward.applies(rule.name, v.case.text, v.case.esi)])
+            rule.name: _exact("exact", [a for a in answers if reward.applies(rule.name, a.case.text, a.case.esi)])
             for rule in reward.rules
         },
         "by_tag": {
-            tag: _part("exact", [v for v in verdicts if tag in v.case.tags])
-            for tag in sorted({tag for v in verdicts for tag in v.case.tags})
+            tag: _exact("exact", [a for a in answers if tag in a.case.tags])
+            for tag in sorted({tag for a in answers for tag in a.case.tags})
         },
         "confusion": {
-            str(gold): [sum(v.case.esi == gold and v.predicted == said for v in verdicts) for said in (*LEVELS, None)]
+            str(gold): [sum(a.case.esi == gold and a.predicted == level for a in answers) for level in (*LEVELS, None)]
             for gold in LEVELS
         },
     }
 
 
-def share(
-    verdicts: Sequence[Verdict], holds: Callable[[Verdict], bool | None]
-) -> tuple[float, Interval] | tuple[None, None]:
-    """The share of the answers for which something holds, and its interval, answers to one case taken together. Those
-    of which it says None are left out; (None, None) where no other is there."""
-    successes: dict[str, int] = {}
-    trials: dict[str, int] = {}
-    for v in verdicts:
-        if (held := holds(v)) is not None:
-            successes[v.case.id] = successes.get(v.case.id, 0) + held
-            trials[v.case.id] = trials.get(v.case.id, 0) + 1
-    return clustered_wilson(list(successes.values()), list(trials.values())) if trials else (None, None)
+def rate_with_interval(outcomes: Iterable[tuple[str, bool]]) -> tuple[float, Interval] | tuple[None, None]:
+    """Return the fraction of true outcomes and its interval, with outcomes of the same case in one cluster.
 
-
-def rates_of(pairs: Sequence[tuple[int, int | None]]) -> dict[str, Any]:
-    """Every rate of `RATES` over (gold, level) pairs, one a case, and under ``intervals`` Wilson's of each.
-
-    >>> rates_of([(1, 2), (2, 2), (3, 4)])["high_acuity_under"], rates_of([(3, 4)])["high_acuity_under"]
-    (0.5, None)
+    Args:
+        outcomes: (case id, outcome) of each answer. Without any, both values are None.
     """
-    shares: dict[str, float | None] = {}
-    intervals: dict[str, Interval | None] = {}
-    for name, rate in RATES.items():
-        counted = [held for pair in pairs if (held := rate(*pair)) is not None]
-        shares[name] = sum(counted) / len(counted) if counted else None
-        intervals[name] = wilson(sum(counted), len(counted)) if counted else None
-    return {**shares, "intervals": intervals}
+    by_case: dict[str, list[bool]] = defaultdict(list)
+    for case_id, outcome in outcomes:
+        by_case[case_id].append(outcome)
+    if not by_case:
+        return None, None
+    return clustered_wilson([sum(members) for members in by_case.values()], [len(m) for m in by_case.values()])
+
+
+def _rates_of(answers: Iterable[tuple[str, int, int | None]]) -> dict[str, tuple[float | None, Interval | None]]:
+    """Return each rate of `RATES` over (case id, gold, level), with its interval."""
+    return {
+        name: rate_with_interval((i, counts) for i, gold, level in answers if (counts := rate(gold, level)) is not None)
+        for name, rate in RATES.items()
+    }
+
+
+def _rates_of_levels(pairs: Sequence[tuple[int, int | None]]) -> dict[str, Any]:
+    """Return the rates over (gold, level) pairs, one per case, and their ``intervals``."""
+    rates = _rates_of([(str(i), gold, level) for i, (gold, level) in enumerate(pairs)])
+    return {**{name: value for name, (value, _) in rates.items()}, "intervals": {k: v for k, (_, v) in rates.items()}}
 
 
 def baselines(golds: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """What naming one level always would score on these cases: ``always_1`` … ``always_5``, each with the rates of
-    `RATES` and their intervals. Its kappa is 0 by construction.
+    """Return the rates and intervals of answering these cases with one constant level, as ``always_1`` … ``always_5``.
+    The kappa of a constant is 0.
 
     >>> constant = baselines([1, 1, 3])["always_2"]
     >>> constant["exact"], constant["adjacent"], constant["high_acuity_under"]
     (0.0, 1.0, 1.0)
     """
-    return {f"always_{said}": rates_of([(gold, said) for gold in golds]) for said in LEVELS}
+    return {f"always_{level}": _rates_of_levels([(gold, level) for gold in golds]) for level in LEVELS}
 
 
-def over_samples(verdicts: Sequence[Verdict]) -> dict[str, Any]:
-    """What K answers to each case say together.
+def multi_sample_stats(answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
+    """Return statistics of K answers per case, taken together.
 
-    ``majority``: the rates of the level that most of a case's answers name (see `majority`), with Wilson's interval
-    over cases. ``unanimous``: the share of cases whose answers are all the same, no parse being an
-    answer of its own. ``mean_spread``: levels between the most and the least acute answer, mean over the cases that
-    have one. ``pass_at_k``: mean over cases, its interval Wilson's over cases.
+    ``majority``: rates of the most frequent level of each case (see `majority`), with intervals over cases.
+    ``unanimous``: fraction of cases whose answers are all equal; no parse is an answer of its own. ``mean_spread``:
+    levels between the most and the least acute answer, mean over the cases with a parsed answer. ``pass_at_k``: mean
+    over cases, with Wilson's interval over cases.
     """
-    answers = levels_by_case(verdicts)
-    gold = {v.case.id: v.case.esi for v in verdicts}
-    n, samples = len(answers), len(verdicts) // len(answers)
-    unanimous = sum(len(set(levels)) == 1 for levels in answers.values())
-    spoken = [[level for level in levels if level is not None] for levels in answers.values()]
-    spreads = [max(levels) - min(levels) for levels in spoken if levels]
+    by_case = levels_by_case(answers)
+    gold = {a.case.id: a.case.esi for a in answers}
+    n, samples = len(by_case), len(answers) // len(by_case)
+    unanimous = sum(len(set(levels)) == 1 for levels in by_case.values())
+    parsed = [[level for level in levels if level is not None] for levels in by_case.values()]
+    spreads = [max(levels) - min(levels) for levels in parsed if levels]
     passed = {
-        k: sum(
-            pass_at_k(samples, sum(level == gold[ident] for level in levels), k) for ident, levels in answers.items()
-        )
-        for k in sorted({k for k in MANY_SAMPLES if k <= samples} | {samples})
+        k: sum(pass_at_k(samples, levels.count(gold[case_id]), k) for case_id, levels in by_case.items())
+        for k in sorted({k for k in PASS_AT if k <= samples} | {samples})
     }
     return {
-        "majority": rates_of([(gold[ident], majority(levels)) for ident, levels in answers.items()]),
+        "majority": _rates_of_levels([(gold[case_id], majority(levels)) for case_id, levels in by_case.items()]),
         "unanimous": {"n": n, "share": unanimous / n, "interval": wilson(unanimous, n)},
         "mean_spread": sum(spreads) / len(spreads) if spreads else None,
         "pass_at_k": {
@@ -182,23 +183,15 @@ def over_samples(verdicts: Sequence[Verdict]) -> dict[str, Any]:
     }
 
 
-def levels_by_case(verdicts: Iterable[Verdict]) -> dict[str, list[int | None]]:
-    """Case id → the levels of its answers, in the order of the verdicts."""
-    found: dict[str, list[int | None]] = {}
-    for v in verdicts:
-        found.setdefault(v.case.id, []).append(v.predicted)
-    return found
+def levels_by_case(answers: Iterable[JudgedAnswer]) -> dict[str, list[int | None]]:
+    """Return case id → the levels of its answers, in order."""
+    levels: dict[str, list[int | None]] = defaultdict(list)
+    for answer in answers:
+        levels[answer.case.id].append(answer.predicted)
+    return levels
 
 
-def _on_levels(rate: RateTest) -> Callable[[Verdict], bool | None]:
-    return lambda v: rate(v.case.esi, v.predicted)
-
-
-def _cut(verdict: Verdict) -> bool:
-    return not verdict.finished
-
-
-def _part(name: str, members: Sequence[Verdict]) -> dict[str, Any]:
-    """How many of some answers are right, under ``name``: None where there are none."""
-    value, interval = share(members, _on_levels(RATES["exact"]))
-    return {"n": len({v.case.id for v in members}), name: value, "interval": interval}
+def _exact(name: str, answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
+    """Return the exact rate of some answers under ``name``; None if there are none."""
+    value, interval = rate_with_interval((a.case.id, a.predicted == a.case.esi) for a in answers)
+    return {"n": len({a.case.id for a in answers}), name: value, "interval": interval}

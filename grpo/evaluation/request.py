@@ -1,4 +1,4 @@
-"""What an evaluation is asked to do, checked before anything is loaded: config or model, adapter, cases, settings."""
+"""The evaluation that a command line requests, checked before the model is loaded: config, adapter, cases, settings."""
 
 import argparse
 import hashlib
@@ -20,51 +20,54 @@ from grpo.run.input_hashes import ADAPTER_FILES, MODEL_FILES, cases_sha256, fold
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Reward, load_reward
-from rewards.safe_files import is_regular
+from rewards.safe_files import Unreadable, check_contents, is_regular, read_json
 
-CARD = "configs/v49.toml"
-"""What a bare MODEL is evaluated with: the card's token budget, temperature and modes, under the system prompt that the
-model or adapter brings (see `grpo.policy.adapter_files.system_prompt`)."""
+CARD_CONFIG = "configs/v49.toml"
+"""The token budget, temperature and modes for a bare MODEL; its system prompt comes from the model or adapter (see
+`grpo.policy.adapter_files.system_prompt`)."""
 MODES = {"on": ("on",), "off": ("off",), "both": ("on", "off")}
-BARE = "none"
+NO_ADAPTER = "none"
 """``--adapter none``: the base alone."""
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
-    """One evaluation, checked: nothing is loaded yet."""
+class EvaluationRequest:
+    """A checked evaluation; no model is loaded yet."""
 
     name: str
-    """Of the config or the model, for the folder."""
+    """Of the config or the model; part of the default folder."""
     config: Config
     """Its [lora] names the adapter; "" is the base alone."""
     reward: Reward
     sets: Mapping[str, tuple[Case, ...]]
     samples: int
     settings: Mapping[str, Any]
-    """All that the answers depend on, as JSON."""
+    """Everything that the answers depend on, as JSON."""
     before: Evaluated | None
-    """What ``--against`` names."""
-    left_out: tuple[str, ...]
-    """Rows and values of the case files that were dropped or set aside, a line each kind."""
-    opened: Mapping[Thinking, bool]
-    """Mode → whether its prompt ends inside an opened ``<think>``, which decides how an answer is parsed."""
+    """The evaluation given by ``--against``."""
+    dropped: tuple[str, ...]
+    """One line per kind of row or value that was dropped from the case files."""
+    thinking: Mapping[Thinking, bool]
+    """Mode → whether its prompts end inside an open ``<think>``, which determines how an answer is parsed."""
 
 
-def ask(arguments: argparse.Namespace) -> Asked:
-    """What the command line asks for, cheapest checks first; every missing file is named at once."""
-    config = configured(arguments)
+def parse_request(arguments: argparse.Namespace) -> EvaluationRequest:
+    """Return the evaluation that the command line requests, cheapest checks first; one error lists all missing files.
+
+    Raises:
+        UserError: a file is missing or invalid, or the token budget does not fit the model's context.
+    """
+    config = build_config(arguments)
     reward = load_reward(config.reward.set)
     before = read_evaluation(arguments.against) if arguments.against else None
-    sets, left_out = load_sets(config, arguments.cases, missing_parts(config.model, config.lora))
+    sets, dropped = load_sets(config, arguments.cases, missing_parts(config.model, config.lora))
     if before is not None:
         check_same_cases(sets, before, arguments.against)
     device = pick_device(config.model.device)
     adapter = config.lora.warm_start
-    if adapter:
-        key = "lora.warm_start" if arguments.adapter is None else "--adapter"
-        check_adapter(resolve(adapter), config.lora, config.model.name, key=key)
-    opened = check_room(config, sets)
+    if adapter and arguments.adapter is None:
+        check_adapter(resolve(adapter), config.lora, config.model.name, key="lora.warm_start")
+    config, thinking = fit_to_context(config, sets)
     settings = {
         "model_sha256": folder_sha256(model_folder(config.model.name), MODEL_FILES),
         "adapter_sha256": folder_sha256(resolve(adapter), ADAPTER_FILES) if adapter else None,
@@ -80,121 +83,167 @@ def ask(arguments: argparse.Namespace) -> Asked:
         "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
     }
     name = config.name if arguments.what.endswith(".toml") else set_name(arguments.what)
-    return Asked(name, config, reward, sets, arguments.samples, settings, before, left_out, opened)
+    return EvaluationRequest(name, config, reward, sets, arguments.samples, settings, before, dropped, thinking)
 
 
-def check_room(config: Config, sets: Mapping[str, Sequence[Case]]) -> dict[Thinking, bool]:
-    """Makes sure that every prompt and the token budget fit the model's context; mode → `Asked.opened`. Loads the
-    tokenizer, not the model.
+def build_config(arguments: argparse.Namespace) -> Config:
+    """Return the config with the command line's overrides. A MODEL is evaluated with `CARD_CONFIG`."""
+    options = {
+        "evaluate.thinking": MODES[arguments.thinking] if arguments.thinking else None,
+        "evaluate.max_new_tokens": arguments.max_new_tokens,
+        "evaluate.temperature": 0.0 if arguments.greedy else arguments.temperature,
+        "evaluate.batch_size": arguments.batch_size,
+    }
+    if not arguments.what.endswith(".toml"):
+        return config_for_model(arguments.what, arguments.adapter, options, overrides=arguments.set)
+    config, _ = load_config(arguments.what, [*arguments.set, *override_each(options)])
+    return config if arguments.adapter is None else with_adapter(config, arguments.adapter)
+
+
+def override_each(values: Mapping[str, object]) -> list[str]:
+    """Return the ``--set`` arguments for config keys and values, without those that are None."""
+    return [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in values.items() if value is not None]
+
+
+def config_for_model(
+    model: str, adapter: str | None, options: Mapping[str, object], *, overrides: Sequence[str] = ()
+) -> Config:
+    """Return `CARD_CONFIG` for a model and an adapter (none by default), with the system prompt they were trained with.
+
+    Args:
+        options: config key → value, or None for the card's.
+        overrides: arguments of ``--set``.
 
     Raises:
-        UserError: they do not; names the largest budget that fits every case.
+        UserError: the model is a run folder, the adapter cannot be used with it, or an option is invalid.
     """
-    tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
-    system, budget = config.cases.system_prompt, config.evaluate.max_new_tokens
-    frames = {
-        mode: render_prompt(tokenizer, Case("frame", "", 1), system_prompt=system, thinking=mode == "on")
-        for mode in config.evaluate.thinking
-    }
-    frame = max(len(prompt.ids) for prompt in frames.values())
-    told = [(len(encode_plain(tokenizer, case.text)), case.id, name) for name, cases in sets.items() for case in cases]
-    length, ident, name = max(told)
-    room = context - frame - length
-    if budget > room:
-        which = f"case {ident!r} of {name} takes {frame + length} tokens as a prompt, the model's context is {context}"
-        if room < 1:
-            raise UserError(f"{which}: no answer to it fits; leave it out, or shorten it")
-        raise UserError(
-            f"evaluate.max_new_tokens = {budget} does not fit: {which}; at most {room} fit: --max-new-tokens {room}"
-        )
-    return {mode: prompt.thinking for mode, prompt in frames.items()}
+    if is_regular(resolve(model) / "reward.json"):
+        adapter_folder = Path(model) / "adapter"
+        raise UserError(f"{model}: is a run folder: give its config, and its adapter with --adapter {adapter_folder}")
+    adapter = NO_ADAPTER if adapter is None else adapter
+    prompt = system_prompt(model, None if adapter == NO_ADAPTER else resolve(adapter))
+    defaults = override_each({"model.name": model, "cases.system_prompt": prompt})
+    config, _ = load_config(CARD_CONFIG, [*defaults, *overrides, *override_each(options)])
+    return with_adapter(config, adapter)
 
 
-def configured(arguments: argparse.Namespace) -> Config:
-    """The config with the command line laid over it. A MODEL is evaluated with the card's, and without its adapter."""
-    overrides = list(arguments.set)
-    given = {
-        "thinking": list(MODES[arguments.thinking]) if arguments.thinking else None,
-        "max_new_tokens": arguments.max_new_tokens,
-        "temperature": 0.0 if arguments.greedy else arguments.temperature,
-        "batch_size": arguments.batch_size,
-    }
-    overrides += [f"evaluate.{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if arguments.what.endswith(".toml"):
-        config, _ = load_config(arguments.what, overrides)
-        adapter = arguments.adapter
-    else:
-        _check_model(arguments.what)
-        model = f"model.name={json.dumps(arguments.what)}"
-        adapter = BARE if arguments.adapter is None else arguments.adapter
-        # the prompt that model and adapter were trained under; an override of one's own comes after it
-        prompt = system_prompt(arguments.what, None if adapter == BARE else resolve(adapter))
-        config, _ = load_config(CARD, [model, f"cases.system_prompt={json.dumps(prompt)}", *overrides])
-    if adapter is None:
-        return config
-    lora = (
-        config.lora.model_copy(update={"warm_start": "", "r": 1})
-        if adapter == BARE
-        else lora_section(resolve(adapter), adapter)
-    )
+def with_adapter(config: Config, adapter: str) -> Config:
+    """Return the config with the [lora] section of the adapter given by ``--adapter``."""
+    if adapter == NO_ADAPTER:  # a fresh adapter, which does not change the model, as small as possible
+        unchanged = {"warm_start": "", "r": 1, "target_modules": ("down_proj",)}
+        return config.model_copy(update={"lora": config.lora.model_copy(update=unchanged)})
+    lora = lora_section(resolve(adapter), adapter)
+    check_adapter(resolve(adapter), lora, config.model.name, key="--adapter")
     return config.model_copy(update={"lora": lora})
-
-
-def _check_model(name: str) -> None:
-    """A run folder holds a config.json too, and is not a model."""
-    if is_regular(resolve(name) / "reward.json"):
-        raise UserError(
-            f"{name}: is a run folder: name its config, and its adapter with --adapter {Path(name) / 'adapter'}"
-        )
 
 
 def load_sets(
     config: Config, file: str | None, faults: Sequence[str]
 ) -> tuple[dict[str, tuple[Case, ...]], tuple[str, ...]]:
-    """The sets of ``[evaluate]``, or the one of ``--cases``, named after its file; and what was left out of them.
+    """Return the sets of ``[evaluate]``, or that of ``--cases`` named after its file, and what was dropped from them.
 
     Args:
-        faults: what is already known to be missing.
+        faults: other files that are already known to be missing.
 
     Raises:
-        UserError: all that is missing or unreadable, a line each.
+        UserError: one line for each missing or unreadable file.
     """
     files = {set_name(file): file} if file is not None else config.evaluate.ends | config.evaluate.during
     if not files:
-        raise UserError("no cases: [evaluate] names no set; name a file with --cases")
-    found, left_out, faults = {}, [], list(faults)
+        raise UserError("no cases: [evaluate] has no set; give a file with --cases")
+    sets, dropped, faults = {}, [], list(faults)
     for name, path in files.items():
         try:
             loaded = load(config.cases.format, path, strict=config.cases.strict)
         except UserError as error:
-            faults.append(f"{name}: {error}" + ("" if file is not None else " (name another file with --cases)"))
+            faults.append(f"{name}: {error}" + ("" if file is not None else " (give another file with --cases)"))
         else:
-            found[name] = loaded.cases
-            left_out += [f"{name}: {finding}" for finding in loaded.report.findings]
+            sets[name] = loaded.cases
+            dropped += [f"{name}: {finding}" for finding in loaded.report.findings]
     if faults:
         raise UserError("\n       ".join(faults))
-    return found, tuple(left_out)
+    return sets, tuple(dropped)
 
 
 def set_name(file: str) -> str:
-    """What the cases of a file are called: its name without ending, in the letters that a set may have.
+    """Return the name of the set in a file: the file name without its suffix, in the characters allowed for a set.
 
     >>> set_name("data/my cases.v2.jsonl"), set_name("embedded:cases/test.jsonl"), set_name("mimic-iv-ed:/data/ed")
     ('my-cases.v2', 'test', 'ed')
     """
-    path = re.sub("^[a-z-]+:", "", file)  # "embedded:" or a loader's name
+    path = re.sub("^[a-z-]+:", "", file)  # "embedded:" or the name of a loader
     return re.sub(r"[^A-Za-z0-9._-]", "-", Path(path).stem).lstrip("._-")[:80] or "cases"
 
 
+def fit_to_context(
+    config: Config, sets: Mapping[str, Sequence[Case]], *, shorten: bool = False
+) -> tuple[Config, dict[Thinking, bool]]:
+    """Check that each prompt and the token budget fit the model's context, and return the config and
+    `EvaluationRequest.thinking`. Load the tokenizer only.
+
+    Args:
+        shorten: reduce a budget that does not fit.
+
+    Raises:
+        UserError: they do not fit; gives the largest budget that does.
+    """
+    tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
+    budget, system = config.evaluate.max_new_tokens, config.cases.system_prompt
+    empty_prompts = {
+        mode: render_prompt(tokenizer, Case("empty", "", 1), system_prompt=system, thinking=mode == "on")
+        for mode in config.evaluate.thinking
+    }
+    narrative, case_id, name = max(
+        (len(encode_plain(tokenizer, case.text)), case.id, name) for name, cases in sets.items() for case in cases
+    )
+    length = narrative + max(len(prompt.ids) for prompt in empty_prompts.values())
+    longest = f"case {case_id!r} of {name} takes {length} tokens as a prompt, the model's context is {context}"
+    largest = context - length
+    if largest < 1:
+        raise UserError(f"{longest}: no answer fits; remove the case or shorten it")
+    if budget > largest and not shorten:
+        raise UserError(
+            f"evaluate.max_new_tokens = {budget} does not fit: {longest}; use at most --max-new-tokens {largest}"
+        )
+    evaluate = config.evaluate.model_copy(update={"max_new_tokens": min(budget, largest)})
+    thinking = {mode: prompt.thinking for mode, prompt in empty_prompts.items()}
+    return config.model_copy(update={"evaluate": evaluate}), thinking
+
+
 def model_folder(name: str) -> Path:
-    """Where a model's files lie on this machine: a folder, ``embedded:base``, or the cache behind a hub id."""
+    """Return the local folder of a model's files: a folder, ``embedded:base``, or the cache of a hub id."""
     from transformers.utils import cached_file
 
     folder = resolve(name)
     return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", local_files_only=True))).parent
 
 
-def default_folder(asked: Asked) -> Path:
-    """``runs/eval-NAME-HASH``: other settings, another folder."""
-    digest = hashlib.sha256(json.dumps(asked.settings, sort_keys=True).encode()).hexdigest()
-    return Path("runs") / f"eval-{asked.name}-{digest[:8]}"
+def default_folder(request: EvaluationRequest) -> Path:
+    """Return ``runs/eval-NAME-HASH``, with a hash of the settings."""
+    digest = hashlib.sha256(json.dumps(request.settings, sort_keys=True).encode()).hexdigest()
+    return Path("runs") / f"eval-{request.name}-{digest[:8]}"
+
+
+def check_output_folder(out: Path, settings: Mapping[str, Any]) -> None:
+    """Check that the folder is new, empty, or has answers sampled with these settings; write nothing.
+
+    Raises:
+        UserError: it contains something else, or answers of another evaluation.
+    """
+    path = out / "settings.json"
+    if not is_regular(path):
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise UserError(f"{out}: already exists and is not an evaluation: choose another folder with --out")
+        return
+    try:
+        check_contents(out)
+        before = read_json(path)
+    except Unreadable as error:
+        raise UserError(f"{path}: {error}: delete {out} to start over") from None
+    if before != settings:
+        recorded = before if isinstance(before, dict) else {}
+        changed = sorted(key for key in settings.keys() | recorded.keys() if settings.get(key) != recorded.get(key))
+        raise UserError(
+            f"{out}: contains answers with a different {', '.join(changed)}: choose another folder with --out, or "
+            f"delete it"
+        )

@@ -1,4 +1,4 @@
-"""An ``eval.json`` of `grpo evaluate` as a table of 80 columns, for people."""
+"""The table that `grpo evaluate` prints: an ``eval.json`` in 80 columns."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -9,12 +9,12 @@ Record = Mapping[str, Any]
 """A JSON object."""
 
 WIDTH = 80
-LABEL = 30
-COLUMN = 25
-IDS_SHOWN = 8
-TAGS_SHOWN = 8
+LABEL_WIDTH = 30
+COLUMN_WIDTH = 25
+MAX_IDS_SHOWN = 8
+MAX_TAGS_SHOWN = 8
 
-ROWS: Mapping[str, str] = {
+RATE_LABELS: Mapping[str, str] = {
     "exact": "exact",
     "adjacent": "adjacent (within one level)",
     "non_adjacent": "non-adjacent *",
@@ -25,177 +25,176 @@ ROWS: Mapping[str, str] = {
     "no_parse": "no parse",
     "clipped_ratio": "cut by the budget",
 }
-"""Rate → its row. The starred have each been called dangerous errors."""
-CONSTANT_ROWS = ("exact", "adjacent", "non_adjacent", "dangerous_under", "high_acuity_under")
+"""Rate → its label. Each of those marked with * has been called the rate of dangerous errors."""
+BASELINE_RATES = ("exact", "adjacent", "non_adjacent", "dangerous_under", "high_acuity_under")
 LEVELS = ("1", "2", "3", "4", "5")
 
 
-def scorecard(evaluation: Record) -> str:
-    """The whole table: what was evaluated, then a block for each set, then the comparison."""
+def evaluation_table(evaluation: Record) -> str:
+    """Return the whole table: what was evaluated, a block for each set, and the comparison."""
     return "\n".join(line.rstrip() for line in _lines(evaluation))
 
 
-def percent(share: float | None) -> str:
-    """One decimal, and never "100.0" or "0.0" for what is not.
+def percent(rate: float | None) -> str:
+    """Return a rate with one decimal, but "100.0" and "0.0" only for exactly 1 and 0.
 
     >>> percent(0.5), percent(1.0), percent(0.9996), percent(0.0001), percent(None)
     ('50.0', '100.0', '>99.9', '<0.1', '–')
     """
-    if share is None:
+    if rate is None:
         return "–"
-    if 0 < share < 0.0005:
+    if 0 < rate < 0.0005:
         return "<0.1"
-    return ">99.9" if 0.9995 <= share < 1 else f"{100 * share:.1f}"
+    return ">99.9" if 0.9995 <= rate < 1 else f"{100 * rate:.1f}"
 
 
 def _lines(evaluation: Record) -> Iterator[str]:
     yield from _header(evaluation)
     for name in dict.fromkeys(record["cases"] for record in evaluation["records"]):
         records = [record for record in evaluation["records"] if record["cases"] == name]
-        yield ""
-        yield from _rates(name, records)
-        yield ""
-        yield from _constants(evaluation["baselines"][name])
-        yield ""
-        yield from _confusion(records)
+        yield from ("", *_rates(name, records))
+        yield from ("", *_baselines(evaluation["baselines"][name]))
+        yield from ("", *_confusion(records))
         if name in evaluation["agreement"]:
-            yield ""
-            yield from _agreement(evaluation["agreement"][name])
+            yield from ("", *_agreement(evaluation["agreement"][name]))
         for record in records:
-            yield ""
-            yield from _errors(record, evaluation["reward"]["name"])
+            yield from ("", *_errors(record, evaluation["reward"]["name"]))
     if evaluation["comparison"]:
-        yield from _comparison(evaluation["comparison"])
+        yield from ("", *_comparison(evaluation["comparison"]))
 
 
 def _header(evaluation: Record) -> Iterator[str]:
     settings, adapter = evaluation["settings"], evaluation["adapter"]
-    yield from _told("model", f"{evaluation['model']['name']}, sha256 {evaluation['model']['sha256'][:12]}")
-    yield from _told("adapter", f"{adapter['name']}, sha256 {adapter['sha256'][:12]}" if adapter else "none")
-    how = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
-    yield from _told(
-        "answers",
-        f"{settings['samples']} a case, up to {settings['max_new_tokens']} new tokens, {how}, seed {settings['seed']}",
-    )
-    yield from _told("reward", f"{evaluation['reward']['name']}, sha256 {evaluation['reward']['sha256'][:12]}")
+    sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
+    budget = f"up to {settings['max_new_tokens']} new tokens"
+    yield from _labelled("model", _name_and_hash(evaluation["model"]))
+    yield from _labelled("adapter", _name_and_hash(adapter) if adapter else "none")
+    yield from _labelled("answers", f"{settings['samples']} per case, {budget}, {sampling}, seed {settings['seed']}")
+    yield from _labelled("reward", _name_and_hash(evaluation["reward"]))
     for line in evaluation["left_out"]:
-        yield from _told("left out", line)
+        yield from _labelled("dropped", line)
+
+
+def _name_and_hash(record: Record) -> str:
+    return f"{record['name']}, sha256 {record['sha256'][:12]}"
 
 
 def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
     yield _row(f"{name}, {records[0]['n']} cases", [f"thinking {record['thinking']}" for record in records])
     yield _row("", ["    %  95 % interval"] * len(records))
-    for key, label in ROWS.items():
+    for key, label in RATE_LABELS.items():
         yield _row(label, [_cell(record[key], record["intervals"][key]) for record in records])
-    for part in ("recall", "precision"):
+    for rate in ("recall", "precision"):
         for level in LEVELS:
-            parts = [record[part][level] for record in records]
-            yield _row(f"{part} of ESI {level}", [_cell(one[part], one["interval"]) for one in parts])
+            cells = [_cell(record[rate][level][rate], record[rate][level]["interval"]) for record in records]
+            yield _row(f"{rate} of ESI {level}", cells)
     yield _row("quadratic weighted kappa †", [_number(record["qwk"]) for record in records])
-    yield _row("tokens an answer", [f"{record['mean_length']:5.1f}" for record in records])
+    yield _row("tokens per answer", [f"{record['mean_length']:5.1f}" for record in records])
     if "samples" in records[0]:
         yield from _samples([record["samples"] for record in records])
-    yield '* each has been called "dangerous"   † over answers that parse'
+    yield '* each has been called "dangerous"   † over the answers that parse'
     n, acute = records[0]["n"], records[0]["high_acuity_n"]
-    yield f"of all {n} cases; of ESI 1, 2 of those {acute} alone; recall and precision of theirs"
+    yield f"% of all {n} cases; for ESI 1, 2 of these {acute}; recall and precision of theirs"
     if "samples" in records[0]:
-        yield "‡ of a case's answers that parse; of several, the most acute"
+        yield "‡ most frequent level of a case's parsed answers; in a tie the most acute"
 
 
-def _samples(found: Sequence[Record]) -> Iterator[str]:
+def _samples(records: Sequence[Record]) -> Iterator[str]:
     for key in ("exact", "adjacent"):
-        cells = [_cell(one["majority"][key], one["majority"]["intervals"][key]) for one in found]
-        yield _row(f"majority ‡ {key}", cells)
-    yield _row(
-        "all answers of a case equal", [_cell(o["unanimous"]["share"], o["unanimous"]["interval"]) for o in found]
-    )
-    yield _row("levels between them", [_number(one["mean_spread"]) for one in found])
-    for k in found[0]["pass_at_k"]:
-        cells = [_cell(one["pass_at_k"][k]["share"], one["pass_at_k"][k]["interval"]) for one in found]
-        yield _row(f"pass@{k}", cells)
+        majorities = [record["majority"] for record in records]
+        yield _row(f"majority ‡ {key}", [_cell(rates[key], rates["intervals"][key]) for rates in majorities])
+    yield _row("all answers to a case equal", [_share_cell(record["unanimous"]) for record in records])
+    yield _row("spread in levels", [_number(record["mean_spread"]) for record in records])
+    for k in records[0]["pass_at_k"]:
+        yield _row(f"pass@{k}", [_share_cell(record["pass_at_k"][k]) for record in records])
 
 
-def _constants(baselines: Record) -> Iterator[str]:
-    yield fit("one level always, %", LABEL) + "".join(f"ESI {level}".rjust(9) for level in LEVELS)
-    for key in CONSTANT_ROWS:
+def _baselines(baselines: Record) -> Iterator[str]:
+    yield fit("constant answer, %", LABEL_WIDTH) + "".join(f"ESI {level}".rjust(9) for level in LEVELS)
+    for key in BASELINE_RATES:
         cells = (percent(baselines[f"always_{level}"][key]).rjust(9) for level in LEVELS)
-        yield fit(ROWS[key], LABEL) + "".join(cells)
+        yield fit(RATE_LABELS[key], LABEL_WIDTH) + "".join(cells)
 
 
 def _confusion(records: Sequence[Record]) -> Iterator[str]:
-    said = "".join(label.rjust(5) for label in (*LEVELS, "none"))
-    yield fit("gold, said", 14) + "   ".join(said for _ in records)
+    predicted = "".join(label.rjust(5) for label in (*LEVELS, "none"))
+    yield fit("gold, answer", 14) + "   ".join([predicted] * len(records))
     for gold in LEVELS:
         counts = ("".join(str(count).rjust(5) for count in record["confusion"][gold]) for record in records)
         yield fit(f"ESI {gold}", 14) + "   ".join(counts)
 
 
-def _agreement(found: Record) -> Iterator[str]:
-    low, high = (percent(bound) for bound in found["interval"])
-    same = f"on and off give the same answer in {percent(found['agreement'])} % ({low}–{high})"
-    yield from _told("modes", f"{same}, Cohen's kappa {_number(found['kappa']).strip()}")
-    yield from _told("", f"differ: {_ids(found['differ'])}")
-    if found["only_on"] or found["only_off"]:
-        yield from _told("", f"right in one mode alone: on {len(found['only_on'])}, off {len(found['only_off'])}, "
-                         f"McNemar p = {found['p_value']:.2g}")  # fmt: skip
+def _agreement(agreement: Record) -> Iterator[str]:
+    low, high = (percent(bound) for bound in agreement["interval"])
+    same = f"on and off give the same answer in {percent(agreement['agreement'])} % ({low}–{high})"
+    yield from _labelled("modes", f"{same}, Cohen's kappa {_number(agreement['kappa']).strip()}")
+    yield from _labelled("", f"differ: {_ids(agreement['differ'])}")
+    on, off = len(agreement["only_on"]), len(agreement["only_off"])
+    if on or off:
+        p_value = f"McNemar p = {agreement['p_value']:.2g}"
+        yield from _labelled("", f"right in one mode only: on {on}, off {off}, {p_value}")
 
 
 def _errors(record: Record, reward: str) -> Iterator[str]:
-    triage = record["errors"]
-    by = " by the majority of their answers" if "samples" in record else ""
-    yield from _told("wrong", f"{triage['wrong']} of {record['n']} cases{by}, thinking {record['thinking']}")
+    errors = record["errors"]
+    majority = " by majority" if "samples" in record else ""
+    yield from _labelled("wrong", f"{errors['wrong']} of {record['n']} cases{majority}, thinking {record['thinking']}")
     steps = [
         f"{step} {side}-triaged {counts[side]}"
-        for step, counts in triage["by_step"].items()
+        for step, counts in errors["by_step"].items()
         for side in ("under", "over")
         if counts[side]
     ]
-    steps += [f"no parse {triage['no_parse']}"] if triage["no_parse"] else []
+    steps += [f"no parse {errors['no_parse']}"] if errors["no_parse"] else []
     if steps:
-        yield from _told("failed at", ", ".join(steps))
-    told = [
-        f"{name}: broken in {rule['broken']} of the cases it speaks about ({rule['applies']}): {_ids(rule['cases'])}"
-        for name, rule in triage["by_rule"].items()
+        yield from _labelled("failed at", ", ".join(steps))
+    lines = [
+        f"{name}: broken in {rule['broken']} of the {rule['applies']} cases to which it applies: {_ids(rule['cases'])}"
+        for name, rule in errors["by_rule"].items()
         if rule["broken"]
-    ] or [f"none of {reward}'s rules is broken" if triage["by_rule"] else f"{reward} has none"]
-    if triage["unexplained"]:
-        told.append(f"no rule broken in {len(triage['unexplained'])} wrong cases: {_ids(triage['unexplained'])}")
-    for i, one in enumerate(told):
-        yield from _told("" if i else "rules", one)
-    tags = [f"{tag} {counts['wrong']}/{counts['n']}" for tag, counts in triage["by_tag"].items()]
+    ] or [f"none of {reward}'s rules is broken" if errors["by_rule"] else f"{reward} has no rules"]
+    if errors["unexplained"]:
+        lines.append(f"no rule broken in {len(errors['unexplained'])} wrong cases: {_ids(errors['unexplained'])}")
+    for label, line in zip(["rules"] + [""] * (len(lines) - 1), lines, strict=True):
+        yield from _labelled(label, line)
+    tags = [f"{tag} {counts['wrong']}/{counts['n']}" for tag, counts in errors["by_tag"].items()]
     if tags:
-        more = f" and {len(tags) - TAGS_SHOWN} more" if len(tags) > TAGS_SHOWN else ""
-        yield from _told("tags", ", ".join(tags[:TAGS_SHOWN]) + more)
+        more = f" and {len(tags) - MAX_TAGS_SHOWN} more" if len(tags) > MAX_TAGS_SHOWN else ""
+        yield from _labelled("tags", ", ".join(tags[:MAX_TAGS_SHOWN]) + more)
 
 
 def _comparison(comparison: Record) -> Iterator[str]:
-    yield ""
-    yield from _told("against", comparison["against"])
+    yield from _labelled("against", comparison["against"])
     if comparison["changed_settings"]:
-        yield from _told("", f"which was evaluated with other {', '.join(comparison['changed_settings'])}")
-    for found in comparison["records"]:
-        yield from _told("compared", f"{found['cases']}, thinking {found['thinking']}: {found['n']} cases in both")
+        yield from _labelled("", f"evaluated with a different {', '.join(comparison['changed_settings'])}")
+    for record in comparison["records"]:
+        place = f"{record['cases']}, thinking {record['thinking']}"
+        yield from _labelled("compared", f"{place}: {record['n']} cases in both")
         for key in ("fixed", "broken", "unchanged_right", "unchanged_wrong"):
-            ids = f": {_ids(found[key])}" if found[key] and key != "unchanged_right" else ""
-            yield from _told("", f"{key.replace('_', ' ')} {len(found[key])}{ids}")
-        yield from _told("", f"McNemar's exact test: p = {found['p_value']:.2g}")
-    for left in comparison["not_compared"]:
-        where = f"{left['cases']}, thinking {left['thinking']}"
-        yield from _told("not in it", f"{where}: {left['n']} cases, which are compared with nothing")
+            ids = f": {_ids(record[key])}" if record[key] and key != "unchanged_right" else ""
+            yield from _labelled("", f"{key.replace('_', ' ')} {len(record[key])}{ids}")
+        yield from _labelled("", f"McNemar's exact test: p = {record['p_value']:.2g}")
+    for record in comparison["not_compared"]:
+        place = f"{record['cases']}, thinking {record['thinking']}"
+        yield from _labelled("new", f"{place}: {record['n']} cases that the earlier evaluation lacks")
 
 
 def _row(label: str, cells: Sequence[str]) -> str:
-    return fit(label, LABEL) + "".join(fit(cell, COLUMN) for cell in cells)
+    return fit(label, LABEL_WIDTH) + "".join(fit(cell, COLUMN_WIDTH) for cell in cells)
 
 
-def _cell(share: float | None, interval: Sequence[float] | None) -> str:
+def _cell(rate: float | None, interval: Sequence[float] | None) -> str:
     """
     >>> _cell(0.5, (0.25, 0.75)), _cell(None, None)
     (' 50.0  25.0–75.0', '    –')
     """
-    if share is None or interval is None:
+    if rate is None or interval is None:
         return "–".rjust(5)
-    return f"{percent(share):>5}  {percent(interval[0])}–{percent(interval[1])}"
+    return f"{percent(rate):>5}  {percent(interval[0])}–{percent(interval[1])}"
+
+
+def _share_cell(record: Record) -> str:
+    return _cell(record["share"], record["interval"])
 
 
 def _number(value: float | None) -> str:
@@ -207,11 +206,11 @@ def _ids(ids: Sequence[str]) -> str:
     >>> _ids([]), _ids(["a", "b"])
     ('none', 'a, b')
     """
-    more = f" and {len(ids) - IDS_SHOWN} more" if len(ids) > IDS_SHOWN else ""
-    return (", ".join(ids[:IDS_SHOWN]) or "none") + more
+    more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""
+    return (", ".join(ids[:MAX_IDS_SHOWN]) or "none") + more
 
 
-def _told(label: str, text: str) -> Iterator[str]:
-    """Text under a label, wrapped."""
+def _labelled(label: str, text: str) -> Iterator[str]:
+    """Yield the lines of a text, wrapped, with the label before the first."""
     for i, line in enumerate(wrap(text, WIDTH - 11)):
         yield f"{fit('' if i else label, 10)} {line}"

@@ -21,7 +21,7 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -31,12 +31,10 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from grpo.config import Config, Source
-from grpo.evaluation.metrics import Verdict, row
 from grpo.run.checkpoint import Progress, prune
 from grpo.run.ledger import cut_ledger
 from grpo.runtime.atomic_files import append_line, discard, make_folder, write_whole, writing
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import fit, visible
 from rewards import Reward, dump_reward
 from rewards.safe_files import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
@@ -269,20 +267,6 @@ def finite(record: Mapping[str, Any]) -> dict[str, Any]:
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def add_evaluation(run: Run, record: dict[str, Any], verdicts: Sequence[Verdict], *, text: bool = True) -> None:
-    """Appends one record to ``eval.json`` and writes every answer beside it. Written twice, it is there once.
-
-    Args:
-        text: whether the answers' words are written, beside case id, levels and length.
-    """
-    folder = run.path / "eval"
-    make_folder(folder)
-    name = f"step_{record['step']:06d}_{record['cases']}_{record['thinking']}"
-    answers = ({k: v for k, v in row(verdict).items() if text or k != "completion"} for verdict in verdicts)
-    write_whole(folder / f"{name}.jsonl", "".join(json.dumps(answer) + "\n" for answer in answers))
-    write_json(run.evaluations, [*(r for r in evaluations(run) if _same(r) != _same(record)), record])
-
-
 def evaluations(run: Run) -> list[dict[str, Any]]:
     """The records of ``eval.json``. Raises `UserError` where it holds anything else."""
     records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
@@ -303,67 +287,11 @@ def write_json(path: Path, value: Any) -> None:
     )  # half a surrogate pair, as in a path: JSON's own escape
 
 
-def before_after(records: Iterable[dict[str, Any]]) -> str:
-    """Return the evaluations of a run as a table of at most 80 columns: for each set and thinking mode, the first
-    evaluation above the last one, in percent of the cases, with the 95 % interval of exact.
-
-    A set that was evaluated once has a single row. The interval is blank where the record has none.
-
-    >>> first = {"cases": "test", "thinking": "on", "step": 0, "n": 4, "exact": 0.5, "adjacent": 1.0,
-    ...          "dangerous_under": 0.0, "no_parse": 0.25, "clipped_ratio": 0.25}
-    >>> print(before_after([first, {**first, "step": 9, "exact": 1.0, "intervals": {"exact": [0.51, 1.0]}}]))
-    % of cases          exact  95 % interval  adjacent  dangerous  no parse  clipped
-    test, thinking on, n = 4
-      step 0             50.0                    100.0        0.0      25.0     25.0
-      step 9            100.0     51.0–100.0     100.0        0.0      25.0     25.0
-    """
-    spans: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        spans.setdefault((record["cases"], record["thinking"]), []).append(record)
-    lines = [_table_row("% of cases", list(_TABLE))]
-    for (name, thinking), span in spans.items():
-        title = f"{fit(visible(name), 48).rstrip()}, thinking {visible(thinking)}, n = {span[-1]['n']}"
-        lines.append(fit(title, 80).rstrip())
-        for record in span[:1] + span[1:][-1:]:
-            lines.append(_table_row(f"  step {record['step']}", [cell(record) for cell in _TABLE.values()]))
-    return "\n".join(lines)
-
-
-def _rate(key: str) -> Callable[[dict[str, Any]], str]:
-    return lambda record: f"{100 * record[key]:.1f}"
-
-
-def _interval(record: dict[str, Any]) -> str:
-    bounds = record.get("intervals", {}).get("exact", ())
-    return "–".join(f"{100 * bound:.1f}" for bound in bounds[:2])
-
-
-_TABLE: dict[str, Callable[[dict[str, Any]], str]] = {
-    "exact": _rate("exact"),
-    "95 % interval": _interval,
-    "adjacent": _rate("adjacent"),
-    "dangerous": _rate("dangerous_under"),
-    "no parse": _rate("no_parse"),
-    "clipped": _rate("clipped_ratio"),
-}
-"""Column of `before_after` → its cell for a record."""
-
-
-def _table_row(label: str, cells: Sequence[str]) -> str:
-    """A label of 18 columns and cells as wide as their titles, at least the five of "100.0": 80 columns in all."""
-    widths = [max(5, len(title)) for title in _TABLE]
-    return (fit(label, 18) + "".join(f"  {cell:>{width}}" for cell, width in zip(cells, widths, strict=True))).rstrip()
-
-
 def _read_json(path: Path) -> Any:
     try:
         return read_json(path, most=64 * MEBIBYTE)
     except Unreadable as error:
         raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
-
-
-def _same(record: dict[str, Any]) -> tuple[Any, ...]:
-    return record["step"], record["cases"], record["thinking"]
 
 
 def _metrics(run: Run) -> list[tuple[float, str]]:

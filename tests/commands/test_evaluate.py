@@ -14,18 +14,19 @@ from safetensors.torch import load_file, save_file
 import grpo.commands.evaluate
 import grpo.evaluation.request
 from grpo.cases import load_jsonl
-from grpo.commands.evaluate import comparison, main, parser
+from grpo.commands.evaluate import argument_parser, main
 from grpo.commands.merge import merge
 from grpo.config import EMBEDDED, load_config
 from grpo.evaluation.answers import answer, append_answers, evaluate, read_answers
-from grpo.evaluation.comparison import AnsweredCase, Evaluated, between_modes, compare
-from grpo.evaluation.metrics import Verdict, summarise
+from grpo.evaluation.comparison import AnsweredCase, Evaluated, compare, compare_evaluations, compare_modes
+from grpo.evaluation.metrics import JudgedAnswer, summarize
+from grpo.evaluation.records import append_evaluation, before_after_table
 from grpo.evaluation.statistics import mcnemar, wilson
-from grpo.evaluation.table import WIDTH, scorecard
+from grpo.evaluation.table import WIDTH, evaluation_table
 from grpo.policy.base_model import load_tokenizer
 from grpo.policy.policy import Policy, adapter_swapped
 from grpo.prompts import render_prompt
-from grpo.run.folder import Run, add_evaluation, before_after, evaluations
+from grpo.run.folder import Run, evaluations
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.runtime.errors import UserError
 from grpo.types import Case
@@ -88,13 +89,15 @@ def test_what_is_known_is_not_answered_again(make_policy: Make) -> None:
     config = configured(batch_size=2, temperature=1.0, max_new_tokens=4)
     whole = [v for batch in answer(policy, cases, config, name="x", thinking=False) for v in batch]
     known = {(v.case.id, v.sample): v for v in (whole[0], whole[1], whole[3])}
-    rest = list(answer(policy, cases, config, name="x", thinking=False, known=known))
+    rest = list(answer(policy, cases, config, name="x", thinking=False, stored=known))
     assert rest == [(whole[2],)]
-    assert list(answer(policy, cases, config, name="x", thinking=False, known={(v.case.id, 0): v for v in whole})) == []
+    assert (
+        list(answer(policy, cases, config, name="x", thinking=False, stored={(v.case.id, 0): v for v in whole})) == []
+    )
 
 
-def given(case: Case, said: str, sample: int = 0) -> Verdict:
-    return Verdict(case, parse_answer(said, thinking=False), True, 4, said, sample)
+def given(case: Case, said: str, sample: int = 0) -> JudgedAnswer:
+    return JudgedAnswer(case, parse_answer(said, thinking=False), True, 4, said, sample)
 
 
 def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
@@ -105,7 +108,7 @@ def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
     append_answers(path, told[1:])
     found = read_answers(path, cases, 2, thinking=False)
     assert list(found) == [("a", 0), ("b", 1)]
-    assert summarise(list(found.values()), load_reward("v49")) == summarise(told, load_reward("v49"))
+    assert summarize(list(found.values()), load_reward("v49")) == summarize(told, load_reward("v49"))
     assert [v.text for v in found.values()] == [v.text for v in told]
     whole = path.read_bytes()
     with path.open("ab") as file:
@@ -121,9 +124,9 @@ def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
         ("\0\0", ":2: the line: json_invalid"),
         ("[]", ":2: the line: model"),
         ('{"id": "z", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
-         '"completion": "secret"}', ":2: case 'z', sample 0: not asked for"),
+         '"completion": "secret"}', ":2: case 'z', sample 0: not in this evaluation"),
         ('{"id": "a", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
-         '"completion": "secret"}', ":2: case 'a', sample 0: not asked for, or twice"),
+         '"completion": "secret"}', ":2: case 'a', sample 0: not in this evaluation, or twice"),
         ('{"id": "b", "sample": 2, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 3, '
          '"completion": "secret"}', "sample 2"),
         ('{"id": "b", "sample": 0, "predicted": 1, "reason": "parsed", "finished": true, "tokens": 0, '
@@ -181,7 +184,7 @@ def test_every_case_in_both_is_fixed_broken_or_unchanged() -> None:
 
 
 def test_modes_agree_on_outcomes_and_no_parse_is_one() -> None:
-    found = between_modes([
+    found = compare_modes([
         told("a", 1, on=(1,), off=(1,)),
         told("b", 2, on=(2,), off=(3,)),
         told("c", 4, on=(None,), off=(None,)),
@@ -233,11 +236,11 @@ def test_the_record_says_what_went_wrong_by_step_and_rule(warm_start: Path) -> N
 
 def test_the_table_names_the_broken_rules_and_fits_80_columns(warm_start: Path) -> None:
     record = read(warm_start / "out")
-    shown = scorecard(record)
+    shown = evaluation_table(record)
     assert all(len(line) <= WIDTH for line in shown.splitlines())
     for rule, counts in record["records"][0]["errors"]["by_rule"].items():
         assert (f"{rule}: broken in {counts['broken']} of" in shown) == (counts["broken"] > 0)
-    assert f"of all 4 cases; of ESI 1, 2 of those {sum(case.esi <= 2 for case in CASES)} alone" in shown
+    assert f"of all 4 cases; for ESI 1, 2 of these {sum(case.esi <= 2 for case in CASES)};" in shown
     assert "pass@2" in shown and "exact                          25.0" in shown
 
 
@@ -276,7 +279,7 @@ def test_a_finished_evaluation_loads_no_model_and_another_reward_judges_it(
     assert (
         main([*asked(warm_start), *out, "--set", "reward.set=v46", "--against", str(warm_start / "out/eval.json")]) == 0
     )
-    assert "v46 has none" in capsys.readouterr().out
+    assert "v46 has no rules" in capsys.readouterr().out
     (compared, _) = read(warm_start / "out")["comparison"]["records"]
     assert len(compared["unchanged_wrong"]) == 3 and compared["p_value"] == 1.0
     assert main([*asked(warm_start), *out]) == 0 and read(warm_start / "out") == before
@@ -294,7 +297,7 @@ def test_the_bare_base_compared_with_its_warm_start(
     assert record["comparison"]["not_compared"] == []
     shown = capsys.readouterr().out
     assert "greedy" in shown and "McNemar" in shown and "adapter    none" in shown
-    assert all(len(line) <= WIDTH for line in scorecard(record).splitlines())
+    assert all(len(line) <= WIDTH for line in evaluation_table(record).splitlines())
 
 
 def test_rows_that_became_no_case_are_told_of(
@@ -309,7 +312,7 @@ def test_rows_that_became_no_case_are_told_of(
     assert stat.S_IMODE((tmp_path / "o").stat().st_mode) == 0o700
     (left_out,) = read(tmp_path / "o")["left_out"]
     assert left_out.startswith("four: 1 × ") and "line 5" in left_out
-    assert "left out   four: 1 ×" in capsys.readouterr().out
+    assert "dropped    four: 1 ×" in capsys.readouterr().out
 
 
 def test_a_model_is_evaluated_with_the_cards_settings_and_an_adapters_own_rank(
@@ -341,12 +344,12 @@ def refusal(capsys: pytest.CaptureFixture[str], *line: object) -> str:
 
 def test_other_settings_are_refused_by_name(warm_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = [*asked(warm_start), "--out", warm_start / "out"]
-    assert "other samples, temperature:" in refusal(capsys, *line, "--samples", 1, "--temperature", 0.5)
-    assert "other adapter_sha256:" in refusal(capsys, *line, "--adapter", "none")
-    assert "other seed:" in refusal(capsys, *line, "--set", "train.seed=7")
+    assert "different samples, temperature:" in refusal(capsys, *line, "--samples", 1, "--temperature", 0.5)
+    assert "different adapter_sha256:" in refusal(capsys, *line, "--adapter", "none")
+    assert "different seed:" in refusal(capsys, *line, "--set", "train.seed=7")
     (warm_start / "other").mkdir()
     case_file(warm_start / "other" / "four.jsonl", CASES[:3])
-    assert "other cases:" in refusal(capsys, *line, "--cases", warm_start / "other" / "four.jsonl")
+    assert "different cases:" in refusal(capsys, *line, "--cases", warm_start / "other" / "four.jsonl")
 
 
 def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
@@ -361,8 +364,8 @@ def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {0: "NVIDIA H200"}[device.index])
     monkeypatch.setattr(grpo.commands.evaluate, "load_policy", None)
     line = [*asked(warm_start), "--out", str(out), "--set", "model.device=cuda", "--set", "model.dtype=float32"]
-    assert grpo.evaluation.request.ask(parser().parse_args(line)).settings["device"] == "NVIDIA H200"
-    assert "holds answers given with other device: name another folder" in refusal(capsys, *line)
+    assert grpo.evaluation.request.parse_request(argument_parser().parse_args(line)).settings["device"] == "NVIDIA H200"
+    assert "contains answers with a different device: choose another folder" in refusal(capsys, *line)
 
 
 def test_only_answers_to_the_same_cases_are_compared(
@@ -371,7 +374,7 @@ def test_only_answers_to_the_same_cases_are_compared(
     changed = [Case(CASES[0].id, CASES[0].text + " Smokes.", CASES[0].esi), *CASES[1:]]
     against = ["--against", warm_start / "out" / "eval.json"]
     said = refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", changed), *against)
-    assert f"1 of 4 cases in both have another text or gold level there: {CASES[0].id!r}" in said
+    assert f"1 of 4 shared cases have a different text or gold level: {CASES[0].id!r}" in said
     assert "Smokes" not in said
     relabelled = [Case(CASES[0].id, CASES[0].text, 5), *CASES[1:]]
     assert "gold level" in refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", relabelled), *against)
@@ -402,16 +405,14 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
         (tmp_path / "run" / "adapter_config.json").write_text(content)
         assert says in refusal(capsys, TINY, "--adapter", tmp_path / "run")
     said = refusal(capsys, "configs/v49.toml")  # neither the model, nor its warm start, nor MIETIC-36 is here
-    assert "hf download" in said and "adapters/v46" in said and "(name another file with --cases)" in said
+    assert "hf download" in said and "adapters/v46" in said and "(give another file with --cases)" in said
     assert "no such config" in refusal(capsys, tmp_path / "x.toml")
-    assert "[evaluate] names no set" in refusal(
-        capsys, TINY, "--set", "evaluate.ends={}", "--set", "evaluate.during={}"
-    )
+    assert "[evaluate] has no set" in refusal(capsys, TINY, "--set", "evaluate.ends={}", "--set", "evaluate.during={}")
     assert "evaluate.temperature" in refusal(capsys, TINY, "--temperature", -1)
     out = ["--cases", case_file(tmp_path / "four.jsonl"), "--out", tmp_path / "run"]
-    assert "already there, and no evaluation" in refusal(capsys, TINY, *out)
+    assert "already exists and is not an evaluation" in refusal(capsys, TINY, *out)
     (tmp_path / "run" / "settings.json").write_text("{")
-    assert "cannot be read" in refusal(capsys, TINY, *out)
+    assert "settings.json: not valid JSON" in refusal(capsys, TINY, *out)
     with pytest.raises(SystemExit, match="2"):
         main([TINY, "--samples", "0"])
 
@@ -426,14 +427,14 @@ def test_a_budget_that_does_not_fit_is_refused_before_anything_is_written(
     assert "evaluate.max_new_tokens = 1024 does not fit: case " in said and "the model's context is 1024" in said
     assert said.count("\n") == 1 and not (tmp_path / "o").exists()
     room = int(said.rsplit(" ", 1)[1])
-    assert f"at most {room} fit: --max-new-tokens {room}\n" in said
+    assert f"use at most --max-new-tokens {room}\n" in said
 
-    def checked(budget: int) -> grpo.evaluation.request.Asked:
+    def checked(budget: int) -> grpo.evaluation.request.EvaluationRequest:
         words = [*map(str, line), "--max-new-tokens", str(budget)]
-        return grpo.evaluation.request.ask(grpo.commands.evaluate.parser().parse_args(words))
+        return grpo.evaluation.request.parse_request(argument_parser().parse_args(words))
 
     asked = checked(room)
-    assert asked.opened == {"on": True, "off": False}
+    assert asked.thinking == {"on": True, "off": False}
     with pytest.raises(grpo.evaluation.request.UserError, match=f"= {room + 1} does not fit"):
         checked(room + 1)
     tokenizer = load_tokenizer("embedded:base")
@@ -445,7 +446,7 @@ def test_a_budget_that_does_not_fit_is_refused_before_anything_is_written(
     assert max(lengths) + room == 1024
     long = case_file(tmp_path / "long.jsonl", [*CASES, Case("long", "Cough. " * 2000, 4)])
     said = refusal(capsys, line[0], "--cases", long, "--max-new-tokens", 8)
-    assert "case 'long' of long takes" in said and "no answer to it fits" in said
+    assert "case 'long' of long takes" in said and "no answer fits" in said
 
 
 def changed_adapter(folder: Path, **values: object) -> Path:
@@ -530,8 +531,9 @@ def test_folders_that_cannot_be_written_and_names_that_are_empty(
 ) -> None:
     (tmp_path / "file").write_text("")
     cases = ["--cases", warm_start / "four.jsonl", "--max-new-tokens", 2, "--thinking", "off"]
-    assert "Not a directory" in refusal(capsys, TINY, *cases, "--out", tmp_path / "file" / "o")
-    assert "already there" in refusal(capsys, TINY, *cases, "--out", tmp_path / "file")
+    assert main([TINY, *map(str, cases), "--out", str(tmp_path / "file" / "o")]) == 3
+    assert "Not a directory" in capsys.readouterr().err
+    assert "already exists" in refusal(capsys, TINY, *cases, "--out", tmp_path / "file")
     assert "cannot be read" in refusal(capsys, TINY, "--cases", "")
     assert "adapter_config.json: cannot be read" in refusal(capsys, TINY, "--adapter", "")
     assert "adapter_config.json: cannot be read" in refusal(capsys, "embedded:base", "--adapter", "")
@@ -561,14 +563,14 @@ def test_a_hash_is_of_names_and_contents_alone(tmp_path: Path) -> None:
 def test_an_evaluation_of_a_run_is_written_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
     verdicts = [given(case, "ANSWER: ESI 2") for case in CASES]
-    record = {"step": 3, "cases": "x", "thinking": "on", **summarise(verdicts, load_reward("v49"))}
+    record = {"step": 3, "cases": "x", "thinking": "on", **summarize(verdicts, load_reward("v49"))}
     for _ in range(2):
-        add_evaluation(run, record, verdicts)
+        append_evaluation(run, record, verdicts)
     assert evaluations(run) == [json.loads(json.dumps(record))]
     answers = (tmp_path / "eval" / "step_000003_x_on.jsonl").read_text().splitlines()
     assert [json.loads(line)["predicted"] for line in answers] == [2, 2, 2, 2]
     low, high = (100 * bound for bound in record["intervals"]["exact"])
-    assert f"{low:.1f}–{high:.1f}" in before_after(evaluations(run))
+    assert f"{low:.1f}–{high:.1f}" in before_after_table(evaluations(run))
 
 
 def test_a_model_is_evaluated_under_its_own_system_prompt(tmp_path: Path) -> None:
@@ -580,8 +582,8 @@ def test_a_model_is_evaluated_under_its_own_system_prompt(tmp_path: Path) -> Non
         ("embedded:base", ["--adapter", "embedded:v46"], tiny),
         ("embedded:base", ["--set", 'cases.system_prompt="Mine."'], "Mine."),
     ):
-        arguments = grpo.commands.evaluate.parser().parse_args([what, *more])
-        assert grpo.evaluation.request.configured(arguments).cases.system_prompt == prompt
+        arguments = argument_parser().parse_args([what, *more])
+        assert grpo.evaluation.request.build_config(arguments).cases.system_prompt == prompt
 
 
 def test_what_is_compared_with_nothing_is_said() -> None:
@@ -589,6 +591,6 @@ def test_what_is_compared_with_nothing_is_said() -> None:
     how = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
     settings = dict.fromkeys(how, 0)
     before = Evaluated(format=2, settings=settings, cases={"four": (a.model_copy(update={"levels": {"on": (2,)}}),)})
-    found = comparison(before, settings, {"four": (a, b)}, Path("e.json"))
+    found = compare_evaluations(before, settings, {"four": (a, b)}, Path("e.json"))
     assert [(r["thinking"], r["n"]) for r in found["records"]] == [("on", 1)]
     assert [(r["thinking"], r["n"]) for r in found["not_compared"]] == [("on", 1), ("off", 2)]

@@ -1,6 +1,5 @@
 """One case, one answer: the command line from the case to the exit code."""
 
-import dataclasses
 import io
 import json
 import shutil
@@ -10,16 +9,15 @@ from typing import Any
 import pytest
 import torch
 
+import grpo.commands.triage
 from grpo.commands.merge import merge
-from grpo.commands.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, Triage, load_speaker, main, show, triage
-from grpo.config import EMBEDDED, load_config
-from grpo.policy.adapter_files import system_prompt
-from grpo.policy.policy import Policy
-from grpo.prompts import render_prompt
-from grpo.rollout import rollout
+from grpo.commands.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, format_answer, main, triage
+from grpo.config import EMBEDDED, Config, load_config
+from grpo.evaluation.answers import answer as answer_cases
+from grpo.policy.policy import Policy, load_policy
 from grpo.run.folder import start_run
-from grpo.types import Case, Completion, Group, Prompt
-from rewards import Answer, load_reward
+from grpo.types import Case
+from rewards import load_reward
 
 CASE = (
     "14-year-old girl, bug bite. Brought in by EMS. Tongue swelling, muffled voice and stridor. "
@@ -28,22 +26,40 @@ CASE = (
 SYSTEM = "Extract clinical fields, apply the ESI algorithm, then state the ESI level."
 
 
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    return load_speaker(None, None, device="cpu", dtype="float32")[0]
+def options(**values: object) -> dict[str, object]:
+    """What the command line passes to `triage`."""
+    defaults = {"device": "cpu", "dtype": "float32"}
+    return {
+        **{f"model.{key}": value for key, value in defaults.items()},
+        "evaluate.thinking": ["off"],
+        "evaluate.max_new_tokens": 40,
+        "evaluate.temperature": 0.0,
+    } | {key.replace("__", "."): value for key, value in values.items()}
 
 
 @pytest.fixture
-def quick(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """The command without loading a model each time; what it would have loaded."""
-    asked: list[tuple[object, ...]] = []
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[Config]:
+    """The configs with which cases were answered."""
+    seen: list[Config] = []
 
-    def loaded(model: str | None, adapter: str | None, *, device: str, dtype: str) -> tuple[Policy, str]:
-        asked.append((model, adapter, device, dtype))
-        return policy, SYSTEM
+    def spy(policy: Policy, cases: list[Case], config: Config, **values: Any) -> Any:
+        seen.append(config)
+        return answer_cases(policy, cases, config, **values)
 
-    monkeypatch.setattr("grpo.commands.triage.load_speaker", loaded)
-    return asked
+    monkeypatch.setattr(grpo.commands.triage, "answer", spy)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    config, _ = load_config("configs/tiny.toml", ["model.device=cpu", "model.dtype=float32"])
+    return load_policy(config.model, config.lora, seed=0)
+
+
+@pytest.fixture
+def quick(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Load the default model once for all tests."""
+    monkeypatch.setattr(grpo.commands.triage, "load_policy", lambda model, lora, seed: policy)
 
 
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, object]]:
@@ -58,9 +74,7 @@ def test_it_works_out_of_the_box(capsys: pytest.CaptureFixture[str]) -> None:
     assert said.endswith(f"notice    {NOTICE}\n") and said.count("not approved for clinical use") == 1
 
 
-def test_the_answer_is_a_function_of_case_mode_and_seed(
-    quick: list[object], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_answer_is_a_function_of_case_mode_and_seed(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     hot = ("--temperature", "1.5", "--max-new-tokens", "30")
     first = answer(capsys, CASE, *hot, "--seed", "1")
     assert first == answer(capsys, CASE, *hot, "--seed", "1")
@@ -68,10 +82,9 @@ def test_the_answer_is_a_function_of_case_mode_and_seed(
     code, off = answer(capsys, CASE, "--thinking", "off")
     assert (code, off["thinking"], off["level"], off["reason"], off["finished"]) == (0, False, 1, "parsed", True)
     assert str(off["text"]).startswith("EXTRACTION:") and off["notice"] == NOTICE
-    assert quick == [(None, None, "auto", "auto")] * 4
 
 
-def test_no_level_is_said_and_is_exit_code_1(quick: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_level_is_said_and_is_exit_code_1(quick: None, capsys: pytest.CaptureFixture[str]) -> None:
     code, cut = answer(capsys, CASE, "--max-new-tokens", "5")
     assert (code, cut["level"], cut["reason"], cut["finished"]) == (1, None, "unclosed thinking", False)
     assert cut["tokens"] == 5
@@ -79,20 +92,12 @@ def test_no_level_is_said_and_is_exit_code_1(quick: list[object], capsys: pytest
     assert "level     none: unclosed thinking (cut off after 5 tokens)" in capsys.readouterr().out
 
 
-def test_the_budget_is_the_cards_or_what_the_context_leaves(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[tuple[int, int]] = []
-
-    def spy(policy: Policy, prompts: list[Prompt], keys: list[list[int]], **values: Any) -> tuple[Group, ...]:
-        asked.append((len(prompts[0].ids), values["max_new_tokens"]))
-        return rollout(policy, prompts, keys, **values | {"max_new_tokens": 1})
-
-    monkeypatch.setattr("grpo.commands.triage.rollout", spy)
-    options = {"system": SYSTEM, "thinking": True, "temperature": 0.0, "seed": 0}
-    triage(policy, "Xq " * 300, **options)
-    triage(policy, CASE, max_new_tokens=7, **options)
-    triage(dataclasses.replace(policy, context=10_000), CASE, **options)
-    assert asked[0][0] + asked[0][1] == policy.context == 1024 and asked[0][1] < 700
-    assert [budget for _, budget in asked[1:]] == [7, 1024]
+def test_the_budget_is_the_cards_or_what_the_context_leaves(quick: None, configs: list[Config]) -> None:
+    for text, budget in (("Xq " * 300, None), (CASE, 7), (CASE, None)):
+        triage(Case("input", text, 3), None, None, options(evaluate__max_new_tokens=budget))
+    long, given, short = (config.evaluate.max_new_tokens for config in configs)
+    assert long < 700 and given == 7 and long < short < 1024
+    assert load_config("configs/v49.toml")[0].evaluate.max_new_tokens == 1024
 
 
 class Pipe:
@@ -105,17 +110,17 @@ class Pipe:
 @pytest.mark.parametrize("arguments", [[], ["-"]])
 def test_the_case_may_come_through_a_pipe(
     arguments: list[str],
-    quick: list[object],
+    quick: None,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     read: list[str] = []
 
-    def spy(tokenizer: Any, case: Case, **values: Any) -> Prompt:
-        read.append(case.text)
-        return render_prompt(tokenizer, case, **values)
+    def spy(policy: Policy, cases: list[Case], config: Config, **values: Any) -> Any:
+        read.append(cases[0].text)
+        return answer_cases(policy, cases, config, **values)
 
-    monkeypatch.setattr("grpo.commands.triage.render_prompt", spy)
+    monkeypatch.setattr(grpo.commands.triage, "answer", spy)
     for raw in (CASE.encode(), b"\xef\xbb\xbf" + CASE.encode() + b"\r\n"):
         monkeypatch.setattr("sys.stdin", Pipe(raw))
         assert answer(capsys, *arguments, "--max-new-tokens", "2")[0] == 1
@@ -123,26 +128,26 @@ def test_the_case_may_come_through_a_pipe(
 
 
 BAD: dict[str, tuple[list[str], bytes, str]] = {
-    "nothing": ([], b"", "no case: give it as one argument"),
-    "blanks": (["  \n"], b"", "no case"),
-    "an empty pipe": (["-"], b" ", "no case"),
-    "not UTF-8": (["-"], b"secret \xff", "standard input: not UTF-8 (byte 7)"),
-    "a NUL": (["secret \0"], b"", "not UTF-8 text: it holds a NUL"),
-    "half a character": (["secret \udcff"], b"", "bytes that are no characters"),
-    "too long": (["secret" * 20_000], b"", "the case has 120,000 characters, at most 100,000"),
-    "a flood": (["-"], b"secret" * 100_000, "more than 100,000 characters"),
-    "more than the context": (["secret " * 2000], b"", "do not fit the model's context of 1024"),
-    "a budget of none": (["secret", "--max-new-tokens", "0"], b"", "--max-new-tokens 0: expected at least 1"),
-    "too great a budget": (["secret", "--max-new-tokens", "1020"], b"", "do not fit the model's context"),
-    "below zero": (["secret", "--temperature", "-1"], b"", "--temperature -1.0: expected 0, or a number of at"),
-    "too near zero": (["secret", "--temperature", "1e-45"], b"", "expected 0, or a number of at least 1e-06"),
-    "no number": (["secret", "--temperature", "nan"], b"", "--temperature nan"),
+    "nothing": ([], b"", "got 0: give it as one argument or on standard input"),
+    "blanks": (["  \n"], b"", "expected a case of 1 to 100,000 characters, got 0"),
+    "an empty pipe": (["-"], b" ", "expected a case"),
+    "not UTF-8": (["-"], b"secret \xff", "the case: not UTF-8 (byte 7)"),
+    "a NUL": (["secret \0"], b"", "holds a NUL"),
+    "half a character": (["secret \udcff"], b"", "not UTF-8"),
+    "too long": (["secret" * 20_000], b"", "characters, got 120,000"),
+    "a flood": (["-"], b"secret" * 100_000, "characters, got 400,001"),
+    "more than the context": (["secret " * 2000], b"", "the model's context is 1024: no answer fits"),
+    "a budget of none": (["secret", "--max-new-tokens", "0"], b"", "evaluate.max_new_tokens"),
+    "too great a budget": (["secret", "--max-new-tokens", "1020"], b"", "use at most --max-new-tokens "),
+    "below zero": (["secret", "--temperature", "-1"], b"", "evaluate.temperature"),
+    "too near zero": (["secret", "--temperature", "1e-45"], b"", "evaluate.temperature"),
+    "no number": (["secret", "--temperature", "nan"], b"", "evaluate.temperature"),
 }
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_without_the_case(
-    name: str, quick: list[object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, quick: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments, piped, message = BAD[name]
     monkeypatch.setattr("sys.stdin", Pipe(piped, terminal=name == "nothing"))
@@ -162,8 +167,8 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--model", str(tmp_path / "none")], "no such folder"),
         (["--model", "Qwen/Qwen3.5-9B"], "hf download Qwen/Qwen3.5-9B"),
         (["--adapter", str(tmp_path / "none")], "adapter_config.json: cannot be read"),
-        (["--adapter", ""], '--adapter "": expected a folder or a name'),
-        (["--model", ""], '--model "": expected a folder or a name'),
+        (["--model", DEFAULT_MODEL, "--adapter", ""], "adapter_config.json: cannot be read"),
+        (["--model", ""], "model.name"),
         (["--model", str(EMBEDDED / "v46")], "holds an adapter"),
         (["--model", "embedded:base", "--adapter", str(rslora)], "use_rslora: only plain LoRA of one rank"),
         (["--model", str(tmp_path / "merged"), "--adapter", "embedded:v46"], "v46 is merged into it already"),
@@ -175,7 +180,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
     assert left.value.code == 2
 
 
-def test_adapter_alone_merged_and_bare_base(tmp_path: Path) -> None:
+def test_adapter_alone_merged_and_bare_base(tmp_path: Path, configs: list[Config]) -> None:
     config, source = load_config("configs/tiny.toml")
     run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
     shutil.copytree(EMBEDDED / "v46", run.adapter)
@@ -187,26 +192,26 @@ def test_adapter_alone_merged_and_bare_base(tmp_path: Path) -> None:
         "merged": (str(tmp_path / "merged"), None),
         "base": (DEFAULT_MODEL, None),
     }.items():
-        policy, system = load_speaker(model, adapter, device="cpu", dtype="float32")
-        assert system == SYSTEM == system_prompt(DEFAULT_MODEL, None)
-        result = triage(policy, CASE, system=system, thinking=False, temperature=0.0, seed=0, max_new_tokens=40)
-        said[name] = result.completion
-    assert said["default"].ids == said["run"].ids == said["merged"].ids
-    assert said["default"].sampler_logprobs == pytest.approx(said["merged"].sampler_logprobs, abs=1e-4)
-    assert said["base"].sampler_logprobs != pytest.approx(said["merged"].sampler_logprobs, abs=1e-3)
+        said[name] = triage(Case("input", CASE, 3), model, adapter, options())["text"]
+    assert {config.cases.system_prompt for config in configs} == {SYSTEM}
+    assert said["default"] == said["run"] == said["merged"] != said["base"]
 
 
-def test_a_bare_model_speaks_as_it_is(policy: Policy) -> None:
-    bare, _ = load_speaker(DEFAULT_MODEL, None, device="cpu", dtype="float32")
+def test_a_bare_model_is_unchanged(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[Policy] = []
+    monkeypatch.setattr(
+        grpo.commands.triage, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[0]
+    )
+    triage(Case("input", CASE, 3), DEFAULT_MODEL, None, options())
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), policy.model.disable_adapter():
-        wanted = policy.model(input_ids=ids).logits
+        base_logits = policy.model(input_ids=ids).logits
     with torch.no_grad():
-        assert torch.equal(bare.model(input_ids=ids).logits, wanted)
-        assert not torch.equal(policy.model(input_ids=ids).logits, wanted), f"{DEFAULT_ADAPTER} is not in place"
+        assert torch.equal(loaded[0].model(input_ids=ids).logits, base_logits)
+        assert not torch.equal(policy.model(input_ids=ids).logits, base_logits), f"{DEFAULT_ADAPTER} is not in place"
 
 
-def test_a_terminals_commands_are_not_passed_on() -> None:
-    completion = Completion((1,), (0.0,), True, "fine\x1b[2J\x07\r\n\tANSWER: ESI 2\x9b")
-    said = show(Triage(Answer(2, "parsed", (0, 1)), completion, False))
-    assert said.startswith("fine\\x1b[2J\\x07\\r\n        ANSWER: ESI 2\\x9b\n")
+def test_control_characters_are_escaped_for_the_terminal() -> None:
+    text = "fine\x1b[2J\x07\r\n\tANSWER: ESI 2\x9b"
+    shown = format_answer({"text": text, "level": 2, "reason": "parsed", "finished": True, "tokens": 1})
+    assert shown.startswith("fine\\x1b[2J\\x07\\r\n        ANSWER: ESI 2\\x9b\n")

@@ -8,26 +8,25 @@ import pytest
 from grpo.cases import load_jsonl
 from grpo.config import EMBEDDED
 from grpo.evaluation.failures import (
+    ESI_STEPS,
     PATHS,
-    STEPS,
+    count_failures,
     deciding_step,
     failed_step,
-    failure_row,
     failures,
-    obeyed,
     requirements,
-    triage_of_errors,
+    rule_obeyed,
 )
-from grpo.evaluation.metrics import Verdict
+from grpo.evaluation.metrics import JudgedAnswer
 from grpo.types import Case
 from rewards import Answer, Rule, load_reward
 
 V49 = load_reward("v49")
 
 
-def said(case: Case, *levels: int | None) -> list[Verdict]:
+def said(case: Case, *levels: int | None) -> list[JudgedAnswer]:
     return [
-        Verdict(case, Answer(level, "parsed" if level else "no answer", None), True, 3, "", k)
+        JudgedAnswer(case, Answer(level, "parsed" if level else "no answer", None), True, 3, "", k)
         for k, level in enumerate(levels)
     ]
 
@@ -61,15 +60,15 @@ def test_the_failed_step_is_the_first_question_answered_otherwise() -> None:
         gold, predicted = esi(*right), esi(*answer)
         if gold == predicted or (predicted == 2 and not answer[1]):
             continue  # an answer of 2 is taken as step B's
-        decided = STEPS[len(asked(*right)) - 1]
+        decided = ESI_STEPS[len(asked(*right)) - 1]
         first = next(i for i, (a, b) in enumerate(zip(asked(*right), asked(*answer), strict=False)) if a != b)
-        assert failed_step(gold, decided, predicted) == STEPS[first], (right, answer)
+        assert failed_step(gold, decided, predicted) == ESI_STEPS[first], (right, answer)
 
 
 def test_every_wrong_pair_has_a_step() -> None:
     for (gold, decided), predicted in product(PATHS, range(1, 6)):
         if gold != predicted:
-            assert failed_step(gold, decided, predicted) in STEPS
+            assert failed_step(gold, decided, predicted) in ESI_STEPS
     with pytest.raises(ValueError, match="wrong answer"):
         failed_step(3, "D", 3)
     with pytest.raises(ValueError, match="decides level 1"):
@@ -95,9 +94,9 @@ def rule(low: float, high: float, predicted: set[int]) -> Rule:
 
 def test_a_penalty_is_kept_by_staying_away_and_a_bonus_by_earning_it() -> None:
     penalty, bonus, either = rule(-0.5, -0.5, {2, 3, 4, 5}), rule(0.5, 0.5, {1}), rule(-1, 1, {1, 2, 3, 4, 5})
-    assert [obeyed(penalty, level) for level in (1, 2, 5, None)] == [True, False, False, False]
-    assert [obeyed(bonus, level) for level in (1, 2, 5, None)] == [True, False, False, False]
-    assert obeyed(either, 1) is None and obeyed(either, None) is None
+    assert [rule_obeyed(penalty, level) for level in (1, 2, 5, None)] == [True, False, False, False]
+    assert [rule_obeyed(bonus, level) for level in (1, 2, 5, None)] == [True, False, False, False]
+    assert rule_obeyed(either, 1) is None and rule_obeyed(either, None) is None
 
 
 def test_two_rows_on_the_same_words_are_one_requirement() -> None:
@@ -126,7 +125,7 @@ def test_the_cards_error_analysis() -> None:
     """Eight wrong cases: three lifesaving interventions, one severe pain, one open injury, three unexplained."""
     verdicts = [verdict for case, level in CARD for verdict in said(case, level)]
     failed = failures(verdicts, V49)
-    assert [(f.case.id, f.step, f.broken) for f in failed] == [
+    assert [(f["id"], f["step"], tuple(f["broken"])) for f in failed] == [
         ("i1", "A", ("lifesaving_missed",)),
         ("i2", "A", ("lifesaving_missed",)),
         ("i3", "A", ("lifesaving_missed",)),
@@ -136,9 +135,9 @@ def test_the_cards_error_analysis() -> None:
         ("u2", "A", ()),
         ("u3", None, ()),
     ]
-    assert failed[0].obeyed == {"lifesaving_obeyed": False, "lifesaving_missed": False}
-    assert failed[6].obeyed == {"severe_pain_missed": True}
-    found = triage_of_errors([case for case, _ in CARD], failed, V49)
+    assert failed[0]["rules"] == {"lifesaving_obeyed": False, "lifesaving_missed": False}
+    assert failed[6]["rules"] == {"severe_pain_missed": True}
+    found = count_failures([case for case, _ in CARD], failed, V49)
     assert found["wrong"] == 8 and found["no_parse"] == 1
     assert found["by_step"] == {
         "A": {"under": 3, "over": 1},
@@ -158,13 +157,12 @@ def test_the_cards_error_analysis() -> None:
 def test_of_several_answers_the_majority_fails() -> None:
     (first, _), (second, _) = CARD[:2]
     found = failures([*said(first, 1, 2, 2), *said(second, 2, 1, 1)], V49)
-    assert [(f.case.id, f.predicted, f.levels) for f in found] == [("i1", 2, (1, 2, 2))]
+    assert [(f["id"], f["predicted"], f["levels"]) for f in found] == [("i1", 2, [1, 2, 2])]
 
 
 def test_a_row_holds_no_text() -> None:
     (found,) = failures(said(*CARD[0]), V49)
-    held = failure_row(found)
-    assert held == {
+    assert found == {
         "id": "i1",
         "gold": 1,
         "predicted": 2,
@@ -179,4 +177,4 @@ def test_a_row_holds_no_text() -> None:
 
 def test_no_answer_breaks_every_rule_that_applies() -> None:
     (found,) = failures(said(CARD[0][0], None), V49)
-    assert found.step is None and found.broken == ("lifesaving_missed",)
+    assert found["step"] is None and found["broken"] == ["lifesaving_missed"]

@@ -54,7 +54,6 @@ def test_wilson_holds_the_share_mirrors_and_narrows(count: tuple[int, int]) -> N
     assert wilson(trials - successes, trials) == pytest.approx((1 - high, 1 - low))
     more = wilson(4 * successes, 4 * trials)
     assert more[1] - more[0] < high - low
-    assert wilson(successes, trials, confidence=0.5)[0] >= low
 
 
 def test_wilson_of_the_card() -> None:
@@ -66,8 +65,6 @@ def test_wilson_of_the_card() -> None:
 def test_wilson_refuses_what_is_no_count(bad: tuple[float, float]) -> None:
     with pytest.raises(ValueError, match="successes"):
         wilson(*bad)
-    with pytest.raises(ValueError, match="confidence"):
-        wilson(1, 2, confidence=1.0)
 
 
 # ---- several answers a case -------------------------------------------------------------------------------------
@@ -187,8 +184,6 @@ def test_mcnemar_is_a_p_value_that_does_not_ask_for_the_side(fixed: int, broken:
 def test_mcnemar_far_out() -> None:
     assert mcnemar(0, 0) == 1.0
     assert mcnemar(190, 0) == 2.0**-189
-    with pytest.raises(ValueError, match="counts"):
-        mcnemar(-1, 2)
 
 
 # ---- several samples --------------------------------------------------------------------------------------------
@@ -199,12 +194,6 @@ def test_pass_at_k_is_the_share_of_draws_that_hold_a_right_answer(n: int) -> Non
     for right, k in itertools.product(range(n + 1), range(1, n + 1)):
         draws = list(itertools.combinations(range(n), k))
         assert pass_at_k(n, right, k) == pytest.approx(sum(min(draw) < right for draw in draws) / len(draws))
-
-
-@pytest.mark.parametrize("bad", [(3, 4, 1), (3, -1, 1), (3, 1, 4), (3, 1, 0)])
-def test_pass_at_k_refuses(bad: tuple[int, int, int]) -> None:
-    with pytest.raises(ValueError, match="1 <= k"):
-        pass_at_k(*bad)
 
 
 @given(st.lists(st.none() | levels, max_size=9))

@@ -27,6 +27,7 @@ from grpo.config import EMBEDDED, Checkpoint, Lora, Model, load_config, notes
 from grpo.data.row_report import Banded, Tally, settled
 from grpo.evaluation.answers import read_answers
 from grpo.evaluation.comparison import FORMAT, check_same_cases, compare, read_evaluation
+from grpo.evaluation.records import before_after_table
 from grpo.inspection import run_reader as recording
 from grpo.inspection.step_text import group_lines, member_lines, step_lines, token_lines
 from grpo.policy.adapter_files import read_config, read_pairs, scaling
@@ -34,7 +35,7 @@ from grpo.policy.policy import Policy, load_policy
 from grpo.report.model_card import model_card
 from grpo.report.page import Request, make_report
 from grpo.run.checkpoint import FILES, MANIFEST, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
-from grpo.run.folder import Run, before_after, evaluations
+from grpo.run.folder import Run, evaluations
 from grpo.run.ledger import read_step
 from grpo.runtime.errors import INPUT_ERRORS, UserError
 from rewards import RewardError, load_reward, parse_answer
@@ -374,7 +375,7 @@ def _report(run: Path) -> None:
 def _card(run: Path) -> None:
     card = model_card(run)
     assert "<script" not in card and "\x1b" not in card
-    before_after(evaluations(Run(run)))
+    before_after_table(evaluations(Run(run)))
 
 
 @functools.cache

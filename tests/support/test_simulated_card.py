@@ -23,6 +23,7 @@ from grpo.commands.replay import MACHINE
 from grpo.commands.replay import main as replay
 from grpo.commands.triage import main as triage
 from grpo.config import resolve
+from grpo.evaluation import during_training
 from grpo.run.folder import Run, evaluations
 from grpo.train import main as train
 from tests.support.ranked import on_ranks
@@ -324,7 +325,7 @@ def test_an_evaluation_that_does_not_fit_keeps_the_steps_before(
 ) -> None:
     sets = ("evaluate.ends={}", f'evaluate.during={{ test = "{cases / "test.jsonl"}" }}', "evaluate.every=1")
     argv = small(cases, "train.steps=2", "checkpoint.every=100", "model.device=cuda", *sets)
-    with simulated_card() as card, card.out_of_memory(train_module, "evaluate", calls=(1,), after=50) as failed:
+    with simulated_card() as card, card.out_of_memory(during_training, "evaluate", calls=(1,), after=50) as failed:
         assert train([*argv, "--out", str(tmp_path / "run")]) == 2
     assert failed == [1] and (tmp_path / "run" / "checkpoints" / "step_000001").is_dir()
     check_refusal(capsys.readouterr().err)

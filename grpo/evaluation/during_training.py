@@ -1,0 +1,44 @@
+"""Evaluations of a run: which sets are due after a step, and their records."""
+
+from tqdm import tqdm
+
+from grpo.evaluation.answers import evaluate
+from grpo.evaluation.metrics import summarize
+from grpo.evaluation.records import append_evaluation
+from grpo.run.folder import Run, evaluations
+from grpo.run.setup import Setup
+from grpo.runtime.terminal import fit
+
+BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+"""tqdm's format without the rate, which does not fit into 80 columns."""
+
+
+def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
+    """Evaluate the sets that the config schedules after ``step`` steps, in each mode, and record the results. An
+    evaluation that is already recorded is not repeated."""
+    section, ranks = setup.config.evaluate, setup.policy.ranks
+    first_or_last = step in (0, setup.config.train.steps)
+    names = [
+        *(section.ends if first_or_last else ()),
+        *(section.during if first_or_last or step % section.every == 0 else ()),
+    ]
+    if not names:
+        return
+    recorded = evaluations(run) if ranks.leads else []
+    done = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in recorded])
+    due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in done]
+    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads)
+    with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
+        for name, mode in due:
+            bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")
+            answers = evaluate(
+                setup.policy,
+                setup.sets[name],
+                setup.config,
+                name=name,
+                thinking=mode == "on",
+                progress=bar.update,
+            )
+            record = {"step": step, "cases": name, "thinking": mode, **summarize(answers, setup.reward)}
+            if ranks.leads:
+                append_evaluation(run, record, answers, text=setup.config.ledger.text == "full")
