@@ -1,4 +1,4 @@
-"""Replace groups whose rewards are all equal: they cost tokens and give no gradient. Off in v49."""
+"""Dynamic sampling: replace groups whose rewards are all equal, which give no gradient (arXiv 2503.14476). Off in v49."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -16,22 +16,22 @@ from grpo.types import Dropped, Group
 from rewards import Score
 
 Scores = tuple[tuple[Score, ...], ...]
-"""[B][G], beside the groups."""
+"""[B][G], in the order of the groups."""
 
 
 def replace_uniform_groups(
     setup: Setup, groups: Sequence[Group], scores: Scores, step: int
 ) -> tuple[tuple[Group, ...], Scores, tuple[Dropped, ...]]:
-    """Return the step's groups, their scores, and the groups that were left out.
+    """Return the groups of the step, their scores, and the groups that were replaced or not used.
 
-    Each of up to ``rollout.refill_rounds`` rounds samples as many new prompts as there are groups without variance;
-    those of them that vary take their places. What is sampled is a function of (seed, step, round, case, member).
+    Each of up to ``rollout.refill_rounds`` rounds samples as many new prompts as there are groups with uniform rewards;
+    new groups with unequal rewards replace them. Samples are a function of (seed, step, round, case, member).
     """
     config, policy = setup.config, setup.policy
-    kept, kept_scores, dropped = list(groups), list(scores), []
+    current, current_scores, dropped = list(groups), list(scores), []
     members_so_far = Counter(group.prompt.case.id for group in groups for _ in group.completions)
     for resample_round in range(1, 1 + config.rollout.refill_rounds):
-        uniform = [b for b, group in enumerate(kept) if has_uniform_rewards(group, kept_scores[b], config)]
+        uniform = [b for b, group in enumerate(current) if has_uniform_rewards(group, current_scores[b], config)]
         if not uniform:
             break
         prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step, resample_round)
@@ -43,13 +43,13 @@ def replace_uniform_groups(
                 dropped.append(dropped_group(group, row))
             else:
                 b = uniform.pop(0)
-                dropped.append(dropped_group(kept[b], kept_scores[b]))
-                kept[b], kept_scores[b] = group, row
-    return tuple(kept), tuple(kept_scores), tuple(dropped)
+                dropped.append(dropped_group(current[b], current_scores[b]))
+                current[b], current_scores[b] = group, row
+    return tuple(current), tuple(current_scores), tuple(dropped)
 
 
 def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tuple[Dropped, ...]]:
-    """Return what one step trains on: groups, scores, and the groups that were left out."""
+    """Return what one step trains on: groups, scores, and the groups that were replaced or not used."""
     config, policy = setup.config, setup.policy
     prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step)
     groups = sample_groups(policy, prompts, sampling_keys(prompts, config, step), config)
@@ -58,14 +58,14 @@ def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tup
 
 
 def has_uniform_rewards(group: Group, scores: Sequence[Score], config: Config) -> bool:
-    """Return whether no completion of the group will have an advantage."""
+    """Return whether every completion of the group would have an advantage of 0."""
     finished = np.array([[completion.finished for completion in group.completions]])
     members = baseline(finished, config.advantage)
     return bool(zero_variance([[score.total for score in scores]], in_baseline=members)[0])
 
 
 def dropped_group(group: Group, scores: Sequence[Score]) -> Dropped:
-    """Return what is recorded of a group that is not trained on."""
+    """Return the record of a group that is not trained on."""
     return Dropped(
         group.prompt.case.id,
         tuple(len(completion.ids) for completion in group.completions),

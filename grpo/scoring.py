@@ -1,5 +1,4 @@
-"""Groups → scores: the one place where a reward meets completions. Text and lengths only, no
-tensors."""
+"""Groups → scores: the only place where a reward sees completions, as text and lengths without tensors."""
 
 from collections.abc import Sequence
 
@@ -19,7 +18,7 @@ def score_groups(
     """Return the scores [B][G] of the groups, the same on every rank: each scores its slice.
 
     Raises:
-        RewardError: a code rule failed; names rule and case.
+        RewardError: a code rule failed; gives the rule and the case.
     """
     rows = [
         tuple(
@@ -40,7 +39,7 @@ def score_groups(
 
 
 def length_penalty(length: int, config: Config) -> float:
-    """What ``[reward.overlong]`` adds to the reward of a completion of that many tokens; 0 without the section."""
+    """Return what ``[reward.overlong]`` adds to the reward of a completion of ``length`` tokens; 0 without it."""
     section = config.reward.overlong
     if section is None:
         return 0.0

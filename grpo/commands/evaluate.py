@@ -66,7 +66,9 @@ def answer_all(request: EvaluationRequest, out: Path) -> AnswersByPart:
             policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
             if not config.lora.warm_start:
                 stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter changes nothing: skip it
-            open_folder(out, request.settings)
+            (out / "answers").mkdir(parents=True, exist_ok=True)
+            out.chmod(0o700)
+            write_json(out / "settings.json", request.settings)
             done = sum(map(len, stored.values()))
             bar = stack.enter_context(tqdm(total=sum(counts.values()), initial=done, unit="answer"))
             for name, mode in missing:
@@ -85,13 +87,6 @@ def answer_all(request: EvaluationRequest, out: Path) -> AnswersByPart:
                     stored[name, mode] |= {(a.case.id, a.sample): a for a in batch}
                     bar.update(len(batch))
     return {part: in_order(list(stored[part].values()), request.sets[part[0]]) for part in parts}
-
-
-def open_folder(out: Path, settings: Mapping[str, Any]) -> None:
-    """Create the folder, readable by its owner only."""
-    (out / "answers").mkdir(parents=True, exist_ok=True)
-    out.chmod(0o700)
-    write_json(out / "settings.json", settings)
 
 
 def evaluation_record(request: EvaluationRequest, answers: AnswersByPart, against: Path | None) -> dict[str, Any]:

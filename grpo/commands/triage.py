@@ -27,8 +27,8 @@ DEFAULT_MODEL, DEFAULT_ADAPTER = "embedded:base", "embedded:v46"
 
 def argument_parser() -> argparse.ArgumentParser:
     """Return the parser of ``grpo triage``; options whose name has a dot override that key of the config."""
-    example = 'grpo triage "14-year-old girl, bug bite. Tongue swelling, muffled voice and stridor. HR 140."'
-    parser = make_parser("triage", f"Answer one case with an ESI level. {NOTICE}", examples=[example])
+    examples = ['grpo triage "A 78-year-old female arrived intubated. BP 120/58, HR 84."']
+    parser = make_parser("triage", f"Answer one case with an ESI level. {NOTICE}", examples=examples)
     add = parser.add_argument
     add("case", nargs="?", help='the narrative; "-" or nothing reads it from standard input')
     add("--model", help=f"base or merged model (default: the adapter's base, else {DEFAULT_MODEL})")
@@ -52,27 +52,9 @@ def read_case(text: str | None) -> Case:
         narrative = decoded(raw).strip()
     except Unreadable as error:
         raise UserError(f"the case: {error}") from None
-    if not 0 < len(narrative) <= MAX_TEXT:
-        hint = "give it as one argument or on standard input"
-        raise UserError(f"expected a case of 1 to {MAX_TEXT:,} characters, got {len(narrative):,}: {hint}")
+    if not 0 < (size := len(narrative)) <= MAX_TEXT:
+        raise UserError(f"expected a case of 1 to {MAX_TEXT:,} characters as argument or standard input, got {size:,}")
     return Case("input", narrative, 3)  # the gold level is not used
-
-
-def triage(case: Case, model: str | None, adapter: str | None, options: Mapping[str, object]) -> dict[str, Any]:
-    """Return one sampled answer and its level as a JSON object. The default is the embedded model with its adapter."""
-    if model is None:
-        adapter = adapter or DEFAULT_ADAPTER
-        model = DEFAULT_MODEL if adapter in (NO_ADAPTER, DEFAULT_ADAPTER) else base_of(resolve(adapter))
-    config = config_for_model(model, adapter, options)
-    shorten = options["evaluate.max_new_tokens"] is None
-    config, thinking = fit_to_context(config, {"input": (case,)}, shorten=shorten)
-    (mode,) = config.evaluate.thinking
-    with memory_errors("answer", "lower --max-new-tokens, or use another --device"):
-        policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
-        ((judged,),) = answer(policy, [case], config, name="triage", thinking=mode == "on")
-    level, reason = judged.predicted, judged.answer.reason
-    result = {"level": level, "reason": reason, "text": judged.text, "thinking": thinking[mode]}
-    return result | {"finished": judged.finished, "tokens": judged.tokens, "notice": NOTICE}
 
 
 def format_answer(result: Mapping[str, Any]) -> str:
@@ -84,11 +66,23 @@ def format_answer(result: Mapping[str, Any]) -> str:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the answer; return 0 if it has a level and 1 if it has none."""
+    """Print one sampled answer; return 0 if it has a level and 1 if it has none."""
+    case, model, adapter = read_case(arguments.case), arguments.model, arguments.adapter
     options = {key: value for key, value in vars(arguments).items() if "." in key}
-    result = triage(read_case(arguments.case), arguments.model, arguments.adapter, options)
+    if model is None:
+        adapter = DEFAULT_ADAPTER if adapter is None else adapter
+        model = DEFAULT_MODEL if adapter in (NO_ADAPTER, DEFAULT_ADAPTER) else base_of(resolve(adapter))
+    config = config_for_model(model, adapter, options)
+    config, thinking = fit_to_context(config, {"input": (case,)}, shorten=options["evaluate.max_new_tokens"] is None)
+    (mode,) = config.evaluate.thinking
+    with memory_errors("answer", "lower --max-new-tokens, or use another --device"):
+        policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
+        ((judged,),) = answer(policy, [case], config, name="triage", thinking=mode == "on")
+    level, reason = judged.predicted, judged.answer.reason
+    result = {"level": level, "reason": reason, "text": judged.text, "thinking": thinking[mode]}
+    result |= {"finished": judged.finished, "tokens": judged.tokens, "notice": NOTICE}
     print(json.dumps(result) if arguments.json else format_answer(result))
-    return 0 if result["level"] is not None else 1
+    return 0 if level is not None else 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:

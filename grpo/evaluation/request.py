@@ -185,8 +185,10 @@ def fit_to_context(
         shorten: reduce a budget that does not fit.
 
     Raises:
-        UserError: they do not fit; gives the largest budget that does.
+        UserError: the model is missing, or they do not fit; gives the largest budget that does.
     """
+    if faults := missing_parts(config.model, config.lora):
+        raise UserError("\n       ".join(faults))
     tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
     budget, system = config.evaluate.max_new_tokens, config.cases.system_prompt
     empty_prompts = {

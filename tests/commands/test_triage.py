@@ -11,7 +11,7 @@ import torch
 
 import grpo.commands.triage
 from grpo.commands.merge import merge
-from grpo.commands.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, format_answer, main, triage
+from grpo.commands.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, format_answer, main
 from grpo.config import EMBEDDED, Config, load_config
 from grpo.evaluation.answers import answer as answer_cases
 from grpo.policy.policy import Policy, load_policy
@@ -24,17 +24,7 @@ CASE = (
     "On arrival RR 17, HR 140, BP 158/102, O2 sat 95%. Treated for eczema."
 )
 SYSTEM = "Extract clinical fields, apply the ESI algorithm, then state the ESI level."
-
-
-def options(**values: object) -> dict[str, object]:
-    """What the command line passes to `triage`."""
-    defaults = {"device": "cpu", "dtype": "float32"}
-    return {
-        **{f"model.{key}": value for key, value in defaults.items()},
-        "evaluate.thinking": ["off"],
-        "evaluate.max_new_tokens": 40,
-        "evaluate.temperature": 0.0,
-    } | {key.replace("__", "."): value for key, value in values.items()}
+CPU = ("--device", "cpu", "--dtype", "float32")
 
 
 @pytest.fixture
@@ -93,8 +83,8 @@ def test_no_level_is_said_and_is_exit_code_1(quick: None, capsys: pytest.Capture
 
 
 def test_the_budget_is_the_cards_or_what_the_context_leaves(quick: None, configs: list[Config]) -> None:
-    for text, budget in (("Xq " * 300, None), (CASE, 7), (CASE, None)):
-        triage(Case("input", text, 3), None, None, options(evaluate__max_new_tokens=budget))
+    for arguments in (["Xq " * 300], [CASE, "--max-new-tokens", "7"], [CASE]):
+        main(arguments)
     long, given, short = (config.evaluate.max_new_tokens for config in configs)
     assert long < 700 and given == 7 and long < short < 1024
     assert load_config("configs/v49.toml")[0].evaluate.max_new_tokens == 1024
@@ -128,19 +118,19 @@ def test_the_case_may_come_through_a_pipe(
 
 
 BAD: dict[str, tuple[list[str], bytes, str]] = {
-    "nothing": ([], b"", "got 0: give it as one argument or on standard input"),
-    "blanks": (["  \n"], b"", "expected a case of 1 to 100,000 characters, got 0"),
+    "nothing": ([], b"", "as argument or standard input, got 0"),
+    "blanks": (["  \n"], b"", "expected a case of 1 to 100,000 characters as"),
     "an empty pipe": (["-"], b" ", "expected a case"),
     "not UTF-8": (["-"], b"secret \xff", "the case: not UTF-8 (byte 7)"),
     "a NUL": (["secret \0"], b"", "holds a NUL"),
     "half a character": (["secret \udcff"], b"", "not UTF-8"),
-    "too long": (["secret" * 20_000], b"", "characters, got 120,000"),
-    "a flood": (["-"], b"secret" * 100_000, "characters, got 400,001"),
+    "too long": (["secret" * 20_000], b"", "got 120,000"),
+    "a flood": (["-"], b"secret" * 100_000, "got 400,001"),
     "more than the context": (["secret " * 2000], b"", "the model's context is 1024: no answer fits"),
     "a budget of none": (["secret", "--max-new-tokens", "0"], b"", "evaluate.max_new_tokens"),
     "too great a budget": (["secret", "--max-new-tokens", "1020"], b"", "use at most --max-new-tokens "),
     "below zero": (["secret", "--temperature", "-1"], b"", "evaluate.temperature"),
-    "too near zero": (["secret", "--temperature", "1e-45"], b"", "evaluate.temperature"),
+    "too near zero": (["secret", "--temperature", "1e-45"], b"", "temperature = 1e-45: expected 0"),
     "no number": (["secret", "--temperature", "nan"], b"", "evaluate.temperature"),
 }
 
@@ -180,19 +170,21 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
     assert left.value.code == 2
 
 
-def test_adapter_alone_merged_and_bare_base(tmp_path: Path, configs: list[Config]) -> None:
+def test_adapter_alone_merged_and_bare_base(
+    tmp_path: Path, configs: list[Config], capsys: pytest.CaptureFixture[str]
+) -> None:
     config, source = load_config("configs/tiny.toml")
     run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
     shutil.copytree(EMBEDDED / "v46", run.adapter)
     merge(run.adapter, tmp_path / "merged", check=False)
     said = {}
-    for name, (model, adapter) in {
-        "default": (None, None),
-        "run": (None, str(run.adapter)),
-        "merged": (str(tmp_path / "merged"), None),
-        "base": (DEFAULT_MODEL, None),
+    for name, arguments in {
+        "default": [],
+        "run": ["--adapter", str(run.adapter)],
+        "merged": ["--model", str(tmp_path / "merged")],
+        "base": ["--model", DEFAULT_MODEL],
     }.items():
-        said[name] = triage(Case("input", CASE, 3), model, adapter, options())["text"]
+        said[name] = answer(capsys, CASE, *arguments, *CPU, "--temperature", "1")[1]["text"]
     assert {config.cases.system_prompt for config in configs} == {SYSTEM}
     assert said["default"] == said["run"] == said["merged"] != said["base"]
 
@@ -202,7 +194,7 @@ def test_a_bare_model_is_unchanged(policy: Policy, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(
         grpo.commands.triage, "load_policy", lambda *a, **k: loaded.append(load_policy(*a, **k)) or loaded[0]
     )
-    triage(Case("input", CASE, 3), DEFAULT_MODEL, None, options())
+    main([CASE, "--model", DEFAULT_MODEL, *CPU, "--max-new-tokens", "2"])
     ids = torch.tensor([[5, 6, 7, 8]])
     with torch.no_grad(), policy.model.disable_adapter():
         base_logits = policy.model(input_ids=ids).logits
