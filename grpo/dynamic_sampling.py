@@ -1,4 +1,4 @@
-"""Dynamic sampling: replace groups whose rewards are all equal, which give no gradient (arXiv 2503.14476). Off in v49."""
+"""Dynamic sampling (arXiv 2503.14476): replace groups of equal rewards, which give no gradient. Off in v49."""
 
 from collections import Counter
 from collections.abc import Sequence

@@ -125,20 +125,16 @@ def evaluation_record(request: EvaluationRequest, answers: AnswersByPart, agains
 
 def answered_cases(request: EvaluationRequest, name: str, answers: AnswersByPart) -> tuple[AnsweredCase, ...]:
     """Return the cases of a set, each with its hash and the levels of its answers in each mode."""
-    levels = {mode: levels_by_case(members) for (part, mode), members in answers.items() if part == name}
+    by_mode = {mode: levels_by_case(members) for (part, mode), members in answers.items() if part == name}
+    levels = {case.id: {mode: tuple(of[case.id]) for mode, of in by_mode.items()} for case in request.sets[name]}
     return tuple(
-        AnsweredCase(
-            id=case.id,
-            esi=case.esi,
-            sha256=text_sha256(case.text),
-            levels={mode: tuple(by_case[case.id]) for mode, by_case in levels.items()},
-        )
+        AnsweredCase(id=case.id, esi=case.esi, sha256=text_sha256(case.text), levels=levels[case.id])
         for case in request.sets[name]
     )
 
 
 def argument_parser() -> argparse.ArgumentParser:
-    """Return the parser of ``grpo evaluate``."""
+    """Return the parser of ``grpo evaluate``; options whose name has a dot override that key of the config."""
     parser = make_parser(
         "evaluate",
         "Answer cases with and without thinking; report rates with intervals, the reasons of wrong answers, and what "
@@ -153,13 +149,11 @@ def argument_parser() -> argparse.ArgumentParser:
     add("what", metavar="CONFIG|MODEL", help="a TOML config, or a model: a folder, embedded:base or a hub id")
     add("--adapter", metavar="DIR", help='adapter to use instead of the config\'s warm start; "none": the base alone')
     add("--cases", metavar="FILE", help="case file to use instead of the sets of [evaluate]")
-    add("--thinking", choices=MODES, help="default: that of the config; for a MODEL, both")
+    add("--thinking", dest="evaluate.thinking", choices=MODES, help="default: that of the config; for a MODEL, both")
     add("--samples", type=positive_int, default=1, metavar="K", help="answers per case (default: 1)")
-    add("--max-new-tokens", type=positive_int, metavar="N", help="token budget of an answer")
-    sampling = parser.add_mutually_exclusive_group()
-    sampling.add_argument("--temperature", type=float, metavar="T", help="sampling temperature")
-    sampling.add_argument("--greedy", action="store_true", help="always choose the most likely token")
-    add("--batch-size", type=positive_int, metavar="N", help="answers decoded together; affects memory and speed")
+    add("--max-new-tokens", dest="evaluate.max_new_tokens", type=int, metavar="N", help="token budget of an answer")
+    add("--temperature", dest="evaluate.temperature", type=float, metavar="T", help="0: always the most likely token")
+    add("--batch-size", dest="evaluate.batch_size", type=int, metavar="N", help="answers decoded together")
     add("--out", type=Path, metavar="DIR", help="output folder (default: runs/eval-NAME-HASH of the settings)")
     add("--against", type=Path, metavar="EVAL.JSON", help="earlier evaluation to compare with")
     add("--json", action="store_true", help="print eval.json instead of the table")

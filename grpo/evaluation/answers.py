@@ -7,6 +7,7 @@ training step, the batch or earlier answers: two evaluations differ only by the 
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -45,11 +46,9 @@ def evaluate(
     thinking: bool,
     progress: Callable[[int], object] = lambda count: None,
 ) -> tuple[JudgedAnswer, ...]:
-    """Sample and judge one answer per case, in the order of the cases. Each rank of the policy answers its slice.
+    """Return one judged answer per case, in the order of the cases (see `answer`). Each rank answers its slice.
 
     Args:
-        name: name of the set; part of the sampling key.
-        thinking: the chat template's switch.
         progress: called with the number of cases just answered, on all ranks together.
     """
     ranks, section = policy.ranks, config.evaluate
@@ -104,7 +103,8 @@ def answer(
         batch = members[start : start + size]
         missing = {(prompt.case.id, sample) for prompt, sample in batch} - (stored or {}).keys()
         if missing:
-            answers = _decode_batch(policy, batch, config, name=name, thinking=thinking, formats=formats)
+            key = partial(sampling_key, config.train.seed, name, thinking)
+            answers = _decode_batch(policy, batch, config, key, formats)
             yield tuple(a for a in answers if (a.case.id, a.sample) in missing)
 
 
@@ -112,18 +112,15 @@ def _decode_batch(
     policy: Policy,
     batch: Sequence[tuple[Prompt, int]],
     config: Config,
-    *,
-    name: str,
-    thinking: bool,
+    key: Callable[[str, int], int],
     formats: Sequence[str],
 ) -> Iterator[JudgedAnswer]:
     """Yield the answers of one batch of (prompt, sample); the samples of a prompt share its prefill."""
     rows = [(prompt, [sample for _, sample in same]) for prompt, same in groupby(batch, key=lambda item: item[0])]
-    seed = config.train.seed
     groups = rollout(
         policy,
         [prompt for prompt, _ in rows],
-        [[sampling_key(seed, name, thinking, prompt.case.id, k) for k in samples] for prompt, samples in rows],
+        [[key(prompt.case.id, sample) for sample in samples] for prompt, samples in rows],
         max_new_tokens=config.evaluate.max_new_tokens,
         temperature=config.evaluate.temperature,
     )
@@ -187,7 +184,6 @@ def read_answers(
 
     Args:
         thinking: whether the prompts ended inside an open ``<think>``.
-        formats: accepted answer formats, see `rewards.parse.FORMATS`.
 
     Raises:
         UserError: a line is not an answer to one of the cases, or its answer occurs twice.

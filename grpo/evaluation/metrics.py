@@ -7,7 +7,7 @@ With several answers per case, rates are over answers, and intervals account for
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -91,10 +91,10 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
     clipped, interval = rate_with_interval((a.case.id, not a.finished) for a in answers)
     return {
         "n": len({a.case.id for a in answers}),
-        **{name: value for name, (value, _) in rates.items()},
+        **rates,
         "clipped_ratio": clipped,
         "high_acuity_n": len({a.case.id for a in answers if a.case.esi <= HIGH_ACUITY}),
-        "intervals": {name: bounds for name, (_, bounds) in rates.items()} | {"clipped_ratio": interval},
+        "intervals": rates["intervals"] | {"clipped_ratio": interval},
         "qwk": quadratic_kappa([(a.case.esi, a.predicted) for a in answers if a.predicted is not None]),
         "mean_length": sum(a.tokens for a in answers) / len(answers),
         "recall": {str(level): _exact("recall", [a for a in answers if a.case.esi == level]) for level in LEVELS},
@@ -116,13 +116,13 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
     }
 
 
-def rate_with_interval(outcomes: Iterable[tuple[str, bool]]) -> tuple[float, Interval] | tuple[None, None]:
+def rate_with_interval(outcomes: Iterable[tuple[Hashable, bool]]) -> tuple[float, Interval] | tuple[None, None]:
     """Return the fraction of true outcomes and its interval, with outcomes of the same case in one cluster.
 
     Args:
         outcomes: (case id, outcome) of each answer. Without any, both values are None.
     """
-    by_case: dict[str, list[bool]] = defaultdict(list)
+    by_case: dict[Hashable, list[bool]] = defaultdict(list)
     for case_id, outcome in outcomes:
         by_case[case_id].append(outcome)
     if not by_case:
@@ -130,17 +130,12 @@ def rate_with_interval(outcomes: Iterable[tuple[str, bool]]) -> tuple[float, Int
     return clustered_wilson([sum(members) for members in by_case.values()], [len(m) for m in by_case.values()])
 
 
-def _rates_of(answers: Iterable[tuple[str, int, int | None]]) -> dict[str, tuple[float | None, Interval | None]]:
-    """Return each rate of `RATES` over (case id, gold, level), with its interval."""
-    return {
+def _rates_of(answers: Sequence[tuple[Hashable, int, int | None]]) -> dict[str, Any]:
+    """Return each rate of `RATES` over (case id, gold, level), and their ``intervals``."""
+    rates = {
         name: rate_with_interval((i, counts) for i, gold, level in answers if (counts := rate(gold, level)) is not None)
         for name, rate in RATES.items()
     }
-
-
-def _rates_of_levels(pairs: Sequence[tuple[int, int | None]]) -> dict[str, Any]:
-    """Return the rates over (gold, level) pairs, one per case, and their ``intervals``."""
-    rates = _rates_of([(str(i), gold, level) for i, (gold, level) in enumerate(pairs)])
     return {**{name: value for name, (value, _) in rates.items()}, "intervals": {k: v for k, (_, v) in rates.items()}}
 
 
@@ -152,7 +147,7 @@ def baselines(golds: Sequence[int]) -> dict[str, dict[str, Any]]:
     >>> constant["exact"], constant["adjacent"], constant["high_acuity_under"]
     (0.0, 1.0, 1.0)
     """
-    return {f"always_{level}": _rates_of_levels([(gold, level) for gold in golds]) for level in LEVELS}
+    return {f"always_{level}": _rates_of([(i, gold, level) for i, gold in enumerate(golds)]) for level in LEVELS}
 
 
 def multi_sample_stats(answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
@@ -174,7 +169,7 @@ def multi_sample_stats(answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
         for k in sorted({k for k in PASS_AT if k <= samples} | {samples})
     }
     return {
-        "majority": _rates_of_levels([(gold[case_id], majority(levels)) for case_id, levels in by_case.items()]),
+        "majority": _rates_of([(case_id, gold[case_id], majority(levels)) for case_id, levels in by_case.items()]),
         "unanimous": {"n": n, "share": unanimous / n, "interval": wilson(unanimous, n)},
         "mean_spread": sum(spreads) / len(spreads) if spreads else None,
         "pass_at_k": {

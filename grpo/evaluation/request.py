@@ -88,12 +88,8 @@ def parse_request(arguments: argparse.Namespace) -> EvaluationRequest:
 
 def build_config(arguments: argparse.Namespace) -> Config:
     """Return the config with the command line's overrides. A MODEL is evaluated with `CARD_CONFIG`."""
-    options = {
-        "evaluate.thinking": MODES[arguments.thinking] if arguments.thinking else None,
-        "evaluate.max_new_tokens": arguments.max_new_tokens,
-        "evaluate.temperature": 0.0 if arguments.greedy else arguments.temperature,
-        "evaluate.batch_size": arguments.batch_size,
-    }
+    options = {key: value for key, value in vars(arguments).items() if "." in key}
+    options["evaluate.thinking"] = MODES.get(options["evaluate.thinking"])
     if not arguments.what.endswith(".toml"):
         return config_for_model(arguments.what, arguments.adapter, options, overrides=arguments.set)
     config, _ = load_config(arguments.what, [*arguments.set, *override_each(options)])

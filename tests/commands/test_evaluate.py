@@ -288,7 +288,17 @@ def test_a_finished_evaluation_loads_no_model_and_another_reward_judges_it(
 def test_the_bare_base_compared_with_its_warm_start(
     warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = [TINY, "--cases", str(warm_start / "four.jsonl"), "--adapter", "none", "--thinking", "off", "--greedy"]
+    base = [
+        TINY,
+        "--cases",
+        str(warm_start / "four.jsonl"),
+        "--adapter",
+        "none",
+        "--thinking",
+        "off",
+        "--temperature",
+        "0",
+    ]
     assert main([*base, "--out", str(tmp_path / "o"), "--against", str(warm_start / "out" / "eval.json")]) == 0
     record = read(tmp_path / "o")
     assert record["adapter"] is None and record["settings"]["temperature"] == 0

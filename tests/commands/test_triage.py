@@ -184,7 +184,7 @@ def test_adapter_alone_merged_and_bare_base(
         "merged": ["--model", str(tmp_path / "merged")],
         "base": ["--model", DEFAULT_MODEL],
     }.items():
-        said[name] = answer(capsys, CASE, *arguments, *CPU, "--temperature", "1")[1]["text"]
+        said[name] = answer(capsys, CASE, *arguments, *CPU, "--temperature", "1.5", "--max-new-tokens", "60")[1]["text"]
     assert {config.cases.system_prompt for config in configs} == {SYSTEM}
     assert said["default"] == said["run"] == said["merged"] != said["base"]
 
