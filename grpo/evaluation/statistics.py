@@ -106,8 +106,8 @@ def kappa(
 
 
 def cohen_kappa(pairs: Sequence[tuple[int | None, int | None]]) -> float | None:
-    """Return `kappa` with w = [a ≠ b] (Cohen 1960, Educational and Psychological Measurement 20:37). An answer without a
-    level is a category of its own. With observed agreement 3/4 and expected agreement 1/2:
+    """Return `kappa` with w = [a ≠ b] (Cohen 1960, Educational and Psychological Measurement 20:37). An answer without
+    a level is a category of its own. With observed agreement 3/4 and expected agreement 1/2:
 
     >>> cohen_kappa([(1, 1), (1, 1), (2, 2), (2, 1)])
     0.5
