@@ -96,20 +96,20 @@ def test_what_is_known_is_not_answered_again(make_policy: Make) -> None:
     )
 
 
-def given(case: Case, said: str, sample: int = 0) -> JudgedAnswer:
+def judged(case: Case, said: str, sample: int = 0) -> JudgedAnswer:
     return JudgedAnswer(case, parse_answer(said, thinking=False), True, 4, said, sample)
 
 
 def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
     path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5)]
     assert read_answers(path, cases, 2, thinking=False) == {}
-    told = [given(cases[0], "ANSWER: ESI 4"), given(cases[1], "Äh\n", 1)]
-    append_answers(path, told[:1])
-    append_answers(path, told[1:])
+    answers = [judged(cases[0], "ANSWER: ESI 4"), judged(cases[1], "Äh\n", 1)]
+    append_answers(path, answers[:1])
+    append_answers(path, answers[1:])
     found = read_answers(path, cases, 2, thinking=False)
     assert list(found) == [("a", 0), ("b", 1)]
-    assert summarize(list(found.values()), load_reward("v49")) == summarize(told, load_reward("v49"))
-    assert [v.text for v in found.values()] == [v.text for v in told]
+    assert summarize(list(found.values()), load_reward("v49")) == summarize(answers, load_reward("v49"))
+    assert [v.text for v in found.values()] == [v.text for v in answers]
     whole = path.read_bytes()
     with path.open("ab") as file:
         file.write(whole.splitlines()[0][:-5])
@@ -135,7 +135,7 @@ def test_a_file_of_answers_gives_back_what_it_was_given(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line: str, says: str) -> None:
     path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5)]
-    append_answers(path, [given(cases[0], "ANSWER: ESI 4")])
+    append_answers(path, [judged(cases[0], "ANSWER: ESI 4")])
     with path.open("a") as file:
         file.write(line + "\n")
     with pytest.raises(UserError, match="delete the file") as error:
@@ -146,8 +146,8 @@ def test_a_line_that_is_no_answer_is_named_without_its_text(tmp_path: Path, line
 def test_what_a_file_of_answers_says_is_parsed_again(tmp_path: Path) -> None:
     """A level that another parser read, or that somebody wrote in, is not believed, and does not stay."""
     path, cases = tmp_path / "x.jsonl", [Case("a", "Cough.", 4), Case("b", "Rash.", 5), Case("c", "Burn.", 3)]
-    told = [given(cases[0], "ANSWER: ESI 2"), given(cases[1], "none"), given(cases[2], "ANSWER: ESI 3")]
-    append_answers(path, told)
+    answers = [judged(cases[0], "ANSWER: ESI 2"), judged(cases[1], "none"), judged(cases[2], "ANSWER: ESI 3")]
+    append_answers(path, answers)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     edits: tuple[dict[str, Any], ...] = ({"predicted": 4}, {"predicted": 5, "reason": "parsed"}, {"predicted": "?"})
     path.write_text("".join(json.dumps(row | edit) + "\n" for row, edit in zip(rows, edits, strict=True)))
@@ -164,15 +164,15 @@ def test_what_a_file_of_answers_says_is_parsed_again(tmp_path: Path) -> None:
 # ---- comparing --------------------------------------------------------------------------------------------------
 
 
-def told(ident: str, esi: int, **levels: tuple[int | None, ...]) -> AnsweredCase:
+def entry(ident: str, esi: int, **levels: tuple[int | None, ...]) -> AnsweredCase:
     return AnsweredCase(id=ident, esi=esi, sha256="", levels=levels)
 
 
 def test_every_case_in_both_is_fixed_broken_or_unchanged() -> None:
-    before = [told("a", 1, on=(2,)), told("b", 1, on=(2,)), told("c", 3, on=(3,)), told("d", 3, on=(3,)),
-              told("e", 4, on=(None,)), told("gone", 1, on=(1,)), told("other mode", 1, off=(1,))]  # fmt: skip
-    after = [told("b", 1, on=(1,)), told("a", 1, on=(1,)), told("c", 3, on=(4,)), told("d", 3, on=(3, 3, 1)),
-             told("e", 4, on=(None,)), told("new", 1, on=(1,)), told("other mode", 1, on=(1,))]  # fmt: skip
+    before = [entry("a", 1, on=(2,)), entry("b", 1, on=(2,)), entry("c", 3, on=(3,)), entry("d", 3, on=(3,)),
+              entry("e", 4, on=(None,)), entry("gone", 1, on=(1,)), entry("other mode", 1, off=(1,))]  # fmt: skip
+    after = [entry("b", 1, on=(1,)), entry("a", 1, on=(1,)), entry("c", 3, on=(4,)), entry("d", 3, on=(3, 3, 1)),
+             entry("e", 4, on=(None,)), entry("new", 1, on=(1,)), entry("other mode", 1, on=(1,))]  # fmt: skip
     assert compare(before, after, "on") == {
         "n": 5,
         "fixed": ["b", "a"],
@@ -185,10 +185,10 @@ def test_every_case_in_both_is_fixed_broken_or_unchanged() -> None:
 
 def test_modes_agree_on_outcomes_and_no_parse_is_one() -> None:
     found = compare_modes([
-        told("a", 1, on=(1,), off=(1,)),
-        told("b", 2, on=(2,), off=(3,)),
-        told("c", 4, on=(None,), off=(None,)),
-        told("d", 3, on=(2,), off=(None,)),
+        entry("a", 1, on=(1,), off=(1,)),
+        entry("b", 2, on=(2,), off=(3,)),
+        entry("c", 4, on=(None,), off=(None,)),
+        entry("d", 3, on=(2,), off=(None,)),
     ])  # fmt: skip
     assert found["n"] == 4 and found["agreement"] == 0.5 and found["interval"] == wilson(2, 4)
     assert found["differ"] == ["b", "d"] and (found["only_on"], found["only_off"]) == (["b"], [])
@@ -205,11 +205,11 @@ def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An evaluation of the embedded warm start: two answers to four cases, both modes."""
     folder = tmp_path_factory.mktemp("warm_start")
     case_file(folder / "four.jsonl")
-    assert main([*asked(folder), "--out", str(folder / "out")]) == 0
+    assert main([*arguments_for(folder), "--out", str(folder / "out")]) == 0
     return folder
 
 
-def asked(folder: Path) -> list[str]:
+def arguments_for(folder: Path) -> list[str]:
     return [TINY, "--cases", str(folder / "four.jsonl"), "--samples", "2"]
 
 
@@ -255,7 +255,7 @@ def test_neither_texts_nor_answers_are_in_the_record_and_the_folder_is_private(w
 
 def test_an_interrupted_evaluation_goes_on_to_the_same_bytes(warm_start: Path, tmp_path: Path) -> None:
     out, cut = tmp_path / "out", tmp_path / "cut"
-    line = [*asked(warm_start), "--max-new-tokens", "3", "--temperature", "1.5", "--batch-size", "3"]
+    line = [*arguments_for(warm_start), "--max-new-tokens", "3", "--temperature", "1.5", "--batch-size", "3"]
     assert main([*line, "--out", str(out)]) == 0
     (cut / "answers").mkdir(parents=True)
     (cut / "settings.json").write_bytes((out / "settings.json").read_bytes())
@@ -274,15 +274,25 @@ def test_a_finished_evaluation_loads_no_model_and_another_reward_judges_it(
     monkeypatch.setattr(grpo.commands.evaluate, "load_policy", None)
     out = ["--out", str(warm_start / "out")]
     before = read(warm_start / "out")
-    assert main([*asked(warm_start), *out, "--json"]) == 0
+    assert main([*arguments_for(warm_start), *out, "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == before == read(warm_start / "out")
     assert (
-        main([*asked(warm_start), *out, "--set", "reward.set=v46", "--against", str(warm_start / "out/eval.json")]) == 0
+        main(
+            [
+                *arguments_for(warm_start),
+                *out,
+                "--set",
+                "reward.set=v46",
+                "--against",
+                str(warm_start / "out/eval.json"),
+            ]
+        )
+        == 0
     )
     assert "v46 has no rules" in capsys.readouterr().out
     (compared, _) = read(warm_start / "out")["comparison"]["records"]
     assert len(compared["unchanged_wrong"]) == 3 and compared["p_value"] == 1.0
-    assert main([*asked(warm_start), *out]) == 0 and read(warm_start / "out") == before
+    assert main([*arguments_for(warm_start), *out]) == 0 and read(warm_start / "out") == before
 
 
 def test_the_bare_base_compared_with_its_warm_start(
@@ -353,7 +363,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *line: object) -> str:
 
 
 def test_other_settings_are_refused_by_name(warm_start: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    line = [*asked(warm_start), "--out", warm_start / "out"]
+    line = [*arguments_for(warm_start), "--out", warm_start / "out"]
     assert "different samples, temperature:" in refusal(capsys, *line, "--samples", 1, "--temperature", 0.5)
     assert "different adapter_sha256:" in refusal(capsys, *line, "--adapter", "none")
     assert "different seed:" in refusal(capsys, *line, "--set", "train.seed=7")
@@ -373,7 +383,7 @@ def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: {0: "NVIDIA H200"}[device.index])
     monkeypatch.setattr(grpo.commands.evaluate, "load_policy", None)
-    line = [*asked(warm_start), "--out", str(out), "--set", "model.device=cuda", "--set", "model.dtype=float32"]
+    line = [*arguments_for(warm_start), "--out", str(out), "--set", "model.device=cuda", "--set", "model.dtype=float32"]
     assert grpo.evaluation.request.parse_request(argument_parser().parse_args(line)).settings["device"] == "NVIDIA H200"
     assert "contains answers with a different device: choose another folder" in refusal(capsys, *line)
 
@@ -513,7 +523,9 @@ def test_no_adapter_is_put_on_twice(
     monkeypatch.setattr(grpo.commands.evaluate, "load_policy", None)  # all of it is known before a model is loaded
     out = ["--out", str(warm_start / "out")]
     before = read(warm_start / "out")
-    assert main([*asked(warm_start), *out, "--adapter", "embedded:v46"]) == 0, "the same settings, so nothing to answer"
+    assert main([*arguments_for(warm_start), *out, "--adapter", "embedded:v46"]) == 0, (
+        "the same settings, so nothing to answer"
+    )
     assert read(warm_start / "out") == before
     capsys.readouterr()
     said = refusal(capsys, EMBEDDED / "v46", *cases)
@@ -572,7 +584,7 @@ def test_a_hash_is_of_names_and_contents_alone(tmp_path: Path) -> None:
 
 def test_an_evaluation_of_a_run_is_written_once(tmp_path: Path) -> None:
     run = Run(tmp_path)
-    verdicts = [given(case, "ANSWER: ESI 2") for case in CASES]
+    verdicts = [judged(case, "ANSWER: ESI 2") for case in CASES]
     record = {"step": 3, "cases": "x", "thinking": "on", **summarize(verdicts, load_reward("v49"))}
     for _ in range(2):
         append_evaluation(run, record, verdicts)

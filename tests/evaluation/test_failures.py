@@ -24,7 +24,7 @@ from rewards import Answer, Rule, load_reward
 V49 = load_reward("v49")
 
 
-def said(case: Case, *levels: int | None) -> list[JudgedAnswer]:
+def judged(case: Case, *levels: int | None) -> list[JudgedAnswer]:
     return [
         JudgedAnswer(case, Answer(level, "parsed" if level else "no answer", None), True, 3, "", k)
         for k, level in enumerate(levels)
@@ -42,16 +42,16 @@ def esi(lifesaving: bool, urgent: bool, resources: int, danger: bool) -> int:
     return 2 if danger else 3
 
 
-def asked(lifesaving: bool, urgent: bool, resources: int, danger: bool) -> list[object]:
+def algorithm_answers(lifesaving: bool, urgent: bool, resources: int, danger: bool) -> list[object]:
     """The answers that the algorithm asks for until it stops."""
-    told: list[object] = [lifesaving]
+    answers: list[object] = [lifesaving]
     if not lifesaving:
-        told.append(urgent)
+        answers.append(urgent)
         if not urgent:
-            told.append(min(resources, 2))
+            answers.append(min(resources, 2))
             if resources >= 2:
-                told.append(danger)
-    return told
+                answers.append(danger)
+    return answers
 
 
 def test_the_failed_step_is_the_first_question_answered_otherwise() -> None:
@@ -60,8 +60,12 @@ def test_the_failed_step_is_the_first_question_answered_otherwise() -> None:
         gold, predicted = esi(*right), esi(*answer)
         if gold == predicted or (predicted == 2 and not answer[1]):
             continue  # an answer of 2 is taken as step B's
-        decided = ESI_STEPS[len(asked(*right)) - 1]
-        first = next(i for i, (a, b) in enumerate(zip(asked(*right), asked(*answer), strict=False)) if a != b)
+        decided = ESI_STEPS[len(algorithm_answers(*right)) - 1]
+        first = next(
+            i
+            for i, (a, b) in enumerate(zip(algorithm_answers(*right), algorithm_answers(*answer), strict=False))
+            if a != b
+        )
         assert failed_step(gold, decided, predicted) == ESI_STEPS[first], (right, answer)
 
 
@@ -123,7 +127,7 @@ CARD = [
 
 def test_the_cards_error_analysis() -> None:
     """Eight wrong cases: three lifesaving interventions, one severe pain, one open injury, three unexplained."""
-    verdicts = [verdict for case, level in CARD for verdict in said(case, level)]
+    verdicts = [verdict for case, level in CARD for verdict in judged(case, level)]
     failed = failures(verdicts, V49)
     assert [(f["id"], f["step"], tuple(f["broken"])) for f in failed] == [
         ("i1", "A", ("lifesaving_missed",)),
@@ -156,12 +160,12 @@ def test_the_cards_error_analysis() -> None:
 
 def test_of_several_answers_the_majority_fails() -> None:
     (first, _), (second, _) = CARD[:2]
-    found = failures([*said(first, 1, 2, 2), *said(second, 2, 1, 1)], V49)
+    found = failures([*judged(first, 1, 2, 2), *judged(second, 2, 1, 1)], V49)
     assert [(f["id"], f["predicted"], f["levels"]) for f in found] == [("i1", 2, [1, 2, 2])]
 
 
 def test_a_row_holds_no_text() -> None:
-    (found,) = failures(said(*CARD[0]), V49)
+    (found,) = failures(judged(*CARD[0]), V49)
     assert found == {
         "id": "i1",
         "gold": 1,
@@ -176,5 +180,5 @@ def test_a_row_holds_no_text() -> None:
 
 
 def test_no_answer_breaks_every_rule_that_applies() -> None:
-    (found,) = failures(said(CARD[0][0], None), V49)
+    (found,) = failures(judged(CARD[0][0], None), V49)
     assert found["step"] is None and found["broken"] == ["lifesaving_missed"]

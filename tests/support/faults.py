@@ -40,6 +40,7 @@ from tqdm import tqdm
 from grpo import dynamic_sampling as groups
 from grpo import train as train_module
 from grpo.config import EMBEDDED, load_config
+from grpo.evaluation import during_training
 from grpo.run import checkpoint as checkpoint_module
 from grpo.runtime import interrupts as stop_module
 from grpo.train import main
@@ -579,7 +580,7 @@ def written_evaluations(campaign: Campaign, out: Path) -> None:
 
     def fault(last: int) -> Fault:
         def put() -> None:
-            true = train_module.evaluate
+            true = during_training.evaluate
 
             def evaluate(policy: Any, cases: Any, config: Any, **how: Any) -> Any:
                 with asked.open("a") as file:
@@ -588,7 +589,7 @@ def written_evaluations(campaign: Campaign, out: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 return true(policy, cases, config, **how)
 
-            train_module.evaluate = evaluate
+            during_training.evaluate = evaluate
 
         return put
 
