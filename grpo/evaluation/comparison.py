@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grpo.config import Thinking
 from grpo.evaluation.statistics import cohen_kappa, majority, mcnemar, wilson
+from grpo.evaluation.table import format_ids
 from grpo.run.input_hashes import text_sha256
 from grpo.runtime.errors import UserError
 from grpo.types import Case
@@ -15,7 +16,6 @@ from rewards.safe_files import MEBIBYTE, Unreadable, clipped, read_json
 
 MAX_EVAL_BYTES = 256 * MEBIBYTE
 """An ``eval.json`` has about 300 bytes per case."""
-MAX_IDS_SHOWN = 5
 FORMAT = 2
 """Version of ``eval.json``, raised when a key changes its meaning. Since 2, ``high_acuity_under`` is a rate over the
 cases of ESI 1 and 2."""
@@ -80,10 +80,9 @@ def check_same_cases(sets: Mapping[str, Sequence[Case]], before: Evaluated, path
         shared_ids += len(shared)
         changed = [c.id for c in shared if (text_sha256(c.text), c.esi) != (earlier[c.id].sha256, earlier[c.id].esi)]
         if changed:
-            more = f" and {len(changed) - MAX_IDS_SHOWN} more" if len(changed) > MAX_IDS_SHOWN else ""
             raise UserError(
                 f"{path}: {name}: {len(changed)} of {len(shared)} shared cases have a different text or gold level: "
-                f"{', '.join(map(repr, changed[:MAX_IDS_SHOWN]))}{more}; only answers to the same cases can be compared"
+                f"{format_ids(changed)}; only answers to the same cases can be compared"
             )
     if not shared_ids:
         raise UserError(

@@ -128,7 +128,7 @@ def _agreement(agreement: Record) -> Iterator[str]:
     low, high = (percent(bound) for bound in agreement["interval"])
     same = f"on and off give the same answer in {percent(agreement['agreement'])} % ({low}–{high})"
     yield from _labelled("modes", f"{same}, Cohen's kappa {_number(agreement['kappa']).strip()}")
-    yield from _labelled("", f"differ: {_ids(agreement['differ'])}")
+    yield from _labelled("", f"differ: {format_ids(agreement['differ'])}")
     on, off = len(agreement["only_on"]), len(agreement["only_off"])
     if on or off:
         p_value = f"McNemar p = {agreement['p_value']:.2g}"
@@ -149,12 +149,12 @@ def _errors(record: Record, reward: str) -> Iterator[str]:
     if steps:
         yield from _labelled("failed at", ", ".join(steps))
     lines = [
-        f"{name}: broken in {rule['broken']} of the {rule['applies']} cases to which it applies: {_ids(rule['cases'])}"
+        f"{name}: broken in {rule['broken']} of the {rule['applies']} applicable cases: {format_ids(rule['cases'])}"
         for name, rule in errors["by_rule"].items()
         if rule["broken"]
     ] or [f"none of {reward}'s rules is broken" if errors["by_rule"] else f"{reward} has no rules"]
     if errors["unexplained"]:
-        lines.append(f"no rule broken in {len(errors['unexplained'])} wrong cases: {_ids(errors['unexplained'])}")
+        lines.append(f"no rule broken in {len(errors['unexplained'])} wrong cases: {format_ids(errors['unexplained'])}")
     for label, line in zip(["rules"] + [""] * (len(lines) - 1), lines, strict=True):
         yield from _labelled(label, line)
     tags = [f"{tag} {counts['wrong']}/{counts['n']}" for tag, counts in errors["by_tag"].items()]
@@ -171,7 +171,7 @@ def _comparison(comparison: Record) -> Iterator[str]:
         place = f"{record['cases']}, thinking {record['thinking']}"
         yield from _labelled("compared", f"{place}: {record['n']} cases in both")
         for key in ("fixed", "broken", "unchanged_right", "unchanged_wrong"):
-            ids = f": {_ids(record[key])}" if record[key] and key != "unchanged_right" else ""
+            ids = f": {format_ids(record[key])}" if record[key] and key != "unchanged_right" else ""
             yield from _labelled("", f"{key.replace('_', ' ')} {len(record[key])}{ids}")
         yield from _labelled("", f"McNemar's exact test: p = {record['p_value']:.2g}")
     for record in comparison["not_compared"]:
@@ -201,9 +201,10 @@ def _number(value: float | None) -> str:
     return ("–" if value is None else f"{value:.3f}").rjust(6)
 
 
-def _ids(ids: Sequence[str]) -> str:
-    """
-    >>> _ids([]), _ids(["a", "b"])
+def format_ids(ids: Sequence[str]) -> str:
+    """Return the first `MAX_IDS_SHOWN` ids and the number of the others.
+
+    >>> format_ids([]), format_ids(["a", "b"])
     ('none', 'a, b')
     """
     more = f" and {len(ids) - MAX_IDS_SHOWN} more" if len(ids) > MAX_IDS_SHOWN else ""

@@ -394,7 +394,7 @@ def test_only_answers_to_the_same_cases_are_compared(
     changed = [Case(CASES[0].id, CASES[0].text + " Smokes.", CASES[0].esi), *CASES[1:]]
     against = ["--against", warm_start / "out" / "eval.json"]
     said = refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", changed), *against)
-    assert f"1 of 4 shared cases have a different text or gold level: {CASES[0].id!r}" in said
+    assert f"1 of 4 shared cases have a different text or gold level: {CASES[0].id};" in said
     assert "Smokes" not in said
     relabelled = [Case(CASES[0].id, CASES[0].text, 5), *CASES[1:]]
     assert "gold level" in refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", relabelled), *against)
