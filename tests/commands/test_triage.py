@@ -122,7 +122,7 @@ BAD: dict[str, tuple[list[str], bytes, str]] = {
     "blanks": (["  \n"], b"", "expected a case of 1 to 100,000 characters as"),
     "an empty pipe": (["-"], b" ", "expected a case"),
     "not UTF-8": (["-"], b"secret \xff", "the case: not UTF-8 (byte 7)"),
-    "a NUL": (["secret \0"], b"", "holds a NUL"),
+    "a NUL": (["secret \0"], b"", "a NUL (byte 7)"),
     "half a character": (["secret \udcff"], b"", "not UTF-8"),
     "too long": (["secret" * 20_000], b"", "got 120,000"),
     "a flood": (["-"], b"secret" * 100_000, "got 400,001"),
@@ -170,23 +170,23 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
     assert left.value.code == 2
 
 
-def test_adapter_alone_merged_and_bare_base(
-    tmp_path: Path, configs: list[Config], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_adapter_alone_and_merged(tmp_path: Path, configs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     config, source = load_config("configs/tiny.toml")
     run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
     shutil.copytree(EMBEDDED / "v46", run.adapter)
     merge(run.adapter, tmp_path / "merged", check=False)
-    said = {}
+    texts = {}
     for name, arguments in {
         "default": [],
         "run": ["--adapter", str(run.adapter)],
         "merged": ["--model", str(tmp_path / "merged")],
-        "base": ["--model", DEFAULT_MODEL],
     }.items():
-        said[name] = answer(capsys, CASE, *arguments, *CPU, "--temperature", "1.5", "--max-new-tokens", "60")[1]["text"]
+        texts[name] = answer(capsys, CASE, *arguments, *CPU, "--temperature", "1.5", "--max-new-tokens", "60")[1][
+            "text"
+        ]
     assert {config.cases.system_prompt for config in configs} == {SYSTEM}
-    assert said["default"] == said["run"] == said["merged"] != said["base"]
+    assert [config.lora.warm_start for config in configs] == ["embedded:v46", str(run.adapter), ""]
+    assert texts["default"] == texts["run"] == texts["merged"]
 
 
 def test_a_bare_model_is_unchanged(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
