@@ -1,20 +1,19 @@
 """Load cases, and choose those of each step as a pure function of (seed, step)."""
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
 from grpo.data.jsonl import read_jsonl
-from grpo.data.mietic import read_instructions, read_validate
+from grpo.data.mietic import read_validate
 from grpo.data.mimic_iv_ed import read_mimic_iv_ed
 from grpo.data.row_report import Loaded, Row, gather
+from grpo.runtime.seeds import row_key
 from grpo.types import Case
 
 LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {
     "jsonl": read_jsonl,
     "mietic-validate": read_validate,
-    "mietic-instructions": read_instructions,
     "mimic-iv-ed": read_mimic_iv_ed,
 }
 """Format → reader, which yields one row at a time."""
@@ -70,19 +69,6 @@ def cases_for_step(
         cases[epoch[_order(seed, position // size, size)[position % size]]]
         for position in range(step * count, (step + 1) * count)
     )
-
-
-def row_key(*parts: int | str) -> int:
-    """Return a 128-bit key for counter-based noise: equal parts give equal keys, and parts cannot run together.
-
-    >>> row_key(0, 1, "a", 2) == row_key(0, 1, "a", 2) != row_key(0, 1, "a2")
-    True
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        encoded = f"{type(part).__name__}:{part}".encode("utf-8", "surrogatepass")
-        digest.update(len(encoded).to_bytes(8, "little") + encoded)
-    return int.from_bytes(digest.digest(), "little")
 
 
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:

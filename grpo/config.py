@@ -107,7 +107,7 @@ class Lora(Section):
 
 
 class Cases(Section):
-    format: Literal["jsonl", "mietic-validate", "mietic-instructions", "mimic-iv-ed"]
+    format: Literal["jsonl", "mietic-validate", "mimic-iv-ed"]
     """Of the files that name none: ``mietic-validate:data/samples.csv`` says its own."""
     train: FileName
     strict: bool = True

@@ -11,7 +11,7 @@ from benchmarks.series.run_results import MODES, Place, Seen, pooled
 from grpo.cases import load_jsonl
 from grpo.config import Config
 from grpo.evaluation.metrics import baselines
-from grpo.preflight.checks import examine, gather
+from grpo.preflight.checks import load_inputs, run_checks
 from grpo.types import Case
 from rewards import load_reward
 
@@ -137,9 +137,9 @@ def _claim(one: Judged) -> dict[str, Any]:
 
 def _foretold(config: Config) -> dict[str, Any]:
     """What preflight says of the run before it starts."""
-    examination = examine(config, gather(config))
+    examination = run_checks(config, load_inputs(config))
     best = [{"policy": e.policy, "mean": e.mean} for e in (examination.policies.ranked if examination.policies else ())]
-    return {"verdict": examination.verdict, "refusals": list(examination.refusals), "policies": best[:3]}
+    return {"verdict": examination.verdict, "refusals": list(examination.problems), "policies": best[:3]}
 
 
 def _thresholds(config: Config, runs: Sequence[Seen], lab: Mapping[str, Case]) -> list[dict[str, Any]]:

@@ -1,4 +1,1 @@
-"""One module a file format. Each reads its files row by row into `Record`s, `Banded`s and `Remark`s (`row_report.py`).
-
-No format knows another, and none knows the trainer; `grpo.cases.LOADERS` is the table that names them.
-"""
+"""One module per file format, read row by row into `CaseRow`s and `RowNote`s; `grpo.cases.LOADERS` lists them."""

@@ -1,17 +1,17 @@
-"""What the fields of a published table can hold, and what that means; shared by every CSV format."""
+"""Parse the fields of published tables; shared by every CSV format."""
 
 import re
 
 from grpo.data.row_report import BadRow
 
 MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "nil", "\\n", "<na>"})
-"""Spellings of "no value" that exports of a table leave behind, casefolded."""
+"""Spellings of "no value" in exported tables, casefolded."""
 ID = re.compile(r"\d{1,18}", re.ASCII)
 LEVEL = re.compile(r"([1-5])(?:\.0+)?", re.ASCII)
 
 
 def missing(value: str) -> bool:
-    """True for an empty field and for the spellings of one.
+    """Return whether a field is empty or one of `MISSING`.
 
     >>> missing(" "), missing("NaN"), missing("0")
     (True, True, False)
@@ -20,7 +20,7 @@ def missing(value: str) -> bool:
 
 
 def identifier(value: str) -> int:
-    """A subject_id or stay_id; `BadRow` for anything but 1 to 18 digits.
+    """Return a subject_id or stay_id; raise `BadRow` for anything but 1 to 18 digits.
 
     >>> identifier(" 10000032 ")
     10000032
@@ -31,13 +31,13 @@ def identifier(value: str) -> int:
 
 
 def acuity(value: str) -> int:
-    """A gold level; `BadRow` for none, and for what is no level from 1 to 5.
+    """Return a gold level; raise `BadRow` if it is missing or not from 1 to 5.
 
     >>> acuity("2"), acuity("2.0")
     (2, 2)
     """
     if missing(value):
         raise BadRow("no_acuity")
-    if not (found := LEVEL.fullmatch(value.strip())):
+    if not (match := LEVEL.fullmatch(value.strip())):
         raise BadRow("bad_acuity")
-    return int(found[1])
+    return int(match[1])

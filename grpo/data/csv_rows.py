@@ -1,7 +1,7 @@
-"""Files → decoded lines and CSV rows, plain or gzip, in memory that does not grow with the file.
+"""Read lines and CSV rows of a file, plain or gzip, in constant memory.
 
-What is wrong with a file as a file (encoding, NUL, a torn gzip, quotes that never close) raises `UserError` with file
-and line: a file damaged in one place cannot be trusted in the next. What is wrong with one row is the loader's to say.
+A damaged file (encoding, NUL, truncated gzip, unclosed quotes) raises `UserError` with file and line and is not read
+any further. Problems with single rows are reported by the loaders.
 """
 
 import csv
@@ -17,21 +17,21 @@ from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, open_regular
 
 MAX_LINE = 4 * 2**20
-"""Bytes. More in one line is a file without line ends, or not a text file."""
+"""Bytes. A longer line means that the file has no line ends or is not text."""
 GZIP = b"\x1f\x8b"
-EXPANDS_UP_TO = 100
-"""Times its size, once more than `MAX_EXPANDED` bytes have come out of a gzip. A table expands 3 to 20 times."""
+MAX_GZIP_RATIO = 100
+"""Largest ratio of a gzip, once it has expanded to `MAX_EXPANDED` bytes. Tables have a ratio of 3 to 20."""
 MAX_EXPANDED = 4 * 2**20
-SHOWN_CELLS = 40
-"""Of a header, in a message."""
+MAX_CELLS_SHOWN = 40
+"""Cells of a header that are quoted in a message."""
 UTF8_MARK = "\ufeff"
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
-MISREAD_AS = ("gbk", "cp1252")
-"""Encodings in which published files had their byte-order mark read and saved again."""
+BOM_MISREADINGS = ("gbk", "cp1252")
+"""Encodings in which a byte-order mark was misread and saved again."""
 
 
 class _Reader(Protocol):
-    """What `csv.reader` returns; the library has no public name for it."""
+    """The type that `csv.reader` returns."""
 
     line_num: int
 
@@ -41,13 +41,12 @@ class _Reader(Protocol):
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text with its line end) of a UTF-8 file; gzip is told by its first bytes, not by the name.
-
-    A UTF-8 byte-order mark is no part of the first line.
+    """Yield (line number from 1, text with its line end) of a UTF-8 file without its byte-order mark. Gzip is
+    recognized by its first bytes, not by the file name.
 
     Raises:
-        UserError: no file, not UTF-8, a NUL, a line over `MAX_LINE` bytes, a gzip that is torn, damaged or expands
-            beyond what a table can.
+        UserError: no such file, not UTF-8, a NUL, a line over `MAX_LINE` bytes, or a gzip that is truncated, damaged or
+            expands too much.
     """
     number = 0
     try:
@@ -56,19 +55,19 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
             head = raw.read(2)
             raw.seek(0)
             file = gzip.GzipFile(fileobj=raw) if head == GZIP else raw
-            most = max(MAX_EXPANDED, EXPANDS_UP_TO * size)
+            most = max(MAX_EXPANDED, MAX_GZIP_RATIO * size)
             while line := file.readline(MAX_LINE + 1):
                 number += 1
                 most -= len(line)
                 if most < 0:
                     raise UserError(
-                        f"{path}:{number}: expands over {EXPANDS_UP_TO} times: no table; unpack it if it is one"
+                        f"{path}:{number}: expands over {MAX_GZIP_RATIO} times: if it is a table, unpack it first"
                     )
                 yield number, _decoded(path, number, line)
     except Unreadable as error:
         raise UserError(f"{path}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
-        raise UserError(f"{path}:{number + 1}: gzip torn or damaged here: download it again") from None
+        raise UserError(f"{path}:{number + 1}: gzip truncated or damaged here: download it again") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
@@ -76,21 +75,21 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
 def table(
     path: Path, required: Sequence[str], optional: Sequence[str] = (), aliases: Mapping[str, str] | None = None
 ) -> Iterator[tuple[int, dict[str, str] | None]]:
-    """(line, row) for each row of a CSV file with a header; a row is a dict of the columns asked for **and no others**,
-    or None if it has more or fewer fields than the header. Empty lines are no rows.
+    """Yield (line, row) for each row of a CSV file with a header. A row is a dict of the requested columns **and no
+    others**, or None if it has more or fewer fields than the header. Empty lines are skipped.
 
-    Columns are found by name, wherever they stand: blanks around a name, upper case and blanks for ``_`` make no
-    difference, and a byte-order mark before the first is undone even if it was read in another encoding and saved.
+    Columns are found by name: surrounding blanks, letter case and blanks instead of ``_`` are ignored, and a byte-order
+    mark is removed even if it was misread in another encoding.
 
     Args:
         path: plain or gzip.
-        required: names that must be there.
-        optional: names that may be; where one is missing, the rows lack the key.
-        aliases: another name → the name it stands for.
+        required: columns that must exist.
+        optional: columns that may be missing; the rows then lack the key.
+        aliases: alternative name → name.
 
     Raises:
-        UserError: as `numbered_lines`; a missing or repeated column; quotes that are not CSV's, a field over 131,072
-            characters (Python's limit).
+        UserError: as `numbered_lines`; a missing or repeated column; invalid quotes; a field over 131,072 characters
+            (Python's limit).
     """
     reader = csv.reader((line for _, line in numbered_lines(path)), strict=True)
     line, header = _next(path, reader)
@@ -109,7 +108,7 @@ def table(
 
 
 def plain_name(cell: str) -> str:
-    """A column's name without what makes no difference.
+    """Normalize a column name.
 
     >>> plain_name("锘縮ubject_id"), plain_name("ï»¿subject_id"), plain_name(" Final  Decision")
     ('subject_id', 'subject_id', 'final_decision')
@@ -119,7 +118,7 @@ def plain_name(cell: str) -> str:
 
 def _unmarked(cell: str) -> str:
     mark = UTF8_MARK.encode()
-    for encoding in MISREAD_AS:
+    for encoding in BOM_MISREADINGS:
         try:
             as_written = cell.encode(encoding)
             if as_written.startswith(mark):
@@ -135,7 +134,7 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
     if len(line) > MAX_LINE:
         raise UserError(f"{path}:{number}: over {MAX_LINE:,} bytes without a line end: not a case file")
     if b"\0" in line:
-        raise UserError(f"{path}:{number}: holds a NUL byte: not a text file, or a damaged one; export it again")
+        raise UserError(f"{path}:{number}: contains a NUL byte: not a text file, or damaged; export it again")
     try:
         return line.decode("utf-8-sig" if number == 1 else "utf-8")
     except UnicodeDecodeError as error:
@@ -143,7 +142,7 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
 
 
 def _next(path: Path, reader: "_Reader") -> tuple[int, list[str] | None]:
-    """The next row and the line where it begins, or None at the end."""
+    """Return the next row and the line in which it begins, or None at the end."""
     line = reader.line_num + 1
     try:
         return line, next(reader, None)
@@ -160,17 +159,17 @@ def _places(
         _refuse_header(path, missing, [name for name in required if name in names], header)
     wanted = (*required, *optional)
     if twice := [name for name in wanted if names.count(name) > 1]:
-        raise UserError(f"{path}:1: column {' and '.join(twice)} stands there more than once: keep one")
+        raise UserError(f"{path}:1: column {' and '.join(twice)} occurs more than once: keep one")
     return [(name, names.index(name)) for name in wanted if name in names]
 
 
-def _refuse_header(path: Path, missing: list[str], there: list[str], header: list[str]) -> Never:
-    """A header with none of the names may be a row, and a row may be a patient's: then it is not shown."""
-    shown = [f"{cell.strip():.40}" for cell in header[:SHOWN_CELLS]] + ["…"] * (len(header) > SHOWN_CELLS)
-    found = (
-        f"found {', '.join(shown)}"
-        if there
+def _refuse_header(path: Path, missing: list[str], present: list[str], header: list[str]) -> Never:
+    """Refuse a header. If it has none of the names it may be a row with patient data and is not quoted."""
+    cells = [f"{cell.strip():.40}" for cell in header[:MAX_CELLS_SHOWN]] + ["…"] * (len(header) > MAX_CELLS_SHOWN)
+    hint = (
+        f"found {', '.join(cells)}"
+        if present
         else f"none of the {len(header)} fields of line 1 is a known name: is the header missing?"
     )
     plural = "s" if len(missing) > 1 else ""
-    raise UserError(f"{path}:1: column{plural} {', '.join(missing)} missing; {found}")
+    raise UserError(f"{path}:1: column{plural} {', '.join(missing)} missing; {hint}")

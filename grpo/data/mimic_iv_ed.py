@@ -1,10 +1,9 @@
-"""MIMIC-IV-ED: triage joined with edstays, and with patients for the age. Gold is ``acuity``, the nurse's own level.
+"""Load MIMIC-IV-ED: triage joined with edstays, and with patients for the age. Gold is ``acuity``, the nurse's level.
 
 Columns as documented by MIMIC-IV-ED 2.2 and MIMIC-IV (grade K): triage ``subject_id, stay_id, temperature, heartrate,
 resprate, o2sat, sbp, dbp, pain, acuity, chiefcomplaint``; edstays ``subject_id, hadm_id, stay_id, intime, outtime,
 gender, race, arrival_transport, disposition``; patients ``subject_id, gender, anchor_age, anchor_year,
-anchor_year_group, dod``. How often each oddity occurs in the real files is not known here (U): the report says it of
-yours.
+anchor_year_group, dod``. How often each irregularity occurs in the real files is unknown (U); the report counts them.
 """
 
 import re
@@ -22,7 +21,7 @@ from grpo.data.csv_rows import table
 from grpo.data.narrative import (
     ARRIVALS,
     GROUPED_AGE,
-    LONGEST_COMPLAINT,
+    MAX_COMPLAINT_CHARS,
     SEXES,
     Presentation,
     narrative,
@@ -36,57 +35,57 @@ SEEN_AT_TRIAGE = ("chiefcomplaint", "temperature", "heartrate", "resprate", "o2s
 """Columns of triage that may enter a prompt. Of edstays: gender and arrival_transport. Of patients: the age."""
 TRIAGE = ("subject_id", "stay_id", "acuity", *SEEN_AT_TRIAGE)
 EDSTAYS = ("subject_id", "stay_id", "intime", "gender", "arrival_transport")
-"""Of ``intime`` only the year is read, and only to turn an anchor age into an age."""
+"""Only the year of ``intime`` is read, to turn an anchor age into an age."""
 PATIENTS = ("subject_id", "anchor_age", "anchor_year")
 NO_AGE, BAD_AGE = -1, -2
-OLDEST = 130
+MAX_AGE = 130
 GENDER_CODES, ARRIVAL_CODES = ("", *SEXES), ("", *ARRIVALS)
-SILENT_ARRIVALS = ("UNKNOWN", "OTHER")
-"""Published values that say nothing."""
+UNKNOWN_ARRIVALS = ("UNKNOWN", "OTHER")
+"""Published values without information."""
 AGE = re.compile(r"\d{1,3}", re.ASCII)
 ANCHOR_YEAR = re.compile(r"\d{4}", re.ASCII)
 YEAR = re.compile(r"(\d{4})-\d\d-\d\d", re.ASCII)
 
 
 def read_mimic_iv_ed(name: str) -> Iterator[Record | Remark]:
-    """A case for each triage row with an acuity, in the order of triage; id ``stay-STAY_ID``, patient SUBJECT_ID.
+    """Yield a case for each triage row with an acuity, in the order of triage; id ``stay-STAY_ID``, patient SUBJECT_ID.
 
-    The narrative is `grpo.data.narrative.narrative` of the columns named in `Presentation`; other columns of the
-    files never leave the CSV reader. Age = anchor_age + year of intime - anchor_year, right to the year; without a
-    patients file there is none. (Anchor age 91 stands for "over 89": in a year before the anchor the age is unknown.)
+    The narrative is `grpo.data.narrative.narrative` of the columns in `Presentation`; other columns never leave the CSV
+    reader. Age = anchor_age + year of intime - anchor_year, exact to a year; without a patients file it is unknown.
+    (Anchor age 91 means "over 89": for a year before the anchor the age is unknown.)
 
-    Memory: no file need be in any order. Triage is streamed; of edstays the join keeps 36 bytes a stay (ids, lines,
-    age, two codes), sorted by stay_id once and searched by bisection: 15 MB for the published 425,087 stays.
+    Files may be in any order. Triage is streamed. The join keeps 36 bytes per stay of edstays (ids, lines, age, two
+    codes), sorted by stay_id and searched by bisection: 15 MB for the published 425,087 stays.
 
     Args:
-        name: a folder with ``triage.csv``, ``edstays.csv`` and, if wanted, ``patients.csv``, each plain or ``.gz``;
-            each is also looked for in the folder's ``ed/`` and ``hosp/``, as published.
+        name: a folder with ``triage.csv``, ``edstays.csv`` and, optionally, ``patients.csv``, each plain or ``.gz``,
+            directly or in ``ed/`` and ``hosp/`` as published.
 
     Raises:
-        UserError: a file missing or damaged, a column missing, a stay_id twice in one of the files.
+        UserError: a file is missing or damaged, a column is missing, or a stay_id occurs twice in a file.
     """
     folder = resolve(name)
     triage, edstays = _required(folder, "triage"), _required(folder, "edstays")
     ages = yield from _read_ages(_find(folder, "patients"))
     stays = yield from _read_stays(edstays, ages)
-    met = array("q", bytes(8 * len(stays.ids)))
+    used_in_line = array("q", bytes(8 * len(stays.ids)))
     for line, row in table(triage, TRIAGE):
         try:
-            record, notes = _record(row, stays, met, triage, line)
+            record, notes = _record(row, stays, used_in_line, triage, line)
         except BadRow as bad:
             yield Remark(triage, line, bad.reason, detail=bad.detail)
             continue
         for reason, column in notes:
             yield Remark(triage, line, reason, column)
         yield record
-    for place, line in enumerate(met):
+    for place, line in enumerate(used_in_line):
         if not line:
             yield Remark(edstays, int(stays.lines[place]), "no_triage")
 
 
 @dataclass(frozen=True, slots=True)
 class _Stays:
-    """edstays as columns in ascending order of stay_id."""
+    """Columns of edstays in ascending order of stay_id."""
 
     ids: memoryview
     subjects: memoryview
@@ -100,14 +99,14 @@ class _Stays:
 
 @dataclass(frozen=True, slots=True)
 class _Ages:
-    """patients as columns in ascending order of subject_id."""
+    """Columns of patients in ascending order of subject_id."""
 
     subjects: memoryview
     ages: memoryview
     years: memoryview
 
     def at(self, subject: int, year: int) -> int:
-        """Age in ``year``, `NO_AGE` or `BAD_AGE`; the caller checks how old a patient can be."""
+        """Return the age in ``year``, `NO_AGE` or `BAD_AGE`; the caller checks the upper limit."""
         place = bisect_left(self.subjects, subject)
         if place == len(self.subjects) or self.subjects[place] != subject or not year:
             return NO_AGE
@@ -118,7 +117,7 @@ class _Ages:
 
 
 def _record(
-    row: dict[str, str] | None, stays: _Stays, met: "array[int]", triage: Path, line: int
+    row: dict[str, str] | None, stays: _Stays, used_in_line: "array[int]", triage: Path, line: int
 ) -> tuple[Record, tuple[tuple[str, str], ...]]:
     if row is None:
         raise BadRow("ragged")
@@ -128,16 +127,16 @@ def _record(
     place = bisect_left(stays.ids, stay)
     if place == len(stays.ids) or stays.ids[place] != stay:
         raise BadRow("unknown_stay")
-    if met[place]:
-        raise UserError(f"{triage}:{line}: stay_id {stay} was already used in line {met[place]}")
-    met[place] = line
+    if used_in_line[place]:
+        raise UserError(f"{triage}:{line}: stay_id {stay} was already used in line {used_in_line[place]}")
+    used_in_line[place] = line
     if stays.subjects[place] != subject:
         raise BadRow("other_patient")
     level = acuity(row["acuity"])
-    if len(row["chiefcomplaint"]) > LONGEST_COMPLAINT:
+    if len(row["chiefcomplaint"]) > MAX_COMPLAINT_CHARS:
         raise BadRow("long_narrative")
     age = stays.ages[place]
-    known = 0 <= age <= OLDEST
+    known = 0 <= age <= MAX_AGE
     text, notes = narrative(
         Presentation(
             **{column: row[column] for column in SEEN_AT_TRIAGE},
@@ -163,7 +162,7 @@ def _read_stays(path: Path, ages: _Ages) -> Generator[Remark, None, _Stays]:
         gender, arrival = row["gender"].strip().upper(), " ".join(row["arrival_transport"].upper().split())
         if gender not in SEXES and not missing(gender):
             yield Remark(path, line, "unlisted", "gender")
-        if arrival not in (*ARRIVALS, *SILENT_ARRIVALS) and not missing(arrival):
+        if arrival not in (*ARRIVALS, *UNKNOWN_ARRIVALS) and not missing(arrival):
             yield Remark(path, line, "unlisted", "arrival_transport")
         year = YEAR.match(row["intime"].strip())
         subject = int(row["subject_id"])
@@ -195,26 +194,26 @@ def _read_ages(path: Path | None) -> Generator[Remark, None, _Ages]:
 def _in_order(
     path: Path, key: str, lines: "array[int]", keys: "array[int]", *others: "array[int]"
 ) -> tuple[memoryview, ...]:
-    """The columns in ascending order of ``keys``, refusing equal keys."""
-    found = np.asarray(keys)
-    order = np.argsort(found, kind="stable")
-    again = np.flatnonzero(np.diff(found[order]) == 0)
-    if again.size:
-        first, second = lines[order[again[0]]], lines[order[again[0] + 1]]
-        raise UserError(f"{path}:{second}: {key} {found[order[again[0]]]} was already used in line {first}")
+    """Return the columns in ascending order of ``keys``; equal keys are refused."""
+    values = np.asarray(keys)
+    order = np.argsort(values, kind="stable")
+    repeated = np.flatnonzero(np.diff(values[order]) == 0)
+    if repeated.size:
+        first, second = lines[order[repeated[0]]], lines[order[repeated[0] + 1]]
+        raise UserError(f"{path}:{second}: {key} {values[order[repeated[0]]]} was already used in line {first}")
     return tuple(np.asarray(column)[order].data for column in (keys, *others))
 
 
 def _required(folder: Path, stem: str) -> Path:
-    found = _find(folder, stem)
-    if found is None:
-        raise UserError(f"{folder}: no {stem}.csv or {stem}.csv.gz in it, nor in its ed/ or hosp/")
-    return found
+    path = _find(folder, stem)
+    if path is None:
+        raise UserError(f"{folder}: expected {stem}.csv or {stem}.csv.gz in it or in its ed/ or hosp/, found neither")
+    return path
 
 
 def _find(folder: Path, stem: str) -> Path | None:
     places = [folder / inner / f"{stem}{end}" for inner in ("", "ed", "hosp") for end in (".csv", ".csv.gz")]
-    found = [place for place in places if is_regular(place)]
-    if len(found) > 1:
-        raise UserError(f"{folder}: both {found[0]} and {found[1]}: keep one")
-    return found[0] if found else None
+    files = [place for place in places if is_regular(place)]
+    if len(files) > 1:
+        raise UserError(f"{folder}: contains both {files[0]} and {files[1]}: keep one")
+    return files[0] if files else None

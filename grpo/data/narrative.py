@@ -1,9 +1,8 @@
-"""Triage columns of MIMIC-IV-ED → the narrative that becomes the user turn.
+"""Write the narrative of a MIMIC-IV-ED triage row, which becomes the user turn.
 
-`Presentation` is the allow-list: what is no field of it cannot reach a prompt. Left out on purpose: everything that is
-known only after triage (disposition, outtime, hadm_id, diagnoses, death), the level itself, the identifiers and dates,
-and race, which the ESI algorithm does not ask for. No number is ever changed: a value is written as recorded, or left
-out with a remark.
+`Presentation` is the allow-list: only its fields can reach a prompt. Excluded on purpose: everything known only after
+triage (disposition, outtime, hadm_id, diagnoses, death), the level itself, identifiers and dates, and race, which the
+ESI algorithm does not use. No number is ever changed: a value is written as recorded, or omitted with a note.
 """
 
 import re
@@ -12,9 +11,9 @@ from dataclasses import dataclass
 
 from grpo.data.csv_fields import missing
 
-LONGEST_COMPLAINT = 1_000
-"""Characters; the published column holds 255."""
-LONGEST_PAIN = 30
+MAX_COMPLAINT_CHARS = 1_000
+"""Characters; the published column has at most 255."""
+MAX_PAIN_CHARS = 30
 DEIDENTIFIED = re.compile(r"_{2,}")
 NUMBER = re.compile(r"[+-]?\d{1,9}(?:\.\d{1,9})?", re.ASCII)
 PAIN_SCORE = re.compile(r"(-?\d{1,4}(?:\.\d{1,4})?)(?:\s*/\s*10)?", re.ASCII)
@@ -29,10 +28,10 @@ LIMITS = {
     "sbp": (0.0, 370.0),
     "dbp": (0.0, 360.0),
 }
-"""What a living patient can have; °F, a minute, a minute, %, mmHg, mmHg. Wide on purpose: beyond the extremes that were
-ever survived, so that only slips of the keyboard fall out (our choice, grade U)."""
+"""Possible values of a living patient, in °F, per minute, per minute, %, mmHg, mmHg. Wide on purpose, so that only
+typing errors are excluded (our choice, grade U)."""
 CELSIUS = (25.0, 45.0)
-"""A temperature in here cannot be °F, the column's unit, and can be °C."""
+"""A temperature in this range cannot be in °F, the unit of the column, but can be in °C."""
 SEXES = {"F": "female", "M": "male"}
 ARRIVALS = {
     "AMBULANCE": "arrived by ambulance",
@@ -40,15 +39,15 @@ ARRIVALS = {
     "WALK IN": "walked in",
 }
 GROUPED_AGE = 90
-"""MIMIC-IV writes 91 for every age over 89: from here on the narrative says "90 or older"."""
+"""MIMIC-IV records every age over 89 as 91; from this age on the narrative is "90 or older"."""
 
 Note = tuple[str, str]
-"""(reason, column) of a remark about one value: a key of `REASONS` in report.py, a field of `Presentation`."""
+"""(reason, column) of a note on one value: a key of `grpo.data.row_report.REASONS` and a field of `Presentation`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Presentation:
-    """What a triage nurse sees: the only columns that may enter a prompt, as the files have them."""
+    """What a triage nurse sees: the only columns that may enter a prompt, as recorded."""
 
     chiefcomplaint: str
     temperature: str = ""
@@ -61,23 +60,23 @@ class Presentation:
     pain: str = ""
     """Free text: "8", "8-9", "13", "uta", "Critical"."""
     age: int | None = None
-    """Years at the stay; any from `GROUPED_AGE` on are one."""
+    """Years at the time of the stay; all from `GROUPED_AGE` on are treated alike."""
     gender: str = ""
     arrival_transport: str = ""
 
 
-def narrative(seen: Presentation) -> tuple[str, tuple[Note, ...]]:
-    """(the narrative, the notes on what was left out or cannot be taken at its face).
+def narrative(presentation: Presentation) -> tuple[str, tuple[Note, ...]]:
+    """Return the narrative, and notes on values that were omitted or are doubtful.
 
-    ``A AGE-year-old SEX ARRIVAL. Chief complaint: AS WRITTEN. Vital signs: T, HR, RR, SpO2, BP. Pain n/10.`` A part
-    that was not recorded is not mentioned; without age it is "A female patient …", without an arrival "… came to
-    triage". The text is "" where no chief complaint is left after the de-identification marks are taken out.
+    ``A AGE-year-old SEX ARRIVAL. Chief complaint: AS WRITTEN. Vital signs: T, HR, RR, SpO2, BP. Pain n/10.`` Parts that
+    were not recorded are omitted; without an age it begins "A female patient …", without an arrival "… came to triage".
+    The narrative is "" if no chief complaint is left after removing de-identification marks.
 
-    - ``___`` is taken out of chief complaint and pain, and blanks and punctuation around the gap closed up.
-    - 0, negative numbers, 999 and the like, values beyond `LIMITS`: left out. A temperature in `CELSIUS` is written
-      with C. A diastolic pressure not below the systolic takes both out.
-    - pain: a number from 0 to 10 or a range of two is written "Pain 8/10", "Pain 8-9/10"; 13 or -1 is left out; words
-      of up to 30 plain characters are quoted, "Pain: uta.", and not read: whether "denies" is 0 is not decided here.
+    - ``___`` is removed from chief complaint and pain, together with blanks and punctuation around the gap.
+    - 0, negative numbers, codes such as 999, and values outside `LIMITS` are omitted. A temperature in `CELSIUS` is
+      written with C. If the diastolic pressure is not below the systolic, both are omitted.
+    - Pain: a number from 0 to 10 or a range is written "Pain 8/10" or "Pain 8-9/10"; 13 or -1 is omitted. Words of up
+      to 30 plain characters are quoted, "Pain: uta.", and not interpreted.
 
     >>> text, notes = narrative(
     ...     Presentation("CHEST PAIN, Transfer", "98.6", "104.0", "18", "97", "132", "84", "8", 67, "F", "AMBULANCE")
@@ -91,14 +90,15 @@ def narrative(seen: Presentation) -> tuple[str, tuple[Note, ...]]:
     'A male patient came to triage. Chief complaint: s/p FALL AT. Vital signs: T 36.8 C. Pain: uta.'
     """
     notes: list[Note] = []
-    complaint = _told("chiefcomplaint", seen.chiefcomplaint, notes)
+    complaint = _clean_text("chiefcomplaint", presentation.chiefcomplaint, notes)
     if not complaint:
         return "", ()
-    parts = [f"{_who(seen.age, seen.gender)} {ARRIVALS.get(_key(seen.arrival_transport), 'came to triage')}."]
+    arrival = ARRIVALS.get(_key(presentation.arrival_transport), "came to triage")
+    parts = [f"{_who(presentation.age, presentation.gender)} {arrival}."]
     parts.append(f"Chief complaint: {complaint}.")
-    if vitals := ", ".join(_vitals(seen, notes)):
+    if vitals := ", ".join(_vitals(presentation, notes)):
         parts.append(f"Vital signs: {vitals}.")
-    if pain := _pain(seen.pain, notes):
+    if pain := _pain(presentation.pain, notes):
         parts.append(pain)
     return " ".join(parts), tuple(notes)
 
@@ -113,20 +113,20 @@ def _who(age: int | None, gender: str) -> str:
     return f"{article} {age}-year-old {sex or 'patient'}"
 
 
-def _vitals(seen: Presentation, notes: list[Note]) -> Iterator[str]:
-    degrees = _plain_number(seen.temperature)
+def _vitals(presentation: Presentation, notes: list[Note]) -> Iterator[str]:
+    degrees = _plain_number(presentation.temperature)
     if degrees is not None and CELSIUS[0] <= degrees <= CELSIUS[1]:
         notes.append(("celsius", "temperature"))
         yield f"T {degrees:.15g} C"
-    elif temperature := _vital("temperature", seen.temperature, notes):
+    elif temperature := _vital("temperature", presentation.temperature, notes):
         yield f"T {temperature} F"
-    if heartrate := _vital("heartrate", seen.heartrate, notes):
+    if heartrate := _vital("heartrate", presentation.heartrate, notes):
         yield f"HR {heartrate}"
-    if resprate := _vital("resprate", seen.resprate, notes):
+    if resprate := _vital("resprate", presentation.resprate, notes):
         yield f"RR {resprate}"
-    if o2sat := _vital("o2sat", seen.o2sat, notes):
+    if o2sat := _vital("o2sat", presentation.o2sat, notes):
         yield f"SpO2 {o2sat}%"
-    sbp, dbp = _vital("sbp", seen.sbp, notes), _vital("dbp", seen.dbp, notes)
+    sbp, dbp = _vital("sbp", presentation.sbp, notes), _vital("dbp", presentation.dbp, notes)
     if sbp and dbp and float(dbp) >= float(sbp):
         notes.append(("inverted", "dbp"))
     elif sbp and dbp:
@@ -136,7 +136,7 @@ def _vitals(seen: Presentation, notes: list[Note]) -> Iterator[str]:
 
 
 def _vital(column: str, value: str, notes: list[Note]) -> str:
-    """The number as recorded, trailing zeros aside, or "" with a note."""
+    """Return the number as recorded, without trailing zeros, or "" with a note."""
     number = _plain_number(value)
     if number is None:
         if not missing(value):
@@ -159,38 +159,38 @@ def _plain_number(value: str) -> float | None:
 
 
 def _pain(value: str, notes: list[Note]) -> str:
-    if missing(value) and value.strip().casefold() != "none":  # here an answer
+    if missing(value) and value.strip().casefold() != "none":  # for pain, "none" is an answer
         return ""
-    said = _told("pain", value, notes)
-    if score := PAIN_SCORE.fullmatch(said):
+    text = _clean_text("pain", value, notes)
+    if score := PAIN_SCORE.fullmatch(text):
         if 0 <= float(score[1]) <= 10:
             return f"Pain {float(score[1]):.15g}/10."
         notes.append(("impossible", "pain"))
         return ""
-    bounds = PAIN_RANGE.fullmatch(said)
+    bounds = PAIN_RANGE.fullmatch(text)
     if bounds and int(bounds[1]) < int(bounds[2]) <= 10:
         return f"Pain {int(bounds[1])}-{int(bounds[2])}/10."
-    if not said:
+    if not text:
         return ""
-    if len(said) > LONGEST_PAIN or not QUOTABLE.fullmatch(said):
+    if len(text) > MAX_PAIN_CHARS or not QUOTABLE.fullmatch(text):
         notes.append(("long_pain", "pain"))
         return ""
     notes.append(("words", "pain"))
-    return f"Pain: {said}."
+    return f"Pain: {text}."
 
 
-def _told(column: str, value: str, notes: list[Note]) -> str:
-    """Free text without de-identification marks, line ends and a full stop at its end."""
+def _clean_text(column: str, value: str, notes: list[Note]) -> str:
+    """Return free text without de-identification marks, line ends and a final full stop."""
     if missing(value) and column != "pain":
         return ""
-    kept, marks = DEIDENTIFIED.subn(" ", value)
+    text, marks = DEIDENTIFIED.subn(" ", value)
     if marks:
         notes.append(("deidentified", column))
-        kept = re.sub(r"\s+([,.;:)])", r"\1", kept)
-        kept = re.sub(r"([,.;:(])(?:\s*[,.;:])+", r"\1", kept)
-    if not kept.isprintable():
-        kept = "".join(c if c.isprintable() else " " for c in kept)
-    return " ".join(kept.split()).strip(" ,.;:")
+        text = re.sub(r"\s+([,.;:)])", r"\1", text)
+        text = re.sub(r"([,.;:(])(?:\s*[,.;:])+", r"\1", text)
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " for c in text)
+    return " ".join(text.split()).strip(" ,.;:")
 
 
 def _key(value: str) -> str:

@@ -1,8 +1,7 @@
-"""What a loader yields, and the account of every row that did not become a case as it stood.
+"""Report on every row of a case file that was dropped or changed.
 
-A loader is an iterator: for each row of its file it yields what it could make of it (a `Record`, or a `Banded` where
-the file holds no gold level) and a `Remark` for whatever was dropped, set aside or left out. Nothing is passed over in
-silence, and neither a remark nor an error ever carries a case's text.
+A loader is an iterator: for each row of its file it yields a `CaseRow`, and a `RowNote` for everything that was
+dropped, excluded or omitted. Nothing is ignored silently, and no note or error contains a case's text.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,21 +12,21 @@ from grpo.runtime.errors import UserError
 from grpo.types import Case
 
 MAX_TEXT = 100_000
-"""Characters. A longer narrative is a broken file, not a patient."""
+"""Characters. A longer narrative is a broken file."""
 LINES_SHOWN = 10
-"""Line numbers kept for each kind of remark."""
+"""Line numbers listed for each kind of note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reason:
-    """One kind of remark."""
+    """One kind of note."""
 
     kept: bool
-    """The row became a case all the same."""
+    """Whether the row still became a case."""
     fault: bool
-    """Not as the format says it should be: ``strict`` refuses the file."""
-    says: str
-    """What was the matter, and what was done."""
+    """Whether the row violates the format, so that ``strict`` refuses the file."""
+    text: str
+    """What was wrong, and what was done."""
 
 
 REASONS: dict[str, Reason] = {
@@ -36,81 +35,69 @@ REASONS: dict[str, Reason] = {
     "bad_field": Reason(False, True, "a field is not what a case needs: dropped"),
     "ragged": Reason(False, True, "more or fewer fields than the header: dropped"),
     "line_break": Reason(
-        False, True, "a line break inside a field, so a stray quotation mark may have swallowed rows: dropped"
+        False, True, "a line break inside a field, so a stray quotation mark may have hidden rows: dropped"
     ),
     "bad_id": Reason(False, True, "stay_id or subject_id is not a whole number: dropped"),
-    "unknown_stay": Reason(False, True, "its stay_id is not in edstays: dropped"),
-    "other_patient": Reason(False, True, "triage and edstays give its stay to different patients: dropped"),
+    "unknown_stay": Reason(False, True, "stay_id is not in edstays: dropped"),
+    "other_patient": Reason(False, True, "triage and edstays disagree about the patient of the stay: dropped"),
     "no_acuity": Reason(False, True, "no acuity, so no gold level: dropped"),
     "bad_acuity": Reason(False, True, "acuity is not a level from 1 to 5: dropped"),
-    "no_narrative": Reason(False, True, "nothing that could be a presentation: dropped"),
-    "long_narrative": Reason(False, True, "too long for a presentation: dropped"),
-    "no_band": Reason(False, True, "the instruction names no known band: dropped"),
-    "unreadable": Reason(True, True, "a row that stays or ages were to be read from, and cannot: passed over"),
-    "not_retained": Reason(False, False, "the experts did not retain it: set aside"),
-    "not_a_number": Reason(True, True, "not a number: left out of the narrative"),
-    "sentinel": Reason(True, True, "a code for a missing value (negative, or all nines): left out of the narrative"),
-    "impossible": Reason(True, True, "outside the range it can have: left out of the narrative"),
-    "celsius": Reason(True, True, "25 to 45 where °F was expected: written as °C, the number untouched"),
-    "inverted": Reason(True, True, "diastolic not below systolic: both left out of the narrative"),
-    "bad_age": Reason(True, True, "age not between 0 and 130: left out of the narrative"),
-    "long_pain": Reason(True, True, "a text too long or too odd to quote: left out of the narrative"),
-    "zero": Reason(True, False, "0, either not measured or an arrest: left out of the narrative"),
+    "no_narrative": Reason(False, True, "no narrative: dropped"),
+    "long_narrative": Reason(False, True, "narrative too long: dropped"),
+    "unreadable": Reason(True, True, "a row of stays or ages that cannot be read: ignored"),
+    "not_retained": Reason(False, False, "not retained by the experts: excluded"),
+    "not_a_number": Reason(True, True, "not a number: omitted from the narrative"),
+    "sentinel": Reason(True, True, "a code for a missing value (negative, or all nines): omitted from the narrative"),
+    "impossible": Reason(True, True, "outside the possible range: omitted from the narrative"),
+    "celsius": Reason(True, True, "25 to 45 where °F was expected: written as °C, with the number unchanged"),
+    "inverted": Reason(True, True, "diastolic not below systolic: both omitted from the narrative"),
+    "bad_age": Reason(True, True, "age not between 0 and 130: omitted from the narrative"),
+    "long_pain": Reason(True, True, "text too long or with unusual characters: omitted from the narrative"),
+    "zero": Reason(True, False, "0, either not measured or an arrest: omitted from the narrative"),
     "words": Reason(True, False, "in words: quoted"),
-    "deidentified": Reason(True, False, "___ was taken out"),
-    "no_vital": Reason(True, False, "lacks a vital sign: kept, tagged lacks_vital"),
-    "unlisted": Reason(True, False, "a value that the narrative has no words for: left out"),
-    "no_age": Reason(True, False, "no age to be had from patients: left out of the narrative"),
-    "no_triage": Reason(True, False, "a stay that triage does not have"),
-    "not_published": Reason(True, False, "levels are not the published file's 14/11/5/4/2"),
+    "deidentified": Reason(True, False, "___ removed"),
+    "no_vital": Reason(True, False, "lacks a vital sign: kept with the tag lacks_vital"),
+    "unlisted": Reason(True, False, "a value without a wording in the narrative: omitted"),
+    "no_age": Reason(True, False, "no age in patients: omitted from the narrative"),
+    "no_triage": Reason(True, False, "a stay that is not in triage"),
+    "not_published": Reason(True, False, "level counts differ from the published 14/11/5/4/2"),
 }
-"""Every kind of remark. Three outcomes: dropped (kept no, fault yes), set aside (no, no), kept with a note (yes, …)."""
+"""Every kind of note. A row is dropped (not kept, fault), excluded (not kept, no fault), or kept with a note."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A case with what a split must know of it and a prompt must not.
+    """A case together with its patient, which a split needs and a prompt must not contain.
 
     Example: ``Record(Case("stay-30000001", "A 67-year-old female …", 2), patient="10000001")``
     """
 
     case: Case
     patient: str
-    """Equal for all cases of one patient; "" where the file does not say."""
-
-
-@dataclass(frozen=True, slots=True)
-class Banded:
-    """A presentation whose level is known only to lie in a band. It has no ``esi``, so it cannot be taken for gold."""
-
-    id: str
-    text: str
-    low: int
-    high: int
-    """Inclusive: ESI low to high."""
+    """The same for all cases of one patient; "" if unknown."""
 
 
 @dataclass(frozen=True, slots=True)
 class Remark:
-    """What a loader has to say about one row."""
+    """A note about one row."""
 
     path: Path
     line: int
-    """Where the row begins, counted from 1."""
+    """The line in which the row begins, from 1."""
     reason: str
     """A key of `REASONS`."""
     column: str = ""
     detail: str = ""
-    """More than the reason says, without a case's text: "esi of case 'a' must be …"."""
+    """Details without a case's text: "esi of case 'a' must be …"."""
     patient: str = ""
-    """Whose row it is, if it was set aside and says so: `grpo prepare --exclude` keeps this patient out too."""
+    """The patient of an excluded row, if known, so that `grpo prepare --exclude` keeps this patient out too."""
 
 
-Row = Record | Banded | Remark
+Row = Record | Remark
 
 
 class BadRow(ValueError):
-    """Inside a loader: this row is to be dropped."""
+    """Raised inside a loader to drop the row."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(detail or reason)
@@ -119,41 +106,41 @@ class BadRow(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """All remarks of one file with one reason about one column."""
+    """The number of notes with one reason on one column of a file."""
 
     path: Path
     reason: str
     column: str
     count: int
     lines: tuple[int, ...]
-    """The first `LINES_SHOWN`."""
+    """The first `LINES_SHOWN` lines."""
 
     @property
-    def what(self) -> str:
+    def summary(self) -> str:
         """Count, column and reason, without the lines."""
-        return f"{self.count:,} × {f'{self.column} {REASONS[self.reason].says}'.strip()}"
+        return f"{self.count:,} × {f'{self.column} {REASONS[self.reason].text}'.strip()}"
 
     def __str__(self) -> str:
-        """One line for people.
+        """Return one line of text.
 
         >>> str(Finding(Path("ed/triage.csv.gz"), "zero", "o2sat", 1_200, (5, 17)))
-        '1,200 × o2sat 0, either not measured or an arrest: left out of the narrative (triage.csv.gz, lines 5, 17, …)'
+        '1,200 × o2sat 0, either not measured or an arrest: omitted from the narrative (triage.csv.gz, lines 5, 17, …)'
         """
         more = ", …" if self.count > len(self.lines) else ""
         word = "line" if self.count == 1 else "lines"
-        return f"{self.what} ({self.path.name}, {word} {', '.join(map(str, self.lines))}{more})"
+        return f"{self.summary} ({self.path.name}, {word} {', '.join(map(str, self.lines))}{more})"
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """The account of a file: ``rows == cases + dropped``, and a `Finding` for every reason."""
+    """Counts for a file, ``rows == cases + dropped``, and one `Finding` per reason."""
 
     cases: int
     findings: tuple[Finding, ...]
 
     @property
     def dropped(self) -> int:
-        """Rows that became no case, set-aside ones included."""
+        """Number of rows that did not become a case, including excluded ones."""
         return sum(finding.count for finding in self.findings if not REASONS[finding.reason].kept)
 
     @property
@@ -162,13 +149,13 @@ class Report:
 
     @property
     def faults(self) -> tuple[Finding, ...]:
-        """What ``strict`` refuses."""
+        """The findings for which ``strict`` refuses the file."""
         return tuple(finding for finding in self.findings if REASONS[finding.reason].fault)
 
 
 @dataclass(slots=True)
 class Tally:
-    """Counts remarks as they pass, in memory that does not grow with the file.
+    """Counts the notes of a loader in constant memory.
 
     >>> tally = Tally()
     >>> rows = tally.watch([Record(Case("a", "Rash.", 5), "p"), Remark(Path("t.csv"), 3, "no_acuity")])
@@ -182,8 +169,8 @@ class Tally:
     first_fault: Remark | None = None
     set_aside: set[str] = field(default_factory=set)
 
-    def watch(self, rows: Iterable[Row]) -> Iterator[Record | Banded]:
-        """The rows that are cases; the remarks are counted on the way."""
+    def watch(self, rows: Iterable[Row]) -> Iterator[Record]:
+        """Yield the rows that are cases and count the notes."""
         for row in rows:
             if not isinstance(row, Remark):
                 self.cases += 1
@@ -192,14 +179,14 @@ class Tally:
             self.set_aside |= {row.patient} - {""}
             key = (row.path, row.reason, row.column)
             self.counts[key] = self.counts.get(key, 0) + 1
-            shown = self.lines.setdefault(key, [])
-            if len(shown) < LINES_SHOWN:
-                shown.append(row.line)
+            lines = self.lines.setdefault(key, [])
+            if len(lines) < LINES_SHOWN:
+                lines.append(row.line)
             if self.first_fault is None and REASONS[row.reason].fault:
                 self.first_fault = row
 
     def report(self) -> Report:
-        """The account so far, the dropped rows first."""
+        """Return the report so far, with the dropped rows first."""
         order = sorted(self.counts, key=lambda key: list(REASONS).index(key[1]))
         return Report(
             self.cases, tuple(Finding(*key, count=self.counts[key], lines=tuple(self.lines[key])) for key in order)
@@ -208,12 +195,12 @@ class Tally:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The tuple form of a file: all its cases, and the account of what did not become one."""
+    """All cases of a file, and the report on its other rows."""
 
     records: tuple[Record, ...]
     report: Report
     set_aside: frozenset[str] = frozenset()
-    """Patients of rows that were set aside, as far as those say."""
+    """Known patients of excluded rows."""
 
     @property
     def cases(self) -> tuple[Case, ...]:
@@ -221,40 +208,24 @@ class Loaded:
 
 
 def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
-    """All records of a loader, refusing bands as gold.
+    """Read all rows of a loader.
 
     Args:
-        name: of the file, for the message of an empty one.
-        rows: from a loader.
-        strict: refuse the file if any row was dropped or any value left out because of a fault.
+        name: the file name, for the message if it is empty.
+        rows: the iterator of a loader.
+        strict: refuse the file if any row was dropped or any value omitted because of a fault.
 
     Raises:
-        UserError: for a file without cases, for a `Banded`, and under ``strict`` for the first fault, with the count of
-            the others.
+        UserError: the file has no cases; if ``strict``, the first fault, with the number of the others.
     """
     tally = Tally()
-    records = []
-    for row in tally.watch(rows):
-        if isinstance(row, Banded):
-            raise UserError(
-                f"{name}: case {row.id!r} has a band, ESI {row.low} to {row.high}, and no gold level: the band is read "
-                "off the wording of an instruction and nobody confirmed it. Such cases can be prompts "
-                "(grpo prepare --prompts writes them without a level), but neither train nor evaluate"
-            )
-        records.append(row)
-    return Loaded(tuple(records), settled(name, tally, strict=strict), frozenset(tally.set_aside))
-
-
-def settled(name: str, tally: Tally, *, strict: bool) -> Report:
-    """The report of a file that has been read, or `UserError` if it may not be used (see `gather`)."""
+    records = tuple(tally.watch(rows))
     report, first = tally.report(), tally.first_fault
     if first and strict:
-        what = first.detail or f"{first.column} {REASONS[first.reason].says}".strip()
+        reason = first.detail or f"{first.column} {REASONS[first.reason].text}".strip()
         total = sum(finding.count for finding in report.faults)
-        all_of_it = (
-            f"; strict refuses all {total:,}: {'; '.join(fault.what for fault in report.faults)}" if total > 1 else ""
-        )
-        raise UserError(f"{first.path}:{first.line}: {what}{all_of_it}")
+        others = f"; strict refuses all {total:,}: {'; '.join(f.summary for f in report.faults)}" if total > 1 else ""
+        raise UserError(f"{first.path}:{first.line}: {reason}{others}")
     if not report.cases:
-        raise UserError(f"{name}: no cases in it: {'; '.join(map(str, report.findings)) or 'no rows'}")
-    return report
+        raise UserError(f"{name}: contains no cases: {'; '.join(map(str, report.findings)) or 'no rows'}")
+    return Loaded(records, report, frozenset(tally.set_aside))

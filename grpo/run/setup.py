@@ -11,7 +11,7 @@ from torch import Tensor
 from grpo.cases import stream
 from grpo.config import Config
 from grpo.policy.policy import Policy, adapter_copy, load_policy, missing_parts
-from grpo.preflight.checks import check_reward, examine, gather
+from grpo.preflight.checks import load_inputs, require_sound_reward, run_checks
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length
 from grpo.run.roofline import Costs, Rates, costs_of, measure_rates, weights_read
@@ -55,13 +55,13 @@ def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
 def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
     unsound."""
-    material = gather(config)
-    if faults := [*material.faults, *missing_parts(config.model, config.lora)]:
+    material = load_inputs(config)
+    if faults := [*material.file_errors, *missing_parts(config.model, config.lora)]:
         raise UserError("\n       ".join(faults))
     assert material.cases is not None  # else there were faults
-    for line in material.left_out if ranks.leads else ():
-        print(f"left out  {visible(line)}", file=sys.stderr)
-    check_reward(config, examine(config, material))
+    for line in material.dropped_rows if ranks.leads else ():
+        print(f"warning: {visible(line)}", file=sys.stderr)
+    require_sound_reward(config, run_checks(config, material))
     cases, sets = material.cases, dict(material.sets)
     policy = load_policy(config.model, config.lora, seed=config.train.seed, ranks=ranks)
     check_prompts(policy, [*cases, *(case for members in sets.values() for case in members)], config)

@@ -26,7 +26,7 @@ from benchmarks.series.hedging_thresholds import hedging_threshold, silence_thre
 from benchmarks.series.page import render
 from benchmarks.series.plan import ENTRIES, PlanError, chosen
 from benchmarks.series.record import lab_record
-from benchmarks.series.run_results import MODES, Said, Seen, changed, pooled, rates
+from benchmarks.series.run_results import MODES, Said, Seen, changed, merge_equivalent_cases, rates
 from benchmarks.series.runner import jobs, work
 from benchmarks.series.warm_starts import STARTS
 from benchmarks.tiny_world.patients import summary
@@ -34,7 +34,7 @@ from benchmarks.tiny_world.teacher import NURSES, misread, right, steps_to, too_
 from benchmarks.tiny_world.vignettes import draw_vignettes
 from grpo.cases import load_jsonl
 from grpo.config import load_config
-from grpo.preflight.checks import examine, gather
+from grpo.preflight.checks import load_inputs, run_checks
 from grpo.types import Case
 from rewards import load_reward
 from rewards.table import Table
@@ -185,14 +185,14 @@ def test_rates_and_pooling() -> None:
     assert found["high_acuity_under"] == 1 / 3, "of the cases of ESI 1 and 2"
     place = (LAB, "on")
     runs = [Seen("v", seed, {}, {}, (), answers={("after", place): tuple(said)}) for seed in (1, 2, 3)]
-    pool = pooled(runs, "after", [place], "exact")
+    pool = merge_equivalent_cases(runs, "after", [place], "exact")
     assert pool is not None and pool[0] == 0.25
-    alone = pooled(runs[:1], "after", [place], "exact")
+    alone = merge_equivalent_cases(runs[:1], "after", [place], "exact")
     assert alone == pool, "three seeds that agree on every case are not three times the cases"
-    assert pooled(runs, "after", [place], "exact", frozenset({"a"})) == pooled(
+    assert merge_equivalent_cases(runs, "after", [place], "exact", frozenset({"a"})) == merge_equivalent_cases(
         runs[:1], "after", [place], "exact", frozenset("a")
     )
-    assert pooled(runs, "before", [place], "exact") is None
+    assert merge_equivalent_cases(runs, "before", [place], "exact") is None
 
 
 def test_fixed_and_broken_are_counted_case_by_case() -> None:
@@ -225,16 +225,16 @@ def test_names_are_distinct_and_starts_come_first() -> None:
 def test_every_entry_is_a_config_that_may_start(entry: Any) -> None:
     """What the series found unsound is unsound here, and says why it is run all the same."""
     config, _ = load_config(entry.config, entry.overrides)
-    examination = examine(config, gather(config))
-    assert not examination.faults
+    examination = run_checks(config, load_inputs(config))
+    assert not examination.file_errors
     unsound = {"v45c", "v46", "v47", "v48", "v47-std", "stacked"}
-    assert examination.sound == (entry.name not in unsound), examination.refusals
+    assert examination.sound == (entry.name not in unsound), examination.problems
     assert config.reward.allow_unsound == (entry.name in unsound)
 
 
 def test_preflight_foretells_the_collapse_of_v45c() -> None:
     config, _ = load_config("configs/tiny/v45c.toml")
-    policies = examine(config, gather(config)).policies
+    policies = run_checks(config, load_inputs(config)).policies
     assert policies is not None and policies.beaten_by[0] == "always 1"
     assert config.cases.oversample == {1: 20}
 

@@ -12,9 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo import train
-from grpo.commands.preflight import WIDTH, main
+from grpo.commands.preflight import main
 from grpo.config import EMBEDDED, load_config
-from grpo.preflight.checks import MOST_TIMED_OUT, audit_data, check_reward, examine, gather, pooled
+from grpo.preflight.checks import (
+    MAX_TIMED_OUT,
+    audit_data,
+    load_inputs,
+    merge_equivalent_cases,
+    require_sound_reward,
+    run_checks,
+)
+from grpo.preflight.text import WIDTH
 from grpo.run import setup
 from grpo.runtime.errors import UserError
 from grpo.types import Case
@@ -153,7 +161,7 @@ def test_v45c_at_twenty_times_pays_always_1_and_v49_at_five_times_does_not(
     assert "1  always 1                      +0.833 ± 0.373  BEATS THE HONEST POLICY" in text
     assert "2  honest, 70% exact             +0.700" in text
     assert "83.3%" in text, "level 1's share of the stream"
-    assert '- the policy "always 1" earns +0.833 a completion' in text
+    assert '- the policy "always 1" earns +0.833 per completion' in text
 
     assert main([TINY, *balanced, *sets(reward__set="v49", cases__oversample="{1 = 5}")]) == 0
     text = shown(capsys)
@@ -190,8 +198,8 @@ WEIGHTED = st.builds(
 @given(st.lists(WEIGHTED, min_size=1, max_size=30).filter(lambda cases: any(case.weight for case in cases)))
 def test_pooling_cases_changes_no_expectation(cases: list[WeightedCase]) -> None:
     reward = load_reward("v49")
-    whole, less = expected_rewards(reward, cases), expected_rewards(reward, pooled(reward, cases))
-    assert len(pooled(reward, cases)) <= len({(case.text, case.gold) for case in cases})
+    whole, less = expected_rewards(reward, cases), expected_rewards(reward, merge_equivalent_cases(reward, cases))
+    assert len(merge_equivalent_cases(reward, cases)) <= len({(case.text, case.gold) for case in cases})
     values = {one.policy: (one.mean, one.std) for one in less.ranked}
     for one in whole.ranked:
         assert values[one.policy] == pytest.approx((one.mean, one.std), abs=1e-9)
@@ -224,9 +232,9 @@ source = "worth nothing"
     ]
     assert main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)]) == 0
     text = shown(capsys)
-    assert "behind a negation or the past: 1 (a)" in text
+    assert "negated or in the past: 1 (a)" in text
     assert "found: stable (1)" in text
-    assert "the trigger also matches 1 cases of gold levels it does not speak about" in text
+    assert "the trigger also fires on 1 cases of other gold levels" in text
     pain = text[text.index("severe_pain_missed  ") :]
     assert pain.splitlines()[1].strip() == "never fires on these cases"
     inert = "fires, but can never change an advantage here"
@@ -241,7 +249,7 @@ def test_the_data_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     held = [*small(tmp_path, *cases), *sets(evaluate__ends=f'{{test = "{test}"}}', cases__oversample="{2 = 6}")]
     main([TINY, *held])
     text = shown(capsys)
-    assert "texts that stand more than once: 2" in text
+    assert "texts that occur more than once: 2" in text
     assert "of them with different gold levels: 1 (a=b)" in text
     assert "ids also in test: 1 (a)" in text and "texts also in test: 1 (c=x)" in text
     assert "66.7%" in text and "50.0%" in text
@@ -259,7 +267,7 @@ def test_the_embedded_world_repeats_no_case_between_training_and_evaluation(
     assert main([TINY]) == 0
     text = shown(capsys)
     assert "no id or text repeats in test, mietic36, validation" in text
-    assert "texts that stand more than once: 0" in text
+    assert "texts that occur more than once: 0" in text
     wide = [line for line in text.splitlines() if len(line) > WIDTH]
     assert not wide
 
@@ -280,14 +288,14 @@ def test_a_catastrophic_pattern_ends_in_bounded_time_and_is_refused(
     assert time.perf_counter() - started < 30
     text = shown(capsys)
     assert "proof     sound" in text and "probes    expected reward" in text
-    assert "verdict   UNSOUND\n          - patterns run out of time on 1 of 3 training cases (33.3%)" in text
+    assert "verdict   UNSOUND\n          - patterns time out on 1 of 3 training cases (33.3%)" in text
     assert "whose completions all get the floor: slow" in text and "aaa" not in text
     allowed = sets(reward__allow_unsound="true", reward__reason="the other cases suffice")
     config, _ = load_config(TINY, [*world[1::2], *allowed[1::2]])
-    check_reward(config, examine(config, gather(config)))
+    require_sound_reward(config, run_checks(config, load_inputs(config)))
     refused, _ = load_config(TINY, world[1::2])
-    with pytest.raises(UserError, match="patterns run out of time on 1 of 3"):
-        check_reward(refused, examine(refused, gather(refused)))
+    with pytest.raises(UserError, match="patterns time out on 1 of 3"):
+        require_sound_reward(refused, run_checks(refused, load_inputs(refused)))
 
 
 def test_a_file_on_which_every_case_runs_out_of_time_is_given_up(
@@ -300,8 +308,8 @@ def test_a_file_on_which_every_case_runs_out_of_time_is_given_up(
     assert main([TINY, *small(tmp_path, *cases), *sets(reward__set=file)]) == 1
     assert time.perf_counter() - started < 30
     text = shown(capsys)
-    assert f"patterns run out of time on {MOST_TIMED_OUT} of the first {MOST_TIMED_OUT + 1} training cases" in text
-    assert "probes    none: patterns run out of time on too many cases" in text
+    assert f"patterns time out on {MAX_TIMED_OUT} of the first {MAX_TIMED_OUT + 1} training cases" in text
+    assert "probes    none: patterns time out on too many cases" in text
     assert "c0, c1, c2 and others" in text and "data      gold level" in text
 
 
@@ -318,8 +326,8 @@ def test_without_cases_the_proof_and_the_plan_are_shown_and_the_exit_code_is_2(
     assert "error: nowhere.jsonl: cannot be read" in err
     verdict = out[out.index("verdict") :].splitlines()
     assert verdict[0] == "verdict   INCOMPLETE"
-    assert "not checked: what blind policies earn, the rules, the data: no training cases" in verdict[1]
-    assert "not checked: what training shares with mietic36" in verdict[2]
+    assert "not checked: blind policies, rules, data: no training cases" in verdict[1]
+    assert "not checked: overlap of the training cases with mietic36" in verdict[2]
 
 
 def test_a_missing_evaluation_file_alone_leaves_the_verdict_incomplete(
@@ -329,7 +337,7 @@ def test_a_missing_evaluation_file_alone_leaves_the_verdict_incomplete(
     assert main([TINY, *held]) == 2
     out, _ = capsys.readouterr()
     assert "honest, 70% exact" in out and "verdict   INCOMPLETE" in out
-    assert "not checked: what training shares with later" in out and "blind policies earn, " not in out
+    assert "not checked: overlap of the training cases with later" in out and "blind policies earn, " not in out
 
 
 def test_a_missing_file_does_not_hide_that_the_reward_is_unsound(capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,7 +347,7 @@ def test_a_missing_file_does_not_hide_that_the_reward_is_unsound(capsys: pytest.
 
 def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([V49, "--reward-only"]) == 0
-    assert "verdict   SOUND, the reward alone: no cases were asked for" in shown(capsys)
+    assert "verdict   SOUND (only the reward: no cases were read)" in shown(capsys)
     assert main([TINY, *balanced]) == 0
     assert "verdict   SOUND" in shown(capsys).splitlines()
 
@@ -354,8 +362,8 @@ def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.Captu
             "no training or evaluation case has the id 'nobody'",
         ),
         (["--explain", "train-000000", "--completion", "@nowhere.txt"], "@nowhere.txt: cannot be read"),
-        (["--explain", "train-000000"], "--explain and --completion belong together"),
-        (["--explain", "a", "--completion", "b", "--reward-only"], "leave out --reward-only and --json"),
+        (["--explain", "train-000000"], "--explain and --completion must be used together"),
+        (["--explain", "a", "--completion", "b", "--reward-only"], "it excludes --reward-only and --json"),
         (["--reward-only", "--honest", "7"], "expected a value in (0, 1], got 7.0"),
     ],
 )
@@ -370,7 +378,7 @@ def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str
     [
         (["--set", "reward.set=v99"], 'no reward set "v99"'),
         (["--honest", "7"], "expected a value in (0, 1], got 7.0"),
-        (["--explain", "a", "--completion", "b"], "leave out --reward-only and --json"),
+        (["--explain", "a", "--completion", "b"], "it excludes --reward-only and --json"),
     ],
 )
 def test_bad_input_is_json_where_json_was_asked_for(
@@ -385,7 +393,7 @@ def test_bad_input_is_json_where_json_was_asked_for(
 def test_the_most_tokens_of_a_step_hold_its_refill_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     for rounds, tokens in ((0, "8,192"), (2, "24,576")):
         assert main([V49, "--reward-only", *sets(rollout__refill_rounds=rounds)]) == 0
-        assert f"≤ {tokens} sampled tokens a step" in shown(capsys)
+        assert f"≤ {tokens} sampled tokens per step" in shown(capsys)
 
 
 def test_json_of_an_incomplete_examination_says_so(capsys: pytest.CaptureFixture[str]) -> None:
@@ -473,7 +481,7 @@ def test_explain_names_the_parse_the_rules_and_the_total(tmp_path: Path, capsys:
     assert "case      t1, gold ESI 2" in text and "\x1b" not in text and "\\x1b[2J" in text
     assert 'answer    ESI 5, parsed, from characters 16-29: "ANSWER: ESI 5"' in text
     assert 'open_injury_missed fired on characters 0-7: "Gunshot": -0.5' in text
-    assert "severe_pain_missed fired on characters" in text and "of which stacking leaves 0" in text
+    assert "severe_pain_missed fired on characters" in text and ", 0 after stacking" in text
     assert "lifesaving_missed silent: it speaks about gold 1" in text
     assert text.splitlines()[-1].split() == ["total", "-1.5"]
 
@@ -488,8 +496,8 @@ def test_explain_reads_a_file_and_the_switches(tmp_path: Path, capsys: pytest.Ca
     assert "prompt    thinking off" in text and text.splitlines()[-1].split() == ["total", "+1.5"]
     assert main([TINY, *world, *one, "--thinking", "on", "--truncated"]) == 0
     text = shown(capsys)
-    assert "answer    none, unclosed thinking; cut by the token budget" in text
-    assert "lifesaving_obeyed silent: there is no answer to judge" in text
+    assert "answer    none, unclosed thinking; truncated by the token budget" in text
+    assert "lifesaving_obeyed does not apply: there is no answer" in text
     assert text.splitlines()[-1].split() == ["total", "-2"]
 
 
@@ -526,7 +534,7 @@ def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: py
     one = ["--explain", "t1", "--completion", "</think>ANSWER: ESI 1"]
     assert main([TINY, *world, *one]) == 0
     text = shown(capsys)
-    assert "overlong: up to -0.25 in the budget's last 20 tokens; the text's are not counted here" in text
+    assert "overlong: up to -0.25 in the budget's last 20 tokens, which are not counted here" in text
     assert text.splitlines()[-1].split() == ["total", "+1.5"]
     assert main([TINY, *world, *one, "--truncated"]) == 0
     text = shown(capsys)
@@ -539,8 +547,8 @@ def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: py
 def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Chest pain.", 2))
     for case_id, level, says in (
-        ("t1", 2, "lifesaving_obeyed silent: it speaks about answers 1"),
-        ("t2", 3, "severe_pain_missed silent: its trigger does not fire on this text"),
+        ("t1", 2, "lifesaving_obeyed does not apply: applies to answers 1"),
+        ("t2", 3, "severe_pain_missed does not apply: its trigger does not fire on this text"),
     ):
         completion = f"</think>ANSWER: ESI {level}"
         assert main([TINY, *world, "--explain", case_id, "--completion", completion]) == 0
@@ -568,7 +576,7 @@ def test_training_refuses_an_unsound_reward_before_any_weight_is_read(
     assert train.main([TINY, "--out", str(out), *balanced, *sets(reward__set="v46")]) == 2
     error = capsys.readouterr().err
     assert error.startswith('error: reward "v46" is refused for this run:\n  - every answer is worth more than')
-    assert "not so for gold 1, predicted 3: -1 against gold 1, no parse: -0.5" in error and "weights" not in error
+    assert "violated by gold 1, predicted 3: -1 against gold 1, no parse: -0.5" in error and "weights" not in error
     assert "reward.allow_unsound = true" in error and not out.exists()
 
 
@@ -590,7 +598,7 @@ def test_an_unsound_reward_trains_with_a_reason(
     assert train.main([TINY, "--out", str(tmp_path / "run"), *balanced, *allowed]) == 2
     assert "the weights were asked for" in capsys.readouterr().err, "past the gate"
     assert main([TINY, *balanced, *allowed]) == 1, "the verdict stays what it is"
-    assert "training is allowed all the same: to watch v48 collapse" in shown(capsys)
+    assert "training is allowed anyway: to watch v48 collapse" in shown(capsys)
 
 
 @pytest.mark.parametrize(
@@ -608,10 +616,10 @@ def test_a_reason_and_the_permission_belong_together(overrides: list[str]) -> No
 
 def test_a_sound_run_passes_the_gate(balanced: list[str]) -> None:
     config, _ = load_config(TINY, balanced[1::2])
-    material = gather(config)
-    check_reward(config, examine(config, material))
+    material = load_inputs(config)
+    require_sound_reward(config, run_checks(config, material))
     with pytest.raises(UserError, match="honest, 10% exact"):
-        check_reward(config, examine(config, material, accuracy=0.1))
+        require_sound_reward(config, run_checks(config, material, accuracy=0.1))
 
 
 # ---- a new rule by TOML alone -------------------------------------------------------------------------------------
@@ -663,4 +671,4 @@ def test_rows_that_are_left_out_are_said(tmp_path: Path, capsys: pytest.CaptureF
     assert "no acuity" in said.out + said.err
     assert main([*args, "--set", "cases.strict=false", "--set", "reward.allow_unsound=true", "--set",
                  "reward.reason=one case"]) in (0, 1)  # fmt: skip
-    assert "left out: mimic-iv-ed:" in capsys.readouterr().out
+    assert "dropped: mimic-iv-ed:" in capsys.readouterr().out

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo.cases import load_jsonl
-from grpo.commands.prepare import balanced, leak, main, oversampled, split, with_patients, write
+from grpo.commands.prepare import main, write
 from grpo.data.row_report import Record
+from grpo.data.split import balance_levels, count_overlap, repeat_by_level, require_patients, split_by_patient
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 
@@ -53,7 +54,7 @@ def rows(path: Path) -> list[dict[str, object]]:
 @given(seed=st.integers(-(2**40), 2**40), share=st.sampled_from([0.0, 0.1, 0.5, 0.9]))
 def test_no_patient_and_no_narrative_is_in_both_parts(seed: int, share: float) -> None:
     records = cohort()
-    parts = split(records, share=share, seed=seed)
+    parts = split_by_patient(records, share=share, seed=seed)
     patients = [{r.patient for r in part} for part in (parts.train, parts.held_out)]
     texts = [{r.case.text for r in part} for part in (parts.train, parts.held_out)]
     assert not patients[0] & patients[1] and not texts[0] & texts[1]
@@ -63,26 +64,29 @@ def test_no_patient_and_no_narrative_is_in_both_parts(seed: int, share: float) -
 
 def test_the_share_is_a_share_of_patients_on_average() -> None:
     records = [record(i, i) for i in range(2_000)]
-    sizes = [len(split(records, share=0.2, seed=seed).held_out) for seed in range(20)]
+    sizes = [len(split_by_patient(records, share=0.2, seed=seed).held_out) for seed in range(20)]
     assert abs(sum(sizes) / len(sizes) - 400) < 20 and len(set(sizes)) > 5  # σ of the mean is 4
 
 
 def test_a_patients_part_depends_on_the_seed_alone() -> None:
     records = cohort()
-    usual = {r.patient for r in split(records, share=0.3, seed=5).held_out}
-    shuffled = {r.patient for r in split(records[::-1], share=0.3, seed=5).held_out}
-    fewer = {r.patient for r in split(records[:100], share=0.3, seed=5).held_out}
-    more = {r.patient for r in split([*records, *(record(i, i) for i in range(900, 990))], share=0.3, seed=5).held_out}
+    usual = {r.patient for r in split_by_patient(records, share=0.3, seed=5).held_out}
+    shuffled = {r.patient for r in split_by_patient(records[::-1], share=0.3, seed=5).held_out}
+    fewer = {r.patient for r in split_by_patient(records[:100], share=0.3, seed=5).held_out}
+    more = {
+        r.patient
+        for r in split_by_patient([*records, *(record(i, i) for i in range(900, 990))], share=0.3, seed=5).held_out
+    }
     assert usual == shuffled and fewer == usual & {r.patient for r in records[:100]}
     assert usual == more & {r.patient for r in records}
-    assert usual != {r.patient for r in split(records, share=0.3, seed=6).held_out}
+    assert usual != {r.patient for r in split_by_patient(records, share=0.3, seed=6).held_out}
 
 
 def test_two_patients_of_one_narrative_do_not_carry_it_across() -> None:
     records = [record(i, i, text="A patient  came." if i % 2 else "a Patient CAME.") for i in range(50)]
     records += [record(i, i) for i in range(50, 100)]
-    parts = split(records, share=0.4, seed=0)
-    assert leak(parts.train, parts.held_out) == (0, 0)
+    parts = split_by_patient(records, share=0.4, seed=0)
+    assert count_overlap(parts.train, parts.held_out) == (0, 0)
     assert parts.repeated == 50 - sum(r.case.text.lower().startswith("a p") for r in parts.held_out) > 0
 
 
@@ -91,25 +95,25 @@ def test_excluded_patients_and_narratives_are_in_neither_part() -> None:
     excluded = [Record(Case("x", "Another note.", 1), "p3"), Record(Case("y", "note 17  of a PATIENT.", 1), "q")]
     gone = {r.case.id for r in records if r.patient == "p3"} | {"c17"}
     assert len(gone) >= 3
-    parts = split(records, share=0.3, seed=0, excluded=excluded)
+    parts = split_by_patient(records, share=0.3, seed=0, excluded=excluded)
     assert {r.case.id for r in records} - {r.case.id for r in (*parts.train, *parts.held_out)} == gone
     assert parts.excluded == len(gone)
 
 
 def test_parts_that_would_be_empty_are_refused() -> None:
-    with pytest.raises(UserError, match="the held-out part is empty: 3 cases are left of 3"):
-        split([record(i, i) for i in range(3)], share=1e-9, seed=0)
+    with pytest.raises(UserError, match="the held-out part is empty: 3 of 3 cases remain"):
+        split_by_patient([record(i, i) for i in range(3)], share=1e-9, seed=0)
     with pytest.raises(UserError, match="the training part is empty"):
-        split([record(i, i) for i in range(3)], share=0.999999999, seed=0)
-    with pytest.raises(UserError, match="the training part is empty: 0 cases are left of 1"):
-        split([record(0, 0)], share=0.0, seed=0, excluded=[record(0, 0)])
+        split_by_patient([record(i, i) for i in range(3)], share=0.999999999, seed=0)
+    with pytest.raises(UserError, match="the training part is empty: 0 of 1 cases remain"):
+        split_by_patient([record(0, 0)], share=0.0, seed=0, excluded=[record(0, 0)])
 
 
 def test_a_case_without_a_patient() -> None:
     records = [record(0, 0), Record(Case("b", "…", 2), "")]
-    with pytest.raises(UserError, match=r"1 of 2 cases, the first 'b', name no patient"):
-        with_patients(records, each_its_own=False)
-    known, own = with_patients(records, each_its_own=True)
+    with pytest.raises(UserError, match=r"1 of 2 cases, the first 'b', have no patient"):
+        require_patients(records, each_its_own=False)
+    known, own = require_patients(records, each_its_own=True)
     assert known is records[0] and own.case is records[1].case and own.patient not in ("", "p0")
 
 
@@ -120,7 +124,7 @@ def test_a_case_without_a_patient() -> None:
 @given(per_level=st.one_of(st.none(), st.integers(1, 300)), seed=st.integers(0, 99), size=st.integers(10, 90))
 def test_balanced_means_as_many_of_each_level_and_no_case_favoured(per_level: int | None, seed: int, size: int) -> None:
     records = cohort(size)
-    made = balanced(records, per_level=per_level, seed=seed)
+    made = balance_levels(records, per_level=per_level, seed=seed)
     have = Counter(r.case.esi for r in records)
     wanted = per_level or min(have.values())
     assert Counter(r.case.esi for r in made) == dict.fromkeys(range(1, 6), wanted)
@@ -137,18 +141,18 @@ def test_balanced_means_as_many_of_each_level_and_no_case_favoured(per_level: in
 
 def test_balancing_depends_on_the_seed_and_not_on_the_order() -> None:
     records = cohort()
-    ids = [{r.case.id for r in balanced(records, per_level=20, seed=seed)} for seed in (0, 0, 1)]
+    ids = [{r.case.id for r in balance_levels(records, per_level=20, seed=seed)} for seed in (0, 0, 1)]
     assert ids[0] == ids[1] != ids[2]
-    assert {r.case.id for r in balanced(records[::-1], per_level=20, seed=0)} == ids[0]
+    assert {r.case.id for r in balance_levels(records[::-1], per_level=20, seed=0)} == ids[0]
 
 
 def test_balancing_needs_every_level() -> None:
     with pytest.raises(UserError, match="no case of ESI 2, 5 in the training part"):
-        balanced([record(i, i, level) for i, level in enumerate((1, 3, 4))], per_level=None, seed=0)
+        balance_levels([record(i, i, level) for i, level in enumerate((1, 3, 4))], per_level=None, seed=0)
 
 
 def test_oversampling_repeats_under_ids_of_its_own() -> None:
-    made = oversampled(cohort(40), {1: 5, 4: 2})
+    made = repeat_by_level(cohort(40), {1: 5, 4: 2})
     assert Counter(r.case.esi for r in made) == {1: 20, 2: 8, 3: 16, 4: 16, 5: 4}
     assert len({r.case.id for r in made}) == len(made)
 
@@ -240,7 +244,7 @@ def mietic(tmp_path: Path) -> str:
 def test_any_format_goes_in_and_an_evaluation_set_stays_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "mietic36"
     assert main(["mietic-validate", mietic(tmp_path), "--out", str(out)]) == 0
-    assert "set aside 1 × the experts did not retain it: set aside (mietic.csv, line 4)" in capsys.readouterr().out
+    assert "excluded  1 × not retained by the experts: excluded (mietic.csv, line 4)" in capsys.readouterr().out
     assert [(case.id, case.text, case.esi) for case in load_jsonl(str(out / "train.jsonl"))] == [
         ("mietic-70", "Seven,\nagain.", 2),
         ("mietic-90", "Nine.", 3),
@@ -255,27 +259,10 @@ def test_any_format_goes_in_and_an_evaluation_set_stays_out(tmp_path: Path, caps
     assert "training and excluded: 0 patients, 0 narratives" in said and "removed   15 cases by --exclude" in said
 
 
-def test_instructions_become_prompts_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "MIETIC.csv"
-    path.write_text("instruction,input,output\nresources likely required?,A rash.,LEAK\nESI Level 2?,A pain.,LEAK\n")
-    for more in ([], ["--held-out", "0.5"], ["--balance", "rarest"]):
-        assert main(["mietic-instructions", str(path), "--out", str(tmp_path / "out"), *more]) == 2
-        assert "has a band, ESI 3 to 5, and no gold level" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert main(["mietic-instructions", str(path), "--out", str(tmp_path / "out"), "--prompts"]) == 0
-    assert rows(tmp_path / "out" / "prompts.jsonl") == [
-        {"id": "mietic-instruction-000001", "text": "A rash.", "band": [3, 5]},
-        {"id": "mietic-instruction-000002", "text": "A pain.", "band": [2, 2]},
-    ]
-    assert "ESI 3 to 5: 1 prompts" in capsys.readouterr().out
-    with pytest.raises(UserError, match="esi missing"):
-        load_jsonl(str(tmp_path / "out" / "prompts.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--held-out", "0.2"], "name no patient"),
+        (["--held-out", "0.2"], "have no patient"),
         (["--exclude", "jsonl:SAME"], "2 × not"),
         (["--strict"], "strict refuses all 2"),
         (["--balance", "rarest"], "no case of ESI"),
@@ -322,7 +309,7 @@ def test_preparing_imports_no_torch() -> None:
 
 
 def test_every_patient_keeps_all_cases_together() -> None:
-    parts = split(cohort(), share=0.4, seed=9)
+    parts = split_by_patient(cohort(), share=0.4, seed=9)
     seen = defaultdict(set)
     for name, part in (("train", parts.train), ("held out", parts.held_out)):
         for r in part:
@@ -338,6 +325,6 @@ def test_an_interrupted_preparation_leaves_nothing_behind(
 
     source = file_of(tmp_path, cohort())
     before = sorted(tmp_path.iterdir())
-    monkeypatch.setattr("grpo.commands.prepare._line", stopped)  # while the files are written
+    monkeypatch.setattr("grpo.commands.prepare._to_json", stopped)  # while the files are written
     assert main(["jsonl", source, "--out", str(tmp_path / "out")]) == 130
-    assert sorted(tmp_path.iterdir()) == before and "nothing was left behind" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before and "nothing was written" in capsys.readouterr().err

@@ -20,8 +20,8 @@ from grpo.config import load_config
 from grpo.data import mimic_iv_ed as mimic
 from grpo.data.csv_rows import MAX_LINE, plain_name
 from grpo.data.narrative import LIMITS, Presentation, narrative
-from grpo.data.row_report import REASONS, Banded, Loaded, Record, Remark, Report
-from grpo.preflight.checks import gather as gather_material
+from grpo.data.row_report import REASONS, Loaded, Record, Remark, Report
+from grpo.preflight.checks import load_inputs
 from grpo.runtime.errors import UserError
 from rewards import load_reward
 
@@ -258,7 +258,7 @@ def test_a_column_that_stands_there_twice_is_refused(tmp_path: Path) -> None:
     name = published(tmp_path)
     twice = ",".join([*TRIAGE, " ChiefComplaint "]) + "\n" + ",".join(["1", *T.values()]) + "\n"
     (tmp_path / "triage.csv.gz").write_bytes(twice.encode())
-    with pytest.raises(UserError, match=r"triage.csv.gz:1: column chiefcomplaint stands there more than once"):
+    with pytest.raises(UserError, match=r"triage.csv.gz:1: column chiefcomplaint occurs more than once"):
         loaded(name)
 
 
@@ -430,7 +430,7 @@ def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path
     found = loaded(name)
     assert [record.case.id for record in found.records] == ["stay-30000001", "stay-30000005"]
     assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
-    with pytest.raises(UserError, match="a stray quotation mark may have swallowed rows"):
+    with pytest.raises(UserError, match="a stray quotation mark may have hidden rows"):
         loaded(name, strict=True)
 
 
@@ -445,15 +445,15 @@ def test_strict_refuses_faults_and_counts_them(tmp_path: Path) -> None:
         loaded(name, strict=True)
     assert str(caught.value) == (
         f"{tmp_path}/triage.csv.gz:3: no acuity, so no gold level: dropped; strict refuses all 3: 2 × no acuity, so no "
-        "gold level: dropped; 1 × o2sat a code for a missing value (negative, or all nines): left out of the narrative"
+        "gold level: dropped; 1 × o2sat a code for a missing value (negative, or all nines): omitted from the narrative"
     )
     assert len(loaded(published(tmp_path, [T, triage[4]], edstays), strict=True).cases) == 2  # notes are no faults
-    with pytest.raises(UserError, match=r"no cases in it: 1 × no acuity.*\(triage.csv.gz, line 2\)"):
+    with pytest.raises(UserError, match=r"contains no cases: 1 × no acuity.*\(triage.csv.gz, line 2\)"):
         loaded(published(tmp_path, [T | {"acuity": ""}]))
 
 
 def test_where_the_files_are_looked_for(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no triage.csv or triage.csv.gz in it"):
+    with pytest.raises(UserError, match=r"expected triage.csv or triage.csv.gz in it"):
         loaded(str(tmp_path))
     (tmp_path / "ed").mkdir()
     (tmp_path / "hosp").mkdir()
@@ -465,7 +465,7 @@ def test_where_the_files_are_looked_for(tmp_path: Path) -> None:
         loaded(str(tmp_path))
     (tmp_path / "triage.csv").unlink()
     (tmp_path / "ed" / "edstays.csv.gz").unlink()
-    with pytest.raises(UserError, match=r"no edstays.csv or edstays.csv.gz in it"):
+    with pytest.raises(UserError, match=r"expected edstays.csv or edstays.csv.gz in it"):
         loaded(str(tmp_path))
 
 
@@ -482,7 +482,7 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
         r":3: not UTF-8 \(byte \d+ of the line\)",
     ),
     "utf-16": (GOOD_CSV.decode().encode("utf-16"), ":1: UTF-16, by its byte-order mark"),
-    "NUL": (GOOD_CSV.replace(b"COMPLAINT 4\n", b"COMPL\0AINT\n"), ":5: holds a NUL byte"),
+    "NUL": (GOOD_CSV.replace(b"COMPLAINT 4\n", b"COMPL\0AINT\n"), ":5: contains a NUL byte"),
     "huge line": (GOOD_CSV + b"1," + b"9" * (MAX_LINE + 10), ":401: over 4,194,304 bytes without a line end"),
     "huge field": (
         GOOD_CSV + b'1,2,"' + b"SECRET " * 20_000 + b'"\n',
@@ -490,13 +490,13 @@ DAMAGE: dict[str, tuple[bytes, str]] = {
     ),
     "open quote": (GOOD_CSV.replace(b"SECRET-COMPLAINT 7\n", b'"SECRET\n'), ":8: not valid CSV from this row on"),
     "stray quote": (GOOD_CSV.replace(b"SECRET-COMPLAINT 7\n", b'"SECRET" x\n'), ":8: not valid CSV from this row on"),
-    "torn gzip": (GOOD_GZIP[: len(GOOD_GZIP) // 2], r":\d+: gzip torn or damaged here"),
-    "gzip without its end": (GOOD_GZIP[:-8], r":\d+: gzip torn or damaged here"),
+    "torn gzip": (GOOD_GZIP[: len(GOOD_GZIP) // 2], r":\d+: gzip truncated or damaged here"),
+    "gzip without its end": (GOOD_GZIP[:-8], r":\d+: gzip truncated or damaged here"),
     "flipped gzip": (
         GOOD_GZIP[:-6] + bytes([GOOD_GZIP[-6] ^ 255]) + GOOD_GZIP[-5:],
-        r":\d+: gzip torn or damaged here",
+        r":\d+: gzip truncated or damaged here",
     ),
-    "broken deflate": (GOOD_GZIP[:60] + b"\xff" * 40 + GOOD_GZIP[100:], r":\d+: gzip torn or damaged here"),
+    "broken deflate": (GOOD_GZIP[:60] + b"\xff" * 40 + GOOD_GZIP[100:], r":\d+: gzip truncated or damaged here"),
     "empty": (b"", ":1: empty: expected a header with subject_id"),
     "lone CR": (GOOD_CSV.replace(b"SECRET-COMPLAINT 7\n", b"SECRET\rX\n"), ":8: not valid CSV from this row on"),
 }
@@ -533,7 +533,7 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
-    for loader in ("jsonl", "mietic-validate", "mietic-instructions"):
+    for loader in ("jsonl", "mietic-validate"):
         with pytest.raises(UserError, match="missing: cannot be read: No such file"):
             load(loader, str(tmp_path / "missing"), strict=False)
         with pytest.raises(UserError, match="cannot be read: expected a file, found a folder"):
@@ -547,7 +547,6 @@ def test_any_one_wrong_byte_is_read_or_refused(tmp_path: Path, place: int, byte:
     sound = {
         "jsonl": b'{"id": "a", "text": "SECRET", "esi": 2}\n{"id": "b", "text": "SECRET", "esi": 3, "tags": ["x"]}\n',
         "mietic-validate": validate_file([sample(1), sample(2)]),
-        "mietic-instructions": as_csv(["instruction", "input", "output"], [ask("ESI Level 2?")]),
         "mimic-iv-ed": gzip.compress(as_csv(TRIAGE, [T]), mtime=0),
     }[loader]
     content = bytearray(sound)
@@ -560,7 +559,7 @@ def test_any_one_wrong_byte_is_read_or_refused(tmp_path: Path, place: int, byte:
         Path(name).write_bytes(bytes(content))
     try:
         for row in LOADERS[loader](name):
-            assert isinstance(row, Record | Banded | Remark)
+            assert isinstance(row, Record | Remark)
             assert not isinstance(row, Remark) or "SECRET" not in row.detail + str(REASONS[row.reason])
     except UserError as error:
         assert str(tmp_path) in str(error)
@@ -602,7 +601,7 @@ def test_jsonl_knows_patients(tmp_path: Path) -> None:
     "esi", ["SECRET narrative in the wrong field", ["SECRET narrative"], {"a": "SECRET narrative"}]
 )
 def test_a_narrative_in_the_wrong_field_is_not_shown(tmp_path: Path, esi: object) -> None:
-    with pytest.raises(UserError, match=r"esi of case 'a' must be a whole number from 1 to 5, got a \w+") as caught:
+    with pytest.raises(UserError, match=r"esi of case 'a' must be an integer from 1 to 5, got a \w+") as caught:
         load_jsonl(jsonl(tmp_path, {**CASE, "esi": esi}))
     assert "SECRET" not in str(caught.value)
 
@@ -730,40 +729,6 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
         load("mietic-validate", str(path), strict=False)
 
 
-def ask(instruction: str, text: str = "A patient,\nin two lines.") -> dict[str, str]:
-    return {"instruction": instruction, "input": text, "output": "LEAK: the level is 2"}
-
-
-def test_instructions_have_bands(tmp_path: Path) -> None:
-    rows = [
-        ask("Assess whether they require IMMEDIATE life-saving\ninterventions."),
-        ask("Does the patient meet ESI Level 2 criteria?"),
-        ask("Estimate the resources likely required."),
-        ask("Something else."),
-        ask("ESI Level 2?", " "),
-    ]
-    path = tmp_path / "MIETIC.csv"
-    path.write_bytes(as_csv(["instruction", "input", "output"], rows))
-    found = list(LOADERS["mietic-instructions"](str(path)))
-    bands = [row for row in found if isinstance(row, Banded)]
-    assert [(row.id[-1], row.low, row.high) for row in bands] == [("1", 1, 1), ("2", 2, 2), ("3", 3, 5)]
-    assert {row.text for row in bands} == {"A patient,\nin two lines."}
-    remarks = [(row.reason, row.line) for row in found if isinstance(row, Remark)]
-    assert remarks == [("no_band", 9), ("no_narrative", 11)]
-    assert "LEAK" not in repr(found)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-def test_bands_are_refused_as_gold_with_the_reason(tmp_path: Path, strict: bool) -> None:
-    path = tmp_path / "MIETIC.csv"
-    path.write_bytes(as_csv(["instruction", "input", "output"], [ask("ESI Level 2?")]))
-    with pytest.raises(
-        UserError, match=r"'mietic-instruction-000001' has a band, ESI 2 to 2, and no gold level: .* wording"
-    ):
-        load("mietic-instructions", str(path), strict=strict)
-    assert not hasattr(Banded("a", "b", 1, 1), "esi")
-
-
 # --- the border ----------------------------------------------------------------------------------------------------
 
 
@@ -772,11 +737,11 @@ def test_a_run_reads_every_format(tmp_path: Path) -> None:
     path.write_bytes(validate_file(mietic_50()))
     overrides = ['cases.format="mietic-validate"', f'cases.train="{path}"', "evaluate.during={}"]
     config, _ = load_config("configs/tiny.toml", [*overrides, f'evaluate.ends={{mietic="{path}"}}'])
-    material = gather_material(config)
-    assert material.faults == () and material.cases is not None and len(material.cases) == 36
-    config, _ = load_config("configs/tiny.toml", [*overrides, "evaluate.ends={}", 'cases.format="mietic-instructions"'])
-    (fault,) = gather_material(config).faults
-    assert "columns instruction, input missing" in fault
+    material = load_inputs(config)
+    assert material.file_errors == () and material.cases is not None and len(material.cases) == 36
+    config, _ = load_config("configs/tiny.toml", [*overrides, "evaluate.ends={}", 'cases.format="jsonl"'])
+    (fault,) = load_inputs(config).file_errors
+    assert "not valid JSON" in fault
 
 
 def test_every_reason_is_said_by_some_loader() -> None:

@@ -470,7 +470,6 @@ CASE_FILES = {
         f'subject_id,acuity,tiragecase,Final Decision\n1,2,"{MARKER}"{MARKER},RETAIN\n',
         f"subject_id,acuity,tiragecase,Final Decision\n{MARKER},2,{MARKER},RETAIN\n",
     ],
-    "mietic-instructions": [f"instruction,input,output\n{MARKER},{MARKER},x\n", f'instruction,input\n"{MARKER}'],
 }
 
 

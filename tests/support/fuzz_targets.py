@@ -20,11 +20,10 @@ from typing import Any
 
 import torch
 
-from grpo.cases import LOADERS, load
+from grpo.cases import load
 from grpo.commands.inspect import finite_values, group_record, groups_of, step_record, token_records
 from grpo.commands.replay import folder_differences, replay, replay_lines
 from grpo.config import EMBEDDED, Checkpoint, Lora, Model, load_config, notes
-from grpo.data.row_report import Banded, Tally, settled
 from grpo.evaluation.answers import read_answers
 from grpo.evaluation.comparison import FORMAT, check_same_cases, compare, read_evaluation
 from grpo.evaluation.records import before_after_table
@@ -241,15 +240,6 @@ MIETIC = (
     b"subject_id,stay_id,temperature,heartrate,resprate,o2sat,sbp,dbp,acuity,tiragecase,Final Decision\n"
     b'1,2,98,88,18,97,120,80,2,"A man, 54, chest pain.",RETAIN\n3,4,98,88,18,97,120,80,3,Cut finger.,DROP\n'
 )
-INSTRUCTIONS = b"instruction,input,output\nIs this ESI level 2?,A woman with stroke signs.,yes\n"
-
-
-def _instructions(data: bytes) -> None:
-    """Bands are no gold: what reads them as prompts."""
-    tally = Tally()
-    for row in tally.watch(LOADERS["mietic-instructions"](str(_file("mietic.csv", data)))):
-        assert isinstance(row, Banded) and 1 <= row.low <= row.high <= 5 and row.text.strip()
-    settled("mietic.csv", tally, strict=False)
 
 
 def _mimic(data: bytes) -> None:
@@ -504,7 +494,6 @@ TARGETS: dict[str, Target] = {
     "config": Target(lambda: _shipped("configs/*.toml"), _config, (UserError,)),
     "cases-jsonl": Target(_jsonl_seeds, _cases_of("jsonl", "cases.jsonl"), (UserError,)),
     "cases-mietic": Target(lambda: [MIETIC], _cases_of("mietic-validate", "mietic.csv"), (UserError,)),
-    "cases-instructions": Target(lambda: [INSTRUCTIONS], _instructions, (UserError,)),
     "cases-mimic": Target(
         lambda: [bytes([i]) + content for i, content in enumerate(MIMIC.values())], _mimic, (UserError,), 1
     ),
