@@ -28,8 +28,7 @@ from grpo.run.checkpoint import load_checkpoint
 from grpo.run.ledger import Entry, read_step
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
-from grpo.types import Batch
-from grpo.update import Cut, micro_batches, packed, reference_logprobs, scored
+from grpo.update import micro_batches, packed, reference_logprobs, scored
 
 TOLERANCES = {"float32": (1e-4, 1e-6), "bfloat16": (0.5, 0.02)}
 """Dtype of the base → largest and mean |Δ logprob| of a step, in nats, that count as rounding.
@@ -149,20 +148,13 @@ def recompute_step(
         logprobs = packed(reference_logprobs(policy, batch, cuts, config, reference), batch)
         reference_drift = drift(logprobs, step.tokens.ref_logprobs)
     if before is not None:
-        with adapter_swapped(policy, before):
-            logprobs = policy_logprobs(policy, batch, cuts, config, step=step.number - 1)
+        with adapter_swapped(policy, before), torch.no_grad():
+            policy.model.train()  # the training applied dropout, with this seed
+            torch.manual_seed(row_key("dropout", config.train.seed, step.number - 1, 0) % 2**63)
+            logprobs = packed(scored(policy, batch, cuts, config.rollout.temperature), batch)
+            policy.model.eval()
         policy_drift = drift(logprobs, step.tokens.logprobs[0])
     return Recomputed(step.number, reference_drift, policy_drift, tuple(undecodable_rows(policy, entry, config)))
-
-
-@torch.no_grad()
-def policy_logprobs(policy: Policy, batch: Batch, cuts: tuple[Cut, ...], config: Config, *, step: int) -> Tensor:
-    """Return the [M] log-probabilities of the first inner epoch of a 0-based step, including its dropout noise."""
-    policy.model.train()
-    torch.manual_seed(row_key("dropout", config.train.seed, step, 0) % 2**63)
-    logprobs = scored(policy, batch, cuts, config.rollout.temperature)
-    policy.model.eval()
-    return packed(logprobs, batch)
 
 
 def drift(recomputed: Tensor, recorded: Tensor) -> Drift:

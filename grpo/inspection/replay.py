@@ -188,7 +188,10 @@ def _tensor_differences(
         }
         for step, step_shares in ((entry.step, entry.shares), (replayed, shares))
     ]
-    by_token = [{name: getattr(terms, name) for name in TokenAccount.__slots__} for terms in (entry.account, account)]
+    by_token = [
+        {"ratio": terms.ratio, "clip": terms.clip, "kl": terms.kl, "loss": terms.loss}
+        for terms in (entry.account, account)
+    ]
     names = [_row_name(entry.step, b, g) for b, g in rows(entry.step)]
     row_slices = [slice(row, row + 1) for row in range(len(names))]
     token_places = token_slices([len(ids) for ids in entry.step.batch.completion_ids])
@@ -266,9 +269,9 @@ def is_copied(metric: str, text: str) -> bool:
 def folder_differences(recording: Recording) -> Iterator[Difference]:
     """Yield faults of the run as a whole: another reward, missing steps, steps that were never logged."""
     config, logged, run = recording.config, recording.logged, recording.run
-    if recording.reward.sha256 != recording.reward_sha256:
-        hashes = [f"sha256 {value[:16]}…" for value in (recording.reward_sha256, recording.reward.sha256)]
-        yield Difference(0, "reward.json", "", hashes[0], hashes[1])
+    expected, actual = recording.header.reward["sha256"], recording.reward.sha256
+    if actual != expected:
+        yield Difference(0, "reward.json", "", f"sha256 {expected[:16]}…", f"sha256 {actual[:16]}…")
     for line in reformatted_lines(run.ledger):
         yield Difference(0, f"ledger/index.jsonl:{line}", "", "as written", "changed since: formatted differently")
     for name in unindexed_files(run.ledger, recording.steps):

@@ -96,17 +96,22 @@ class Recording:
     """Everything a replay needs except the steps, which `grpo.run.ledger.read_step` reads one at a time."""
 
     run: Run
-    config: Config
+    header: RunHeader
     reward: Reward
     """The reward of ``reward.json``."""
-    reward_sha256: str
-    """The sha256 of the reward according to ``config.json``."""
     logged: Mapping[int, Mapping[str, Any]]
     """Step → its line of ``metrics.jsonl``."""
     steps: tuple[int, ...]
     """Recorded steps in order."""
-    made_with: Mapping[str, str | float | None]
-    """Package versions and machine of the training."""
+
+    @property
+    def config(self) -> Config:
+        return self.header.config
+
+    @property
+    def made_with(self) -> dict[str, str | float | None]:
+        """Package versions and machine of the training."""
+        return {**self.header.versions, **self.header.machine}
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,15 +156,13 @@ def read_recording(path: Path) -> Recording:
     header, run = read_header(path), Run(path)
     if "sha256" not in header.reward or not header.versions or not header.machine:
         raise UserError(f"{path / 'config.json'}: contains no reward, versions or machine; not written by `grpo train`")
-    return Recording(
-        run=run,
-        config=header.config,
-        reward=load_reward(path / "reward.json"),
-        reward_sha256=header.reward["sha256"],
-        logged=dict(_read_metrics_strictly(run.metrics)),
-        steps=ledger_steps(run.ledger),
-        made_with={**header.versions, **header.machine},
-    )
+    lines, _ = _read_metrics(run.metrics)
+    logged: dict[int, dict[str, Any]] = {}
+    for number, record in lines:
+        if record["step"] in logged:
+            raise UserError(f"{run.metrics}:{number}: a second line for step {record['step']}")
+        logged[record["step"]] = record
+    return Recording(run, header, load_reward(path / "reward.json"), logged, ledger_steps(run.ledger))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -169,12 +172,13 @@ def read_run(path: Path) -> RunRecord:
         UserError: not a run folder, or a file in it was not written by `grpo train`.
     """
     header = read_header(path)
-    metrics, remarks = _read_metrics(path / "metrics.jsonl")
+    lines, torn = _read_metrics(path / "metrics.jsonl") if is_regular(path / "metrics.jsonl") else ([], False)
+    by_step = {line["step"]: _finite_metrics(line) for _, line in lines}
     evaluations = _read_evaluations(path / "eval.json", header.config)
     answers = {
         e.key: _read_answers(path / "eval" / f"step_{e.step:06d}_{e.cases}_{e.thinking}.jsonl") for e in evaluations
     }
-    done = int(metrics[-1]["step"] or 0) if metrics else 0
+    remarks = ["The last line of metrics.jsonl is torn, as after a crash; its step is omitted."] if torn else []
     reward_set = _read_json(path / "reward.json") if is_regular(path / "reward.json") else {}
     overrides = (text.partition("=") for text in header.source.overrides)
     return RunRecord(
@@ -189,11 +193,11 @@ def read_run(path: Path) -> RunRecord:
         device=str(header.machine.get("device", "")),
         reward=header.reward,
         reward_set=reward_set if isinstance(reward_set, dict) else {},
-        metrics=metrics,
+        metrics=tuple(by_step[step] for step in sorted(by_step)),
         evaluations=evaluations,
         right={key: right for key, right in answers.items() if right},
         started=header.started.timestamp() if header.started else None,
-        remarks=(*remarks, *_missing_parts(header.config, done, evaluations)),
+        remarks=(*remarks, *_missing_parts(header.config, max(by_step, default=0), evaluations)),
     )
 
 
@@ -254,53 +258,33 @@ def has_torn_last_line(file: Path) -> bool:
     return not last.endswith(b"\n")
 
 
-def _read_metrics_strictly(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (step, line) of ``metrics.jsonl`` except for a torn last line. Raises `UserError` for anything else."""
-    seen: set[int] = set()
+def _read_metrics(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
+    """Return (line number, JSON object with a step) of each line, and whether the last line is torn, which is omitted.
+
+    Raises:
+        UserError: another line is not a JSON object with a step.
+    """
+    lines: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(_lines(file), 1):
         try:
             record = parse_json(line)
-            step = record["step"]
-        except (ValueError, KeyError, TypeError):
-            step = None
-        if step is None and not line.endswith(b"\n"):
-            return
-        if type(step) is not int:
-            raise UserError(f"{file}:{number}: expected one JSON object with an integer `step`")
-        if step in seen:
-            raise UserError(f"{file}:{number}: a second line for step {step}")
-        seen.add(step)
-        yield step, record
-
-
-def _read_metrics(file: Path) -> tuple[tuple[Metrics, ...], list[str]]:
-    """Return the metrics by step, the last line of a repeated step, and a remark if the last line is torn."""
-    by_step: dict[float, Metrics] = {}
-    for number, line in enumerate(_lines(file) if is_regular(file) else (), 1):
-        if not line.strip():
-            continue
-        try:
-            row = _finite_metrics(parse_json(line))
+            if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= MOST:
+                raise ValueError("no step")
         except ValueError as error:
             if not line.endswith(b"\n"):
-                remark = "The last line of metrics.jsonl is torn, as after a crash; its step is omitted."
-                return tuple(by_step[step] for step in sorted(by_step)), [remark]
-            raise UserError(
-                f"{file}:{number}: not a line of metrics: {error}; expected an object of numbers with a step"
-            ) from None
-        by_step[row["step"] or 0] = row
-    return tuple(by_step[step] for step in sorted(by_step)), []
+                return lines, True
+            raise UserError(f"{file}:{number}: not a line of metrics: {error}; expected an object with a step") from None
+        lines.append((number, record))
+    return lines, False
 
 
-def _finite_metrics(value: object) -> Metrics:
+def _finite_metrics(line: Mapping[str, Any]) -> Metrics:
     """Keep numbers and nulls; a number that is not finite or exceeds `MAX_METRIC` becomes None.
 
     >>> _finite_metrics({"step": 1, "loss": float("nan"), "grad_norm": 1e300, "note": "x"})
     {'step': 1, 'loss': None, 'grad_norm': None}
     """
-    if not isinstance(value, dict) or type(value.get("step")) is not int or not 0 <= value["step"] <= MOST:
-        raise ValueError("no step")
-    numbers = {k: v for k, v in value.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
+    numbers = {k: v for k, v in line.items() if v is None or (isinstance(v, int | float) and not isinstance(v, bool))}
     return {k: v if v is not None and math.isfinite(v) and abs(v) <= MAX_METRIC else None for k, v in numbers.items()}
 
 

@@ -74,12 +74,11 @@ MAX_LINE_BYTES = 256 * MEBIBYTE
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One step read from the ledger."""
+    """One step read from the ledger, with the arrays [B,G] fp64 as they were recorded."""
 
     step: Step
     account: TokenAccount
     advantages: np.ndarray
-    """[B,G] fp64 as recorded, like the next two."""
     rewards: np.ndarray
     shares: dict[str, np.ndarray]
     metrics: dict[str, Any]
@@ -133,17 +132,14 @@ def read_step(folder: Path, number: int) -> Entry:
     Raises:
         UserError: the step is not in the ledger, or its files cannot be read.
     """
-    modified = modified_files(folder, number)
+    index_line = _index_line(folder, number)
+    modified = _modified_files(folder, index_line)
     tensor_file, line_file = step_files(folder, number)
     try:
         tensors, components = _read_tensors(tensor_file)
-        recorded = _index(folder)[number].tensors
         hashes = {name: _tensor_sha256(tensor) for name, tensor in tensors.items()}
-        modified += [
-            f"ledger/{tensor_file.name}: {name}"
-            for name in {**recorded, **hashes}
-            if hashes.get(name) != recorded.get(name)
-        ]
+        names = [name for name in {**index_line.tensors, **hashes} if hashes.get(name) != index_line.tensors.get(name)]
+        modified += [f"ledger/{tensor_file.name}: {name}" for name in names]
         return _entry(*_read_lines(line_file), number, tensors, components, tuple(modified))
     except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         fault = str(error)
@@ -158,22 +154,9 @@ def modified_files(folder: Path, number: int) -> list[str]:
     """Return the files of a step whose sha256 is not the one in the index.
 
     Raises:
-        UserError: the step is not in the index, or a file cannot be opened.
+        UserError: the step is not in the index, or a file cannot be read.
     """
-    index = _index(folder)
-    if number not in index:
-        steps = f"it has steps {min(index)} to {max(index)}" if index else "it is empty"
-        raise UserError(f"{folder}: no step {number} in this ledger: {steps}")
-    modified = []
-    for file in step_files(folder, number):
-        try:
-            with file_errors(file), open_regular(file) as opened:
-                sha256 = hashlib.file_digest(opened, "sha256").hexdigest()
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        if sha256 != index[number].files.get(file.name):
-            modified.append(f"ledger/{file.name}")
-    return modified
+    return _modified_files(folder, _index_line(folder, number))
 
 
 def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
@@ -209,11 +192,13 @@ def step_files(folder: Path, number: int) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def file_errors(file: Path) -> Iterator[None]:
-    """Turn `Unreadable`, which does not contain the path, into a `UserError` that starts with it."""
+    """Turn `Unreadable`, which does not contain the path, and errors of the disk into a `UserError` with the path."""
     try:
         yield
     except Unreadable as error:
         raise UserError(f"{file}: {error}") from None
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
 def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray], text: str) -> dict[str, Tensor]:
@@ -254,10 +239,9 @@ def _lines(step: Step, metrics: Mapping[str, Any], text: str) -> Iterator[dict[s
     yield {"kind": "step", "step": step.number, "text": text, "metrics": dict(metrics), "dropped": dropped}
     if text == "off":
         return
-    text_fields = _content if text == "full" else _hash_and_length
     for b, group in enumerate(step.groups):
         case = group.prompt.case
-        yield {"kind": "group", "group": b, "case": case.id, "tags": list(case.tags), **text_fields(case.text)}
+        yield {"kind": "group", "group": b, "case": case.id, "tags": list(case.tags), **_text_fields(case.text, text)}
     for b, (group, row) in enumerate(zip(step.groups, step.scores, strict=True)):
         for g, (completion, score) in enumerate(zip(group.completions, row, strict=True)):
             yield {
@@ -268,16 +252,14 @@ def _lines(step: Step, metrics: Mapping[str, Any], text: str) -> Iterator[dict[s
                 "span": score.answer.span,
                 "fired": [asdict(fired) for fired in score.fired],
                 "timed_out": score.timed_out,
-                **text_fields(completion.text),
+                **_text_fields(completion.text, text),
             }
 
 
-def _content(text: str) -> dict[str, Any]:
-    return {"content": text}
-
-
-def _hash_and_length(text: str) -> dict[str, Any]:
-    return {"sha256": _sha256(text.encode("utf-8", "surrogatepass")), "characters": len(text)}
+def _text_fields(content: str, text: str) -> dict[str, Any]:
+    if text == "full":
+        return {"content": content}
+    return {"sha256": _sha256(content.encode("utf-8", "surrogatepass")), "characters": len(content)}
 
 
 class _Line(BaseModel):
@@ -334,6 +316,23 @@ def _index(folder: Path) -> dict[int, _IndexLine]:
             raise UserError(f"{file}:{number}: not a line of a ledger's index") from None
         index[index_line.step] = index_line
     return index
+
+
+def _index_line(folder: Path, number: int) -> _IndexLine:
+    index = _index(folder)
+    if number not in index:
+        steps = f"it has steps {min(index)} to {max(index)}" if index else "it is empty"
+        raise UserError(f"{folder}: no step {number} in this ledger: {steps}")
+    return index[number]
+
+
+def _modified_files(folder: Path, index_line: _IndexLine) -> list[str]:
+    modified = []
+    for file in step_files(folder, index_line.step):
+        with file_errors(file), open_regular(file) as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != index_line.files.get(file.name):
+                modified.append(f"ledger/{file.name}")
+    return modified
 
 
 def _step_of(index_line: str) -> int | None:

@@ -445,10 +445,10 @@ def broken_runs() -> dict[str, tuple[Callable[[Path], object], str]]:
         "no reward": (lambda run: (run / "reward.json").unlink(), "reward.json"),
         "torn reward": (lambda run: (run / "reward.json").write_text("{"), "reward.json"),
         "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: cannot be read"),
-        "torn metrics": (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), "metrics.jsonl:1: expected"),
+        "torn metrics": (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), "metrics.jsonl:1: not a line of metrics"),
         "a last line of nothing": (
             lambda run: (run / "metrics.jsonl").open("a").write("{}\n"),
-            "metrics.jsonl:4: expected",
+            "metrics.jsonl:4: not a line of metrics: no step",
         ),
         "a step twice": (
             lambda run: edit_lines(run / "metrics.jsonl", lambda lines: [*lines, lines[0]]),
