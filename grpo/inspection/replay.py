@@ -21,7 +21,7 @@ from tqdm import tqdm
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config
 from grpo.inspection.bit_diff import Difference, array_differences, difference_of, same_bits, short_repr
-from grpo.inspection.run_reader import Recording, has_torn_last_line, reformatted_lines, unindexed_files
+from grpo.inspection.run_reader import Recording, reformatted_lines, unindexed_files
 from grpo.metrics import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
 from grpo.run.folder import PACKAGES, finite
 from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, modified_files, read_step, step_files
@@ -38,8 +38,6 @@ ROUNDING_ULPS = 64
 """A larger difference is not the rounding of another library or processor."""
 TIMING_PREFIXES = ("time/", "tokens_per_s/", "roofline/", "memory/")
 """Metrics that depend on the speed and memory of the machine, which cannot be recomputed."""
-PHASES = ("rollout", "update", "account")
-"""Phases of a step that `grpo.train` times."""
 _THINKING_METRICS = ("completions/opened_thinking", "completions/unclosed_thinking")
 TEXT_METRICS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -229,7 +227,6 @@ def _metric_differences(
         yield Difference(number, "metrics.jsonl", "", "no line", "a step")
     else:
         copies["metrics.jsonl"] = {name: v for name, v in line.items() if not name.startswith(TIMING_PREFIXES)}
-        yield from _throughput_differences(entry.step, line)
     for file, logged in copies.items():
         for name in {**expected, **logged}:
             if name not in expected or name not in logged:
@@ -237,22 +234,6 @@ def _metric_differences(
                 yield Difference(number, f"{file}: {name}", "", sides[0], sides[1])
             elif not same_bits(logged[name], expected[name]):
                 yield difference_of(number, f"{file}: {name}", "", [(logged[name], expected[name])])
-
-
-def _throughput_differences(step: Step, line: Mapping[str, Any]) -> Iterator[Difference]:
-    """Compare the throughput with the tokens and seconds of the same line."""
-    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(group.lengths) for group in step.dropped)
-    seconds = [line.get(f"time/{name}_s") for name in PHASES]
-    if not all(isinstance(value, float) and value > 0 for value in seconds):
-        expected = f"seconds of {', '.join(PHASES)}"
-        yield Difference(step.number, "metrics.jsonl: time/", "", short_repr(seconds), expected)
-        return
-    durations = [float(value) for value in seconds if value]
-    for name, duration in (("rollout", durations[0]), ("step", sum(durations))):
-        metric = f"tokens_per_s/{name}"
-        if not same_bits(line.get(metric), tokens / duration):
-            texts = short_repr(line.get(metric)), short_repr(tokens / duration)
-            yield Difference(step.number, f"metrics.jsonl: {metric}", "", *texts)
 
 
 def is_copied(metric: str, text: str) -> bool:
@@ -282,9 +263,6 @@ def folder_differences(recording: Recording) -> Iterator[Difference]:
         yield Difference(first, "metrics.jsonl", _range_end(first, end), "no line", f"one, as for step {last}")
     yield from _index_differences(recording, min(last, config.train.steps))
     finished = run.adapter.is_dir()
-    for file in (run.metrics, run.ledger / "index.jsonl"):
-        if finished and has_torn_last_line(file):
-            yield Difference(0, file.name, "", "whole lines", "a torn last line, in a finished run")
     if last > config.train.steps or (finished and last < config.train.steps):
         reason = "train.steps; adapter/ exists, so the run is finished" if finished else "train.steps"
         yield Difference(0, "metrics.jsonl: last step", "", str(last), f"{config.train.steps} ({reason})")

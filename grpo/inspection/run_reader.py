@@ -250,30 +250,24 @@ def reformatted_lines(ledger: Path) -> tuple[int, ...]:
     return tuple(numbers)
 
 
-def has_torn_last_line(file: Path) -> bool:
-    """Return whether the last line has no newline: after a crash, or, in a finished run, because it was edited."""
-    last = b"\n"
-    for line in _lines(file) if is_regular(file) else ():
-        last = line
-    return not last.endswith(b"\n")
-
-
 def _read_metrics(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
-    """Return (line number, JSON object with a step) of each line, and whether the last line is torn, which is omitted.
+    """Return (line number, JSON object with a step) of each line, and whether a torn last line was omitted.
 
     Raises:
         UserError: another line is not a JSON object with a step.
     """
     lines: list[tuple[int, dict[str, Any]]] = []
     for number, line in enumerate(_lines(file), 1):
+        if not line.endswith(b"\n"):
+            return lines, True
         try:
             record = parse_json(line)
             if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= MOST:
                 raise ValueError("no step")
         except ValueError as error:
-            if not line.endswith(b"\n"):
-                return lines, True
-            raise UserError(f"{file}:{number}: not a line of metrics: {error}; expected an object with a step") from None
+            raise UserError(
+                f"{file}:{number}: not a line of metrics: {error}; expected an object with a step"
+            ) from None
         lines.append((number, record))
     return lines, False
 
