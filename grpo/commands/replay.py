@@ -14,15 +14,8 @@ from typing import Any
 from tqdm import tqdm
 
 from grpo.inspection.counterfactual import change_lines, counterfactual, summary_lines, table_lines
-from grpo.inspection.replay import (
-    environment_changes,
-    folder_differences,
-    not_checked,
-    replay,
-    replay_lines,
-    verdict,
-)
-from grpo.inspection.run_reader import Recording, read_recording
+from grpo.inspection.replay import environment_changes, folder_differences, not_checked, replay, replay_lines, verdict
+from grpo.inspection.run_reader import RecordedRun, read_recorded_run
 from grpo.policy.base_model import device_option
 from grpo.run.ledger import read_step
 from grpo.runtime.cli import make_parser, run_command
@@ -53,7 +46,7 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def replay_run(recording: Recording, arguments: argparse.Namespace) -> Output:
+def replay_run(recording: RecordedRun, arguments: argparse.Namespace) -> Output:
     """Replay the selected steps and, with ``--model``, recompute their log-probabilities."""
     started = time.perf_counter()
     steps = _select_steps(recording, arguments.step)
@@ -73,8 +66,8 @@ def replay_run(recording: Recording, arguments: argparse.Namespace) -> Output:
     if arguments.model:
         from grpo.inspection.recompute_logprobs import replay_with_model
 
-        record["model"], model_lines, within_rounding = replay_with_model(recording, steps, arguments.device)
-        record["equal"] &= within_rounding
+        record["model"], model_lines, equal = replay_with_model(recording, steps, arguments.device)
+        record["equal"] &= equal
         lines += model_lines
     record["seconds"] = time.perf_counter() - started
     if differences or record["equal"]:
@@ -84,7 +77,7 @@ def replay_run(recording: Recording, arguments: argparse.Namespace) -> Output:
     return record, lines, int(not record["equal"])
 
 
-def compare_rewards(recording: Recording, arguments: argparse.Namespace) -> Output:
+def compare_rewards(recording: RecordedRun, arguments: argparse.Namespace) -> Output:
     """Score the selected steps with another reward. The exit code is 1 if files were modified."""
     numbers, other = _select_steps(recording, arguments.step), load_reward(arguments.reward)
     modified, steps = [], []
@@ -104,7 +97,7 @@ def compare_rewards(recording: Recording, arguments: argparse.Namespace) -> Outp
     return record, lines, int(bool(modified))
 
 
-def _select_steps(recording: Recording, step: int | None) -> tuple[int, ...]:
+def _select_steps(recording: RecordedRun, step: int | None) -> tuple[int, ...]:
     if step is None:
         return recording.steps
     if step not in recording.steps:
@@ -114,7 +107,7 @@ def _select_steps(recording: Recording, step: int | None) -> tuple[int, ...]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    recording = read_recording(arguments.run)
+    recording = read_recorded_run(arguments.run)
     record, lines, code = (compare_rewards if arguments.reward else replay_run)(recording, arguments)
     print(json.dumps(record) if arguments.json else "\n".join(visible(line) for line in lines))
     return code

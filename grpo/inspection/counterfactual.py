@@ -5,15 +5,17 @@ The recorded completions are kept: the result shows in which direction another r
 ledger and are not considered.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from grpo.advantage import split_by_component, zero_variance
-from grpo.batch import baseline, normalised
+from grpo.advantage import zero_variance
+from grpo.batch import group_advantages
 from grpo.config import Config
+from grpo.metrics import advantage_shares, rewards_of
 from grpo.run.ledger import Entry
 from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import fit, visible
@@ -67,22 +69,14 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
         UserError: the texts of the step were not recorded.
         RewardError: a code rule of the other reward fails on a case.
     """
-    step, section = entry.step, config.advantage
     if entry.text != "full":
-        raise UserError(f'step {step.number}: --reward needs the texts, which ledger.text = "{entry.text}" omits')
-    scores = score_groups(other, step.groups, config)
-    rewards = np.array([[score.total for score in row] for row in scores])
-    members = baseline(np.array([[c.finished for c in group.completions] for group in step.groups]), section)
-    advantages = normalised(rewards, members, section)
-    shares = split_by_component(
-        {name: np.array([[score.parts[name] for score in row] for row in scores]) for name in scores[0][0].parts},
-        kind=section.kind,
-        epsilon=section.epsilon,
-        ddof=section.ddof,
-        in_baseline=members,
-        total=rewards,
-    )
-    uniform_now, uniform_then = (zero_variance(r, in_baseline=members) for r in (entry.rewards, rewards))
+        raise UserError(f'step {entry.step.number}: --reward needs the texts, which ledger.text = "{entry.text}" omits')
+    step = dataclasses.replace(entry.step, scores=score_groups(other, entry.step.groups, config))
+    rewards = rewards_of(step)
+    advantages = group_advantages(step.groups, rewards, config.advantage)
+    shares = advantage_shares(step, config.advantage)
+    in_baseline = step.batch.in_baseline.numpy().reshape(rewards.shape)
+    uniform_now, uniform_then = (zero_variance(r, in_baseline=in_baseline) for r in (entry.rewards, rewards))
     return Counterfactual(
         step=step.number,
         rows=tuple(

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from grpo.cases import row_key
 from grpo.config import Config, Model
-from grpo.inspection.run_reader import Recording
+from grpo.inspection.run_reader import RecordedRun
 from grpo.metrics import rows
 from grpo.micro_batch_limit import room
 from grpo.policy.base_model import card_name, pick_device, pick_dtype
@@ -68,7 +68,7 @@ class Recomputed:
 
 
 def replay_with_model(
-    recording: Recording, steps: Sequence[int], device: str | None
+    recording: RecordedRun, steps: Sequence[int], device: str | None
 ) -> tuple[dict[str, Any], list[str], bool]:
     """Return the JSON record, the lines for a terminal, and whether all differences are rounding.
 
@@ -97,7 +97,7 @@ def replay_with_model(
     return record, lines, equal
 
 
-def on_device(recording: Recording, device: str | None) -> Model:
+def on_device(recording: RecordedRun, device: str | None) -> Model:
     """Return the run's ``[model]`` section with the device to use here; None is the run's own.
 
     Raises:
@@ -111,7 +111,7 @@ def on_device(recording: Recording, device: str | None) -> Model:
         raise UserError(f"{error}{hint}") from None
 
 
-def recompute(recording: Recording, steps: Sequence[int], section: Model) -> Iterator[Recomputed]:
+def recompute(recording: RecordedRun, steps: Sequence[int], section: Model) -> Iterator[Recomputed]:
     """Recompute steps with the model of ``section``, which `on_device` returns."""
     config = recording.config
     policy = load_policy(section, config.lora, seed=config.train.seed)
@@ -185,7 +185,7 @@ def undecodable_rows(policy: Policy, entry: Entry, config: Config) -> Iterator[s
             yield f"{name}: completion"
 
 
-def rounding_causes(recording: Recording, section: Model) -> list[str]:
+def rounding_causes(recording: RecordedRun, section: Model) -> list[str]:
     """Return why the last bits may differ: equal bits need the same kind of device and the same micro-batches."""
     trained, here = str(recording.made_with.get("device")), card_name(pick_device(section.device))
     causes = [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
@@ -194,7 +194,7 @@ def rounding_causes(recording: Recording, section: Model) -> list[str]:
     return causes
 
 
-def _coarser_dtype(recording: Recording, section: Model) -> str:
+def _coarser_dtype(recording: RecordedRun, section: Model) -> str:
     """Return the coarser one of the dtypes of the base in the training and here."""
     dtypes = {str(pick_dtype(section.dtype, pick_device(section.device))).removeprefix("torch.")}
     if section.dtype == "auto":

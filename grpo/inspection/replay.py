@@ -21,7 +21,7 @@ from tqdm import tqdm
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config
 from grpo.inspection.bit_diff import Difference, array_differences, difference_of, same_bits, short_repr
-from grpo.inspection.run_reader import Recording, reformatted_lines, unindexed_files
+from grpo.inspection.run_reader import RecordedRun, reformatted_lines, unindexed_files
 from grpo.metrics import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
 from grpo.run.folder import PACKAGES, finite
 from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, modified_files, read_step, step_files
@@ -65,7 +65,7 @@ class ReplayResult:
     differences: tuple[Difference, ...]
 
 
-def replay(recording: Recording, steps: Sequence[int]) -> ReplayResult:
+def replay(recording: RecordedRun, steps: Sequence[int]) -> ReplayResult:
     """Replay steps with a progress bar. A step whose modified files cannot be read is a difference.
 
     Raises:
@@ -247,7 +247,7 @@ def is_copied(metric: str, text: str) -> bool:
     )
 
 
-def folder_differences(recording: Recording) -> Iterator[Difference]:
+def folder_differences(recording: RecordedRun) -> Iterator[Difference]:
     """Yield faults of the run as a whole: another reward, missing steps, steps that were never logged."""
     config, logged, run = recording.config, recording.logged, recording.run
     expected, actual = recording.header.reward["sha256"], recording.reward.sha256
@@ -268,7 +268,7 @@ def folder_differences(recording: Recording) -> Iterator[Difference]:
         yield Difference(0, "metrics.jsonl: last step", "", str(last), f"{config.train.steps} ({reason})")
 
 
-def _index_differences(recording: Recording, last: int) -> Iterator[Difference]:
+def _index_differences(recording: RecordedRun, last: int) -> Iterator[Difference]:
     """Compare the recorded steps with the multiples of ``ledger.every`` up to the last logged step."""
     every, index = recording.config.ledger.every, "ledger/index.jsonl"
     rule = f"with ledger.every = {every}"
@@ -297,7 +297,7 @@ def _range_end(first: int, end: int) -> str:
     return f"to step {end}" if end > first else ""
 
 
-def environment_changes(recording: Recording) -> dict[str, tuple[Any, str]]:
+def environment_changes(recording: RecordedRun) -> dict[str, tuple[Any, str]]:
     """Return name → (at training, now) of each package version and machine property that changed."""
     now = {name: version(name) for name in PACKAGES}
     now |= {"python": platform.python_version(), "platform": platform.platform(), "processor": platform.processor()}
@@ -305,7 +305,7 @@ def environment_changes(recording: Recording) -> dict[str, tuple[Any, str]]:
     return {name: (then[name], now[name]) for name in now if name in then and then[name] != now[name]}
 
 
-def not_checked(recording: Recording, result: ReplayResult) -> list[str]:
+def not_checked(recording: RecordedRun, result: ReplayResult) -> list[str]:
     """Return what this replay cannot verify, one line each."""
     logged, config = recording.logged, recording.config
     unrecorded, last = sum(step not in recording.steps for step in logged), max(logged, default=0)
@@ -354,7 +354,7 @@ def _plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def replay_lines(recording: Recording, result: ReplayResult, differences: Sequence[Difference]) -> list[str]:
+def replay_lines(recording: RecordedRun, result: ReplayResult, differences: Sequence[Difference]) -> list[str]:
     """Format a replay's output except for its verdict."""
     lines = [str(difference) for difference in differences[:MAX_PRINTED]]
     if len(differences) > MAX_PRINTED:

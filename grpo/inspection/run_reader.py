@@ -1,7 +1,7 @@
 """The reader of run folders: config, metrics, evaluations, answers, and which steps the ledger contains.
 
-`read_recording` is for a replay: strict, every fault is an error. `read_run` is for everything that shows a run: parts
-that are missing become remarks.
+`read_recorded_run` is strict, for a replay: every fault is an error. `read_run` is for reports: missing parts become
+remarks.
 """
 
 import json
@@ -92,7 +92,7 @@ class RunHeader(_Lenient):
 
 
 @dataclass(frozen=True, slots=True)
-class Recording:
+class RecordedRun:
     """Everything a replay needs except the steps, which `grpo.run.ledger.read_step` reads one at a time."""
 
     run: Run
@@ -147,7 +147,7 @@ class RunRecord:
     """One sentence for each part that is missing."""
 
 
-def read_recording(path: Path) -> Recording:
+def read_recorded_run(path: Path) -> RecordedRun:
     """Read a run folder for a replay.
 
     Raises:
@@ -162,7 +162,7 @@ def read_recording(path: Path) -> Recording:
         if record["step"] in logged:
             raise UserError(f"{run.metrics}:{number}: a second line for step {record['step']}")
         logged[record["step"]] = record
-    return Recording(run, header, load_reward(path / "reward.json"), logged, ledger_steps(run.ledger))
+    return RecordedRun(run, header, load_reward(path / "reward.json"), logged, ledger_steps(run.ledger))
 
 
 def read_run(path: Path) -> RunRecord:

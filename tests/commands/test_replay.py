@@ -21,7 +21,7 @@ from grpo.commands.replay import main
 from grpo.inspection.bit_diff import Difference, array_differences, same_bits, ulps_between
 from grpo.inspection.counterfactual import counterfactual
 from grpo.inspection.replay import TEXT_METRICS, TIMING_PREFIXES, is_copied, likely_reason, replay_step
-from grpo.inspection.run_reader import read_recording
+from grpo.inspection.run_reader import read_recorded_run
 from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, read_step
 from rewards import Answer, Fired, load_reward
 from tests.support.recorded_runs import recorded, rewritten
@@ -297,7 +297,7 @@ def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: P
         entry.step.groups[0], prompt=dataclasses.replace(entry.step.groups[0].prompt, case=case)
     )
     forged = dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=(group, *entry.step.groups[1:])))
-    recording = read_recording(rich)
+    recording = read_recorded_run(rich)
     (difference,) = replay_step(forged, recording.config, recording.reward, recording.logged[1])
     assert "gold ESI level from 1 to 5, got 9" in difference.replayed
 
@@ -563,7 +563,7 @@ def test_the_runs_own_reward_changes_nothing(rich: Path) -> None:
 
 def test_the_advantages_under_another_reward_are_those_of_its_formula(plain: Path, tmp_path: Path) -> None:
     """Rewards by hand: 1 for exact, else 0 (v45c); advantage by loops."""
-    recording = read_recording(plain)
+    recording = read_recorded_run(plain)
     for number in (1, 2, 3):
         entry = read_step(plain / "ledger", number)
         one = counterfactual(entry, recording.config, load_reward("v45c"))

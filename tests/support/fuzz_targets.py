@@ -362,7 +362,7 @@ def _ledger(run: Path) -> None:
 
 
 def _replay(run: Path) -> None:
-    read = recording.read_recording(run)
+    read = recording.read_recorded_run(run)
     replayed = replay(read, read.steps)
     json.dumps(replay_lines(read, replayed, [*folder_differences(read), *replayed.differences]))
 
