@@ -38,6 +38,8 @@ ROUNDING_ULPS = 64
 """A larger difference is not the rounding of another library or processor."""
 TIMING_PREFIXES = ("time/", "tokens_per_s/", "roofline/", "memory/")
 """Metrics that depend on the speed and memory of the machine, which cannot be recomputed."""
+PHASES = ("rollout", "update", "account")
+"""Phases of a step that `grpo.train` times."""
 _THINKING_METRICS = ("completions/opened_thinking", "completions/unclosed_thinking")
 TEXT_METRICS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -227,6 +229,7 @@ def _metric_differences(
         yield Difference(number, "metrics.jsonl", "", "no line", "a step")
     else:
         copies["metrics.jsonl"] = {name: v for name, v in line.items() if not name.startswith(TIMING_PREFIXES)}
+        yield from _throughput_differences(entry.step, line)
     for file, logged in copies.items():
         for name in {**expected, **logged}:
             if name not in expected or name not in logged:
@@ -234,6 +237,21 @@ def _metric_differences(
                 yield Difference(number, f"{file}: {name}", "", sides[0], sides[1])
             elif not same_bits(logged[name], expected[name]):
                 yield difference_of(number, f"{file}: {name}", "", [(logged[name], expected[name])])
+
+
+def _throughput_differences(step: Step, line: Mapping[str, Any]) -> Iterator[Difference]:
+    """Compare the throughput with the tokens and with the seconds in the same line."""
+    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(group.lengths) for group in step.dropped)
+    seconds = [line.get(f"time/{name}_s") for name in PHASES]
+    if not all(isinstance(value, float) and value > 0 for value in seconds):
+        expected = f"seconds of {', '.join(PHASES)}"
+        yield Difference(step.number, "metrics.jsonl: time/", "", short_repr(seconds), expected)
+        return
+    durations = [float(value) for value in seconds if value]
+    for name, duration in (("tokens_per_s/rollout", durations[0]), ("tokens_per_s/step", sum(durations))):
+        if not same_bits(line.get(name), tokens / duration):
+            texts = short_repr(line.get(name)), short_repr(tokens / duration)
+            yield Difference(step.number, f"metrics.jsonl: {name}", "", *texts)
 
 
 def is_copied(metric: str, text: str) -> bool:

@@ -705,6 +705,22 @@ def test_a_text_that_its_token_ids_do_not_spell_is_named(rich: Path, tmp_path: P
     assert "step 1: group 0 (case c0), member 2: completion does not match its token ids" in out
 
 
+def test_throughput_that_does_not_follow_from_its_seconds_is_named(victim: Path) -> None:
+    file = victim / "metrics.jsonl"
+    whole = file.read_bytes()
+    try:
+        for name, value, expected in (
+            ("tokens_per_s/rollout", 9e9, "tokens_per_s/rollout"),
+            ("time/rollout_s", 1e-9, "tokens_per_s"),
+            ("time/account_s", None, "seconds of rollout, update, account"),
+        ):
+            edit_lines(file, lambda lines, name=name, value=value: [lines[0], {**lines[1], name: value}, lines[2]])
+            assert any(expected in f"{d['where']} {d['replayed']}" for d in found(victim)), name
+            file.write_bytes(whole)
+    finally:
+        file.write_bytes(whole)
+
+
 def test_a_newline_that_changes_is_named(victim: Path) -> None:
     for file in (victim / "ledger" / "index.jsonl", victim / "metrics.jsonl"):
         whole = file.read_bytes()
