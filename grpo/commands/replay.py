@@ -114,4 +114,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code."""
     return run_command(argument_parser(), run, argv, if_interrupted="nothing was written")
