@@ -29,7 +29,7 @@ ORDER = [unit for layer in LAYERS for unit in layer.split()]
 TORCH_FREE = (
     "config advantage stats token_budget cases data/* preflight/* policy/memory_plan run/input_hashes __main__",
     "runtime/atomic_files runtime/interrupts runtime/terminal inspection/bit_diff inspection/step_text",
-    "inspection/run_records evaluation/statistics evaluation/metrics evaluation/failures evaluation/comparison",
+    "inspection/run_reader evaluation/statistics evaluation/metrics evaluation/failures evaluation/comparison",
     "evaluation/table report/charts report/figures report/views commands/preflight commands/prepare",
     "commands/tensorboard",
 )

@@ -9,7 +9,7 @@ from types import MappingProxyType
 from grpo.cases import load_jsonl
 from grpo.evaluation.metrics import RATES, RateTest
 from grpo.evaluation.statistics import clustered_wilson, mcnemar
-from grpo.inspection.run_records import Metrics, RunRecord, read_run
+from grpo.inspection.run_reader import Metrics, RunRecord, read_run
 from grpo.run.ledger import ledger_steps, read_step
 from grpo.runtime.errors import UserError
 

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from grpo.inspection.run_records import Evaluation, RunRecord, read_run
+from grpo.inspection.run_reader import Evaluation, RunRecord, read_run
 from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import error_lines, say_anyhow, visible
 

@@ -1,18 +1,21 @@
-"""What the advantages of a recorded step would have been under another reward.
+"""Advantages of a recorded step under another reward.
 
-The completions stay as they are: it says which way another reward would have pushed *this* policy in *this* step, not
-what a run under it would have become. Groups that drop-and-refill left out are not in the ledger and not looked at.
+The recorded completions are kept: the result shows in which direction another reward would have pushed *this* policy in
+*this* step, not what a run trained with it would have become. Groups that dynamic sampling replaced are not in the
+ledger and are not considered.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from grpo.advantage import split_by_component, zero_variance
-from grpo.batch import baseline, normalised
+from grpo.advantage import zero_variance
+from grpo.batch import group_advantages
 from grpo.config import Config
+from grpo.metrics import advantage_shares, rewards_of
 from grpo.run.ledger import Entry
 from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import fit, visible
@@ -21,8 +24,8 @@ from rewards import Reward
 
 
 @dataclass(frozen=True, slots=True)
-class Changed:
-    """One completion under both rewards."""
+class CompletionChange:
+    """One completion under both rewards: "now" is the recorded reward, "then" the other one."""
 
     group: int
     member: int
@@ -32,27 +35,27 @@ class Changed:
     advantage_now: float
     advantage_then: float
     parts_now: dict[str, float]
-    """Component → its part of the advantage; those that are not 0."""
+    """Component → its part of the advantage, zeros omitted."""
     parts_then: dict[str, float]
 
     @property
     def flips(self) -> bool:
-        """The other reward would have pushed against it instead of for it, or for it instead of against it."""
+        """Whether the advantage changes its sign."""
         return self.advantage_now * self.advantage_then < 0
 
 
 @dataclass(frozen=True, slots=True)
 class Counterfactual:
-    """One step under both rewards; "now" is what was recorded, "then" what the other reward gives."""
+    """One step under both rewards."""
 
     step: int
-    rows: tuple[Changed, ...]
+    rows: tuple[CompletionChange, ...]
     components: dict[str, tuple[float | None, float | None]]
-    """Name → mean over completions of the component's part |A_k| of the advantage; None where a reward lacks it."""
+    """Component → mean |A_k| over completions of its part of the advantage; None if a reward lacks the component."""
     gained: tuple[int, ...]
     """Groups whose rewards would no longer be all equal."""
     lost: tuple[int, ...]
-    """Groups whose rewards would be."""
+    """Groups whose rewards would become all equal."""
 
     @property
     def flips(self) -> int:
@@ -60,124 +63,107 @@ class Counterfactual:
 
 
 def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactual:
-    """A recorded step under another reward; the run's own overlong penalty, baseline and normalisation stay.
+    """Score a recorded step with another reward; the run's overlong penalty, baseline and normalization stay.
 
     Raises:
-        UserError: the step's texts were not written down.
+        UserError: the texts of the step were not recorded.
         RewardError: a code rule of the other reward fails on a case.
     """
-    step = entry.step
     if entry.text != "full":
-        raise UserError(
-            f'step {step.number}: --reward reads the texts again, and ledger.text = "{entry.text}" kept them out'
-        )
-    scores = score_groups(other, step.groups, config)
-    then = np.array([[score.total for score in row] for row in scores])
-    section = config.advantage
-    members = baseline(np.array([[c.finished for c in group.completions] for group in step.groups]), section)
-    advantages = normalised(then, members, section)
-    shares = split_by_component(
-        {name: np.array([[score.parts[name] for score in row] for row in scores]) for name in scores[0][0].parts},
-        kind=section.kind,
-        epsilon=section.epsilon,
-        ddof=section.ddof,
-        in_baseline=members,
-        total=then,
-    )
-    silent = zip(*(zero_variance(r, in_baseline=members).tolist() for r in (entry.rewards, then)), strict=True)
-    changes = list(enumerate(silent))
+        raise UserError(f'step {entry.step.number}: --reward needs the texts, which ledger.text = "{entry.text}" omits')
+    step = dataclasses.replace(entry.step, scores=score_groups(other, entry.step.groups, config))
+    rewards = rewards_of(step)
+    advantages = group_advantages(step.groups, rewards, config.advantage)
+    shares = advantage_shares(step, config.advantage)
+    in_baseline = step.batch.in_baseline.numpy().reshape(rewards.shape)
+    uniform_now, uniform_then = (zero_variance(r, in_baseline=in_baseline) for r in (entry.rewards, rewards))
     return Counterfactual(
         step=step.number,
         rows=tuple(
-            Changed(
+            CompletionChange(
                 group=b,
                 member=g,
-                case_id=group.prompt.case.id,
+                case_id=step.groups[b].prompt.case.id,
                 reward_now=float(entry.rewards[b, g]),
-                reward_then=float(then[b, g]),
+                reward_then=float(rewards[b, g]),
                 advantage_now=float(entry.advantages[b, g]),
                 advantage_then=float(advantages[b, g]),
-                parts_now=_parts(entry.shares, b, g),
-                parts_then=_parts(shares, b, g),
+                parts_now=_nonzero_parts(entry.shares, b, g),
+                parts_then=_nonzero_parts(shares, b, g),
             )
-            for b, group in enumerate(step.groups)
-            for g in range(len(group.completions))
+            for b, g in np.ndindex(rewards.shape)
         ),
         components={
-            name: (_size(entry.shares.get(name)), _size(shares.get(name))) for name in {**entry.shares, **shares}
+            name: (_mean_size(entry.shares.get(name)), _mean_size(shares.get(name)))
+            for name in {**entry.shares, **shares}
         },
-        gained=tuple(b for b, (was, becomes) in changes if was and not becomes),
-        lost=tuple(b for b, (was, becomes) in changes if becomes and not was),
+        gained=tuple(np.flatnonzero(uniform_now & ~uniform_then).tolist()),
+        lost=tuple(np.flatnonzero(uniform_then & ~uniform_now).tolist()),
     )
 
 
-def step_lines(one: Counterfactual) -> list[str]:
-    """A step as a table: a line a completion, and below it its advantage by component; ``flips`` marks those whose
-    advantage would change its sign."""
-    heads = f"{'case':<22}{'reward → then':>16}{'advantage → then':>19}"
-    lines = [f"step {one.step}", f"  group member  {heads}"]
-    for row in one.rows:
-        rewards = f"{row.reward_now:>+7.2f} → {row.reward_then:>+6.2f}"
-        both = _pair(row.advantage_now, row.advantage_then)
+def table_lines(step: Counterfactual) -> list[str]:
+    """Format a step as a table: one line per completion, followed by its advantage by component; completions whose
+    advantage changes its sign are marked ``flips``."""
+    header = f"{'case':<22}{'reward → then':>16}{'advantage → then':>19}"
+    lines = [f"step {step.step}", f"  group member  {header}"]
+    for row in step.rows:
         case = fit(visible(row.case_id), 22)
-        lines.append(f"  {row.group:>5} {row.member:>6}  {case}{rewards}{both}{'  flips' * row.flips}")
+        rewards = f"{row.reward_now:>+7.2f} → {row.reward_then:>+6.2f}"
+        advantages = f"{row.advantage_now:>+9.3f} → {row.advantage_then:>+7.3f}"
+        lines.append(f"  {row.group:>5} {row.member:>6}  {case}{rewards}{advantages}{'  flips' * row.flips}")
         for name in {**row.parts_now, **row.parts_then}:
-            part = _pair(row.parts_now.get(name, 0.0), row.parts_then.get(name, 0.0))
-            lines.append(f"{'':<18}{fit(visible(name), 36)}{part}")
+            now, then = row.parts_now.get(name, 0.0), row.parts_then.get(name, 0.0)
+            lines.append(f"{'':<18}{fit(visible(name), 36)}{now:>+9.3f} → {then:>+7.3f}")
     return lines
 
 
-def _pair(now: float, then: float) -> str:
-    return f"{now:>+9.3f} → {then:>+7.3f}"
-
-
-def change_lines(one: Counterfactual) -> list[str]:
-    """A step as one line; none where no sign and no group's variance changes."""
-    if not (one.flips or one.gained or one.lost):
+def change_lines(step: Counterfactual) -> list[str]:
+    """Format a step as one line; no line if no sign and no group's variance changes."""
+    if not (step.flips or step.gained or step.lost):
         return []
-    cases = {row.group: visible(row.case_id) for row in one.rows}
-    named = {"gains": [cases[b] for b in one.gained], "loses": [cases[b] for b in one.lost]}
-    groups = [f"{verb} {', '.join(some[:4])}{', …' * (len(some) > 4)}" for verb, some in named.items() if some]
+    cases = {row.group: visible(row.case_id) for row in step.rows}
+    groups = [
+        f"{verb} {', '.join(cases[b] for b in changed[:4])}{', …' * (len(changed) > 4)}"
+        for verb, changed in (("gains", step.gained), ("loses", step.lost))
+        if changed
+    ]
     variance = f"; variance: {'; '.join(groups)}" if groups else ""
-    return [f"step {one.step:<6} {one.flips} of {len(one.rows)} flip{variance}"]
+    return [f"step {step.step:<6} {step.flips} of {len(step.rows)} flip{variance}"]
 
 
-def summary_lines(steps: Sequence[Counterfactual], now: str, then: str) -> list[str]:
-    """All steps in a few lines.
+def summary_lines(steps: Sequence[Counterfactual], name_now: str, name_then: str) -> list[str]:
+    """Summarize all steps.
 
     Args:
-        now, then: names of the two rewards.
+        name_now, name_then: names of the two rewards.
     """
-    rows = [row for one in steps for row in one.rows]
-    groups = sum(len({row.group for row in one.rows}) for one in steps)
-    changed = sum(row.reward_now != row.reward_then for row in rows)
+    rows = [row for step in steps for row in step.rows]
+    groups = sum(len({row.group for row in step.rows}) for step in steps)
     lines = [
-        f"reward {visible(now)} → {visible(then)}, {len(steps):,} step{'s' * (len(steps) != 1)}",
-        f"  {changed:,} of {len(rows):,} completions get another reward",
+        f"reward {visible(name_now)} → {visible(name_then)}, {len(steps):,} step{'s' * (len(steps) != 1)}",
+        f"  {sum(row.reward_now != row.reward_then for row in rows):,} of {len(rows):,} completions get another reward",
         f"  {sum(row.flips for row in rows):,} change the sign of their advantage",
-        f"  of {groups:,} groups, {sum(len(one.gained) for one in steps):,} gain and "
-        f"{sum(len(one.lost) for one in steps):,} lose their variance",
+        f"  of {groups:,} groups, {sum(len(step.gained) for step in steps):,} gain and "
+        f"{sum(len(step.lost) for step in steps):,} lose their variance",
         f"  {'component: mean |part of the advantage|':<48}{'now':>8} → {'then':>6}",
     ]
-    for name in dict.fromkeys(name for one in steps for name in one.components):
-        sides = [[one.components.get(name, (None, None))[side] for one in steps] for side in (0, 1)]
-        means = [_mean([value for value in side if value is not None]) for side in sides]
+    for name in dict.fromkeys(name for step in steps for name in step.components):
+        now, then = ([step.components.get(name, (None, None))[side] for step in steps] for side in (0, 1))
+        means = [_mean([size for size in sizes if size is not None]) for sizes in (now, then)]
         if any(means):
-            lines.append(f"    {fit(visible(name), 46)}{_figure(means[0]):>8} → {_figure(means[1]):>6}")
+            texts = ["–" if mean is None else f"{mean:.3f}" for mean in means]
+            lines.append(f"    {fit(visible(name), 46)}{texts[0]:>8} → {texts[1]:>6}")
     return lines
 
 
-def _parts(shares: Mapping[str, np.ndarray], b: int, g: int) -> dict[str, float]:
+def _nonzero_parts(shares: Mapping[str, np.ndarray], b: int, g: int) -> dict[str, float]:
     return {name: float(share[b, g]) for name, share in shares.items() if share[b, g]}
 
 
-def _size(share: np.ndarray | None) -> float | None:
-    return None if share is None else math.fsum(np.abs(share).ravel().tolist()) / share.size
+def _mean_size(share: np.ndarray | None) -> float | None:
+    return None if share is None else _mean(np.abs(share).ravel().tolist())
 
 
 def _mean(values: Sequence[float]) -> float | None:
     return math.fsum(values) / len(values) if values else None
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"

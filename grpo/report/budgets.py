@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.inspection.run_records import RunRecord
+from grpo.inspection.run_reader import RunRecord
 from grpo.report.charts import Line, Panel, chart
 from grpo.report.views import View, reading
 from grpo.run.ledger import ledger_steps, read_lengths

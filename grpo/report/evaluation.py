@@ -7,7 +7,7 @@ from xml.etree import ElementTree as ET
 from markupsafe import Markup
 
 from grpo.evaluation.statistics import mcnemar, wilson
-from grpo.inspection.run_records import GOLD, Evaluation, RunRecord, Subset
+from grpo.inspection.run_reader import GOLD, Evaluation, RunRecord, Subset
 from grpo.report.charts import Line, Panel, chart
 from grpo.report.number_format import percent
 from grpo.report.views import View, reading

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from grpo.config import Config
-from grpo.inspection.run_records import Metrics
+from grpo.inspection.run_reader import Metrics
 from grpo.report.charts import Level
 
 Edges = Callable[[Metrics], tuple[float, float] | None]

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo.inspection.run_records import RunRecord, distinct_names, read_run
+from grpo.inspection.run_reader import RunRecord, distinct_names, read_run
 from grpo.report.budgets import forecast
 from grpo.report.evaluation import RATES, Span, common_set, first_set, over_steps, spans, verdict
 from grpo.report.figures import SECTIONS

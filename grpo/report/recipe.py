@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from grpo.config import load_config, notes
-from grpo.inspection.run_records import RunRecord
+from grpo.inspection.run_reader import RunRecord
 from grpo.report.number_format import NOTHING, minus
 
 GRADES = {

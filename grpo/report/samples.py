@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from grpo.inspection.run_records import RunRecord
+from grpo.inspection.run_reader import RunRecord
 from grpo.metrics import token_slices
 from grpo.report.number_format import signed
 from grpo.report.tokens import Piece, Scale, case_pieces, completion_pieces, load_tokenizer, shadings, told

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from grpo.config import Config
-from grpo.inspection.run_records import Metrics, RunRecord
+from grpo.inspection.run_reader import Metrics, RunRecord
 from grpo.report.charts import COLOURS, Band, Line, Panel, Values, chart
 from grpo.report.figures import Figure
 from grpo.report.number_format import shown

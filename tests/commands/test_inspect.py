@@ -21,8 +21,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from grpo.commands.inspect import main, step_record, token_records
-from grpo.inspection.run_reader import read_config
+from grpo.commands.inspect import main
+from grpo.inspection.run_reader import read_header
+from grpo.inspection.step_records import step_record, token_records
 from grpo.inspection.step_text import step_lines, token_lines
 from grpo.run.ledger import Entry, read_step
 from grpo.runtime.terminal import STYLED, columns, fit, screen_width, visible, wants_colour, wrap
@@ -119,7 +120,7 @@ def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
         in_baseline = [r for r, c in zip(rewards, group.completions, strict=True) if c.finished]
         assert line[0] == ("=" if len(set(in_baseline)) <= 1 else " ")
     assert len(entry.step.dropped) == 1
-    assert f"left out   {entry.step.dropped[0].case_id}: 4 completions, " in out
+    assert f"replaced   {entry.step.dropped[0].case_id}: 4 completions, " in out
     assert "run tiny, step 2 of 3" in out and f"reward/mean {entry.metrics['reward/mean']:.4g}" in out
 
 
@@ -392,10 +393,10 @@ def test_a_changed_ledger_says_so_first(rich: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "says"),
     [
-        (["--step", "9"], "no step 9 in this ledger: it holds 1 to 3"),
-        (["--case", "c77"], "no case 'c77' in it: it has c"),
-        (["--case", "#7"], "no case '#7' in it: it has c"),
-        (["--case", "#0", "--member", "4"], "no member 4 in that group: it has 0 to 3"),
+        (["--step", "9"], "no step 9 in this ledger: it has steps 1 to 3"),
+        (["--case", "c77"], "no case 'c77'; the cases of this step are c"),
+        (["--case", "#7"], "no case '#7'; the cases of this step are c"),
+        (["--case", "#0", "--member", "4"], "no member 4 in this group, whose members are 0 to 3"),
         (["--case", "#0", "--member", "-1"], "no member -1"),
     ],
 )
@@ -406,12 +407,11 @@ def test_what_is_not_there_is_one_line_and_exit_code_2(plain: Path, more: list[s
 
 
 def test_a_missing_run_or_ledger_is_exit_code_2(plain: Path, tmp_path: Path) -> None:
-    assert "no run here" in look(tmp_path / "nowhere")[2]
+    assert "not a run folder" in look(tmp_path / "nowhere")[2]
     run = shutil.copytree(plain, tmp_path / "run")
     shutil.rmtree(run / "ledger")
-    assert look(run)[0] == 2 and "no ledger here" in look(run)[2]
-    with pytest.raises(SystemExit, match="2"), contextlib.redirect_stderr(io.StringIO()):
-        main([str(plain), "--member", "0"])
+    assert look(run)[0] == 2 and "no ledger in this run" in look(run)[2]
+    assert look(plain, "--member", "0") == (2, "", "error: --member needs --case\n")
 
 
 def test_letters_are_as_wide_as_a_terminal_makes_them() -> None:
@@ -420,7 +420,7 @@ def test_letters_are_as_wide_as_a_terminal_makes_them() -> None:
 
 def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Path) -> None:
     entry = read_step(plain / "ledger", 2)
-    config, _ = read_config(plain)
+    config = read_header(plain).config
     assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, False]
     alone = entry.step.batch.in_baseline.clone()
     alone[5:] = False
@@ -436,7 +436,7 @@ def test_large_groups_are_counted(plain: Path) -> None:
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=groups, scores=scores))
 
     entry = many(read_step(plain / "ledger", 2))
-    config, _ = read_config(plain)
+    config = read_header(plain).config
     lines = list(step_lines(step_record(entry, config), 80, lambda text, style: text))
     assert any("4×20" in line and "e×20" in line for line in lines)
     assert any("3×10 –×10" in line and "b×10 e×…" in line for line in lines) and max(map(columns, lines)) <= 80

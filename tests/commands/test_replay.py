@@ -17,11 +17,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from grpo.commands.replay import COPIES, MACHINE, UNSEEN, is_copied, likely_reason, main, replay_step
-from grpo.inspection.bit_diff import Difference, array_differences, same, ulps_between
+from grpo.commands.replay import main
+from grpo.inspection.bit_diff import Difference, array_differences, same_bits, ulps_between
 from grpo.inspection.counterfactual import counterfactual
-from grpo.inspection.run_reader import read_recording
-from grpo.run.ledger import Entry, read_step
+from grpo.inspection.replay import TEXT_METRICS, TIMING_PREFIXES, is_copied, likely_reason, replay_step
+from grpo.inspection.run_reader import read_recorded_run
+from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, read_step
 from rewards import Answer, Fired, load_reward
 from tests.support.recorded_runs import recorded, rewritten
 
@@ -79,7 +80,7 @@ def test_an_honest_run_is_equal_at_every_step(plain: Path, rich: Path, tmp_path:
         run = rewritten(run, tmp_path / "run", text=text)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     tokens = sum(line["completions/tokens"] for line in lines)
-    names = {name for line in lines for name in line if not name.startswith(MACHINE) and name != "step"}
+    names = {name for line in lines for name in line if not name.startswith(TIMING_PREFIXES) and name != "step"}
     again = len(names) - len([name for name in names if is_copied(name, text)])
     code, out, err = replay(run)
     *notes, last = out.splitlines()
@@ -90,7 +91,9 @@ def test_an_honest_run_is_equal_at_every_step(plain: Path, rich: Path, tmp_path:
     )
     assert last.startswith(said) and re.fullmatch(r"\(\d+\.\d s\)", last.removeprefix(said))
     assert all(note.startswith("not checked  ") for note in notes)
-    assert ("ledger.text" in out) == (text != "full") and all(name in out for name in (*COPIES, *UNSEEN[text]))
+    assert ("ledger.text" in out) == (text != "full") and all(
+        name in out for name in (*TRAINER_ONLY_METRICS, *TEXT_METRICS[text])
+    )
     assert found(run) == [] and found(run, "--step", "2") == []
 
 
@@ -294,7 +297,7 @@ def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: P
         entry.step.groups[0], prompt=dataclasses.replace(entry.step.groups[0].prompt, case=case)
     )
     forged = dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=(group, *entry.step.groups[1:])))
-    recording = read_recording(rich)
+    recording = read_recorded_run(rich)
     (difference,) = replay_step(forged, recording.config, recording.reward, recording.logged[1])
     assert "gold ESI level from 1 to 5, got 9" in difference.replayed
 
@@ -303,18 +306,18 @@ def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: P
 
 
 def test_only_three_metrics_are_taken_on_trust() -> None:
-    assert COPIES == ("loss/trained", "grad_norm", "skipped") and MACHINE == (
+    assert TRAINER_ONLY_METRICS == ("loss/trained", "grad_norm", "skipped") and TIMING_PREFIXES == (
         "time/",
         "tokens_per_s/",
         "roofline/",
         "memory/",
     )
-    assert UNSEEN["full"] == () and len(UNSEEN["redacted"]) == 2 and len(UNSEEN["off"]) == 4
+    assert TEXT_METRICS["full"] == () and len(TEXT_METRICS["redacted"]) == 2 and len(TEXT_METRICS["off"]) == 4
 
 
 def recomputed_names(run: Path) -> list[str]:
     line = json.loads((run / "metrics.jsonl").read_text().splitlines()[1])
-    return [name for name in line if name != "step" and not name.startswith(MACHINE)]
+    return [name for name in line if name != "step" and not name.startswith(TIMING_PREFIXES)]
 
 
 def moved(value: Any) -> Any:
@@ -339,12 +342,12 @@ def test_every_metric_that_changes_in_its_last_bit_is_named(victim: Path) -> Non
 def test_a_metric_forged_in_both_copies_is_found_by_computing_it_again(rich: Path, tmp_path: Path) -> None:
     names = recomputed_names(rich)
     run = rewritten(rich, tmp_path / "run", step=2, metrics=lambda m: {**m, **{n: moved(m[n]) for n in names}})
-    again = [name for name in names if name not in COPIES]
+    again = [name for name in names if name not in TRAINER_ONLY_METRICS]
     copies = ("ledger/step_000002.jsonl", "metrics.jsonl")
     assert [one["where"] for one in found(run)] == [f"{file}: {name}" for file in copies for name in again]
 
 
-@pytest.mark.parametrize("name", COPIES)
+@pytest.mark.parametrize("name", TRAINER_ONLY_METRICS)
 def test_what_no_formula_gives_is_held_against_its_copy(copy: Path, name: str) -> None:
     edit_lines(copy / "metrics.jsonl", lambda lines: [{**line, name: 7} for line in lines])
     assert [(one["step"], one["where"], one["logged"]) for one in found(copy)] == [
@@ -398,9 +401,9 @@ def test_a_finished_run_that_is_too_short_is_named(copy: Path) -> None:
     cut_ledger(copy / "ledger", step=2)
     edit_lines(copy / "metrics.jsonl", lambda lines: lines[:2])
     (difference,) = found(copy)
-    assert (difference["logged"], "adapter/ is there" in difference["replayed"]) == ("2", True)
+    assert (difference["logged"], "adapter/ exists" in difference["replayed"]) == ("2", True)
     shutil.rmtree(copy / "adapter")
-    assert found(copy) == [] and "steps after 2 of 3: not made yet" in replay(copy)[1]
+    assert found(copy) == [] and "steps after 2 of 3: not trained yet" in replay(copy)[1]
 
 
 def test_a_ledger_of_every_second_step_is_whole_and_its_gaps_are_said(copy: Path) -> None:
@@ -430,26 +433,29 @@ def test_another_reward_than_the_runs_is_named(copy: Path) -> None:
 
 def broken_runs() -> dict[str, tuple[Callable[[Path], object], str]]:
     return {
-        "no run": (shutil.rmtree, "no run here"),
-        "no config": (lambda run: (run / "config.json").unlink(), "no run here"),
-        "torn config": (lambda run: (run / "config.json").write_text("{"), "config.json: cannot be read"),
+        "no run": (shutil.rmtree, "not a run folder"),
+        "no config": (lambda run: (run / "config.json").unlink(), "not a run folder"),
+        "torn config": (lambda run: (run / "config.json").write_text("{"), "config.json: not valid JSON"),
         "other config": (
             lambda run: edit_json(run / "config.json", lambda r: r["config"]["loss"].update(beta="much")),
-            "config.json: not a config of this version: loss.beta",
+            "config.json: loss.beta: ",
         ),
         "bare config": (lambda run: edit_json(run / "config.json", lambda r: r.pop("reward")), "no reward"),
-        "no ledger": (lambda run: shutil.rmtree(run / "ledger"), "no ledger here"),
+        "no ledger": (lambda run: shutil.rmtree(run / "ledger"), "no ledger in this run"),
         "no reward": (lambda run: (run / "reward.json").unlink(), "reward.json"),
         "torn reward": (lambda run: (run / "reward.json").write_text("{"), "reward.json"),
         "no metrics": (lambda run: (run / "metrics.jsonl").unlink(), "metrics.jsonl: cannot be read"),
-        "torn metrics": (lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"), "metrics.jsonl:1: expected"),
+        "torn metrics": (
+            lambda run: (run / "metrics.jsonl").write_text("{\n{}\n"),
+            "metrics.jsonl:1: not a line of metrics",
+        ),
         "a last line of nothing": (
             lambda run: (run / "metrics.jsonl").open("a").write("{}\n"),
-            "metrics.jsonl:4: expected",
+            "metrics.jsonl:4: not a line of metrics: no step",
         ),
         "a step twice": (
             lambda run: edit_lines(run / "metrics.jsonl", lambda lines: [*lines, lines[0]]),
-            "metrics.jsonl:4: a second line of step 1",
+            "metrics.jsonl:4: a second line for step 1",
         ),
         "a step's file gone": (
             lambda run: (run / "ledger" / "step_000001.jsonl").unlink(),
@@ -477,7 +483,7 @@ def test_a_last_line_torn_by_a_crash_is_no_line(copy: Path) -> None:
 
 def test_a_step_that_is_not_there_is_said(plain: Path) -> None:
     code, _, err = replay(plain, "--step", "9")
-    assert code == 2 and "no step 9 in this ledger: it holds 1 to 3" in err
+    assert code == 2 and "no step 9 in this ledger: it has steps 1 to 3" in err
 
 
 # --- how far, and why -------------------------------------------------------------------------------------
@@ -510,8 +516,8 @@ def test_arrays_are_compared_by_bits() -> None:
     assert says(nan, np.array([math.nan, -0.0])) == ["step 1: x, row, token 1: 0.0 → -0.0 (0 ulp)"]
     assert says(np.array([1.0, 2.0]), np.array([1, 2])) == ["step 1: x: float64 [2] → int64 [2]"]
     assert says(np.zeros(2), np.zeros(3)) == ["step 1: x: float64 [2] → float64 [3]"]
-    assert says(torch.zeros(2), None) == ["step 1: x: there → absent"]
-    assert same(-0.0, 0.0) is False and same([1, None], [1, None])
+    assert says(torch.zeros(2), None) == ["step 1: x: present → absent"]
+    assert same_bits(-0.0, 0.0) is False and same_bits([1, None], [1, None])
 
 
 def test_rounding_elsewhere_is_the_likely_reason_of_ulps_alone(rich: Path, tmp_path: Path) -> None:
@@ -519,7 +525,9 @@ def test_rounding_elsewhere_is_the_likely_reason_of_ulps_alone(rich: Path, tmp_p
     assert "the likely reason" not in replay(run)[1]
     edit_json(run / "config.json", lambda record: record["versions"].update(torch="1.0"))
     code, out, _ = replay(run)
-    assert code == 1 and f"torch 1.0 → {torch.__version__.split('+')[0]}" in out and "1 ulp apart" in out
+    assert (
+        code == 1 and f"torch 1.0 → {torch.__version__.split('+')[0]}" in out and "no difference exceeds 1 ulp" in out
+    )
     far = [Difference(1, "x", "", "1.0", "2.0", 1 << 52, 0.5)]
     assert likely_reason(far, {"torch": ("1.0", "2.0")}) is None and likely_reason([], {"torch": ("1", "2")}) is None
 
@@ -555,7 +563,7 @@ def test_the_runs_own_reward_changes_nothing(rich: Path) -> None:
 
 def test_the_advantages_under_another_reward_are_those_of_its_formula(plain: Path, tmp_path: Path) -> None:
     """Rewards by hand: 1 for exact, else 0 (v45c); advantage by loops."""
-    recording = read_recording(plain)
+    recording = read_recorded_run(plain)
     for number in (1, 2, 3):
         entry = read_step(plain / "ledger", number)
         one = counterfactual(entry, recording.config, load_reward("v45c"))
@@ -609,7 +617,7 @@ def test_another_reward_that_cannot_be_read_is_exit_code_2(plain: Path, more: li
 def test_without_texts_there_is_no_other_reward_and_no_model(plain: Path, tmp_path: Path, way: list[str]) -> None:
     run = rewritten(plain, tmp_path / "run", text="redacted")
     code, _, err = replay(run, *way)
-    assert code == 2 and 'ledger.text = "redacted" kept them out' in err
+    assert code == 2 and 'ledger.text = "redacted" omits' in err
 
 
 # --- with the model ---------------------------------------------------------------------------------------
@@ -662,7 +670,7 @@ def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: 
     lines = [line for line in out.splitlines() if "not to the bit" in line]
     assert [line.split()[0] for line in lines] == ["reference"]
     assert lines[0].endswith('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
-    assert "is no rounding" not in out
+    assert "exceeds the rounding tolerance" not in out
 
 
 def with_other_reference(entry: Entry) -> Entry:
@@ -685,7 +693,7 @@ def test_a_logprob_that_the_model_would_not_give_is_named(rich: Path, tmp_path: 
     run = rewritten(rich, tmp_path / "run", with_other_reference, step=1)
     code, out, _ = replay(run, "--model", "--step", "1")
     assert code == 1 and "step 1: policy:" not in out
-    assert "step 1: reference: max |Δ logprob| 0.01, " in out and "is no rounding" in out
+    assert "step 1: reference: max |Δ logprob| 0.01, " in out and "exceeds the rounding tolerance" in out
 
 
 def test_a_text_that_its_token_ids_do_not_spell_is_named(rich: Path, tmp_path: Path) -> None:
@@ -693,21 +701,21 @@ def test_a_text_that_its_token_ids_do_not_spell_is_named(rich: Path, tmp_path: P
     run = rewritten(rich, tmp_path / "run", with_other_text, step=1)
     assert replay(run, "--step", "1")[0] == 0
     code, out, _ = replay(run, "--model", "--step", "1")
-    assert code == 1 and "no rounding" not in out
-    assert "step 1: group 0 (case c0), member 2: completion is not what its token ids say" in out
+    assert code == 1 and "exceeds" not in out
+    assert "step 1: group 0 (case c0), member 2: completion does not match its token ids" in out
 
 
-def test_throughput_that_does_not_follow_from_the_seconds_beside_it_is_named(victim: Path) -> None:
+def test_throughput_that_does_not_follow_from_its_seconds_is_named(victim: Path) -> None:
     file = victim / "metrics.jsonl"
     whole = file.read_bytes()
     try:
-        for name, value, says in (
+        for name, value, expected in (
             ("tokens_per_s/rollout", 9e9, "tokens_per_s/rollout"),
             ("time/rollout_s", 1e-9, "tokens_per_s"),
             ("time/account_s", None, "seconds of rollout, update, account"),
         ):
             edit_lines(file, lambda lines, name=name, value=value: [lines[0], {**lines[1], name: value}, lines[2]])
-            assert any(says in f"{one['where']} {one['replayed']}" for one in found(victim)), name
+            assert any(expected in f"{d['where']} {d['replayed']}" for d in found(victim)), name
             file.write_bytes(whole)
     finally:
         file.write_bytes(whole)

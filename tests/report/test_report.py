@@ -29,7 +29,7 @@ from grpo.commands.report import main
 from grpo.commands.tensorboard import main as mirror_main
 from grpo.commands.tensorboard import scalars
 from grpo.config import EMBEDDED, load_config
-from grpo.inspection.run_records import read_run
+from grpo.inspection.run_reader import read_run
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.report import page as page_module
 from grpo.report.charts import COLOURS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
@@ -414,7 +414,7 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
     page = Page(report(going))
     assert page.shows("At step 2 of 5") and page.shows("The run is not finished, or was not when it was copied: 2 of 5")
     assert page.shows("last line of metrics.jsonl is torn") and page.shows("only the warm start was evaluated")
-    assert page.shows("No completions to show") and page.shows("no ledger here")
+    assert page.shows("No completions to show") and page.shows("no ledger in this run")
     assert not page.shows("Clipped ratio at every budget")
     assert page.shows("Started") and not page.shows("Last step")
 

@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.run import ledger as ledger_module
-from grpo.run.ledger import TENSORS, cut_ledger, ledger_steps, read_step, step_files, write_step
+from grpo.run.ledger import TENSOR_SPECS, cut_ledger, ledger_steps, read_step, step_files, write_step
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import UserError
 from grpo.types import Dropped, Step
@@ -66,7 +66,7 @@ def test_what_is_read_is_what_was_written(folder: Path) -> None:
 
 def test_the_tensors_are_those_of_the_table(folder: Path) -> None:
     with safe_open(step_files(folder, 3)[0], "pt") as file:
-        assert set(file.keys()) == set(TENSORS)
+        assert set(file.keys()) == set(TENSOR_SPECS)
 
 
 @pytest.mark.parametrize("text", ["redacted", "off"])
@@ -90,7 +90,7 @@ def test_every_tensor_that_changes_is_named(folder: Path) -> None:
     whole = file.read_bytes()
     size = int.from_bytes(whole[:8], "little")
     header = json.loads(whole[8 : 8 + size])
-    for name in TENSORS:
+    for name in TENSOR_SPECS:
         begin = 8 + size + header[name]["data_offsets"][0]
         file.write_bytes(whole[:begin] + bytes([whole[begin] ^ 1]) + whole[begin + 1 :])
         try:
@@ -160,10 +160,10 @@ def test_a_broken_ledger_is_one_error_that_names_the_file(folder: Path, name: st
 
 
 def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no step 7 in this ledger: it holds 3 to 3"):
+    with pytest.raises(UserError, match="no step 7 in this ledger: it has steps 3 to 3"):
         read_step(folder, 7)
-    with pytest.raises(UserError, match="no ledger here"):
+    with pytest.raises(UserError, match="no ledger in this run"):
         ledger_steps(tmp_path / "nothing")
     shutil.rmtree(folder)
-    with pytest.raises(UserError, match="no ledger here"):
+    with pytest.raises(UserError, match="no ledger in this run"):
         read_step(folder, 3)

@@ -26,7 +26,7 @@ from grpo.commands.tensorboard import main as mirror
 from grpo.commands.tensorboard import scalars
 from grpo.commands.triage import main as triage
 from grpo.config import EMBEDDED, load_config, notes
-from grpo.inspection.run_records import read_run
+from grpo.inspection.run_reader import read_run
 from grpo.policy.adapter_files import read_config, read_pairs
 from grpo.policy.base_model import check_base, load_base
 from grpo.policy.policy import check_adapter

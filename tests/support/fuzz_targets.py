@@ -21,13 +21,13 @@ from typing import Any
 import torch
 
 from grpo.cases import load
-from grpo.commands.inspect import finite_values, group_record, groups_of, step_record, token_records
-from grpo.commands.replay import folder_differences, replay, replay_lines
 from grpo.config import EMBEDDED, Checkpoint, Lora, Model, load_config, notes
 from grpo.evaluation.answers import read_answers
 from grpo.evaluation.comparison import FORMAT, check_same_cases, compare, read_evaluation
 from grpo.evaluation.records import before_after_table
 from grpo.inspection import run_reader as recording
+from grpo.inspection.replay import folder_differences, replay, replay_lines
+from grpo.inspection.step_records import find_groups, finite_values, group_record, step_record, token_records
 from grpo.inspection.step_text import group_lines, member_lines, step_lines, token_lines
 from grpo.policy.adapter_files import read_config, read_pairs, scaling
 from grpo.policy.policy import Policy, load_policy
@@ -334,7 +334,7 @@ def _plain(text: str, style: str) -> str:
 
 def _ledger(run: Path) -> None:
     """All that `grpo inspect` shows of the two steps."""
-    config, _ = recording.read_config(run)
+    config = recording.read_header(run).config
     for number in (1, 2):
         entry = read_step(run / "ledger", number)
         whole = step_record(entry, config)
@@ -348,11 +348,11 @@ def _ledger(run: Path) -> None:
         for line in lines:
             assert line.isprintable(), "something that a terminal obeys"
         json.dumps(finite_values(whole), allow_nan=False)
-        groups_of(entry, "#0")
+        find_groups(entry, "#0")
 
 
 def _replay(run: Path) -> None:
-    read = recording.read_recording(run)
+    read = recording.read_recorded_run(run)
     replayed = replay(read, read.steps)
     json.dumps(replay_lines(read, replayed, [*folder_differences(read), *replayed.differences]))
 

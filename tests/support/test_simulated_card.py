@@ -19,11 +19,11 @@ import grpo.update as update_module
 from benchmarks.bench import main as bench
 from grpo.commands.evaluate import main as evaluate
 from grpo.commands.merge import main as merge
-from grpo.commands.replay import MACHINE
 from grpo.commands.replay import main as replay
 from grpo.commands.triage import main as triage
 from grpo.config import resolve
 from grpo.evaluation import during_training
+from grpo.inspection.replay import TIMING_PREFIXES
 from grpo.run.folder import Run, evaluations
 from grpo.train import main as train
 from tests.support.ranked import on_ranks
@@ -56,7 +56,7 @@ def small(cases: Path, *more: str) -> list[str]:
 def metrics(out: Path) -> list[dict[str, Any]]:
     """The run's metrics without those that depend on the machine's speed."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if not name.startswith(MACHINE)} for line in lines]
+    return [{name: value for name, value in line.items() if not name.startswith(TIMING_PREFIXES)} for line in lines]
 
 
 def check_near(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
