@@ -7,7 +7,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from grpo.report.charts import COLOURS, Band, Level, Line, Panel, chart
+from grpo.report.charts import COLORS, Band, Level, Line, Panel, chart
 from grpo.report.number_format import NOTHING, percent, seconds, signed
 from grpo.report.page import HERE as REPORT
 from grpo.report.page import content_policy, page_environment
@@ -283,9 +283,9 @@ def draw(curve: Curve, runs: Mapping[str, Any]) -> ChartView | None:
     def padded(values: Sequence[float]) -> list[float | None]:
         return [*values, *[None] * (len(steps) - len(values))]
 
-    lines = [Line(name, padded(values["mean"]), i % COLOURS) for i, (name, values) in enumerate(found)]
+    lines = [Line(name, padded(values["mean"]), i % COLORS) for i, (name, values) in enumerate(found)]
     bands = [
-        Band(name, padded(values["low"]), padded(values["high"]), i % COLOURS) for i, (name, values) in enumerate(found)
+        Band(name, padded(values["low"]), padded(values["high"]), i % COLORS) for i, (name, values) in enumerate(found)
     ]
     floor, ceiling = (0.0, 1.0) if curve.kind == "percent" else (None, None)
     panel = Panel(steps, lines, bands, curve.levels, curve.kind, floor, ceiling)

@@ -14,7 +14,7 @@ from grpo.report.number_format import tick_labels, ticks
 
 WIDTH, HEIGHT = 360.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 48.0, 8.0, 10.0, 24.0
-COLOURS = 8
+COLORS = 8
 
 Values = Sequence[float | None]
 
@@ -25,7 +25,7 @@ class Line:
 
     label: str
     values: Values
-    colour: int
+    color: int
     faint: Values | None = None
     """The unsmoothed values, drawn as a thin line behind."""
 
@@ -37,7 +37,7 @@ class Band:
     label: str
     low: Values
     high: Values
-    colour: int
+    color: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ def chart(panel: Panel, *, title: str) -> Markup:
         for part in _contiguous(plot.steps, band.low, band.high):
             steps, lows, highs = zip(*part, strict=True)
             outline = plot.points(steps, highs) + plot.points(steps, lows)[::-1]
-            ET.SubElement(root, "path", {"class": f"band f{band.colour}", "d": f"M{' '.join(outline)}Z"})
+            ET.SubElement(root, "path", {"class": f"band f{band.color}", "d": f"M{' '.join(outline)}Z"})
     for line in reversed(panel.lines):
         _draw_line(root, plot, line)
     cursor = {"class": "at", "x1": "0", "x2": "0", "y1": f"{TOP:g}", "y2": f"{HEIGHT - BOTTOM:g}"}
@@ -157,9 +157,9 @@ def _draw_line(root: ET.Element, plot: _Plot, line: Line) -> None:
             points = plot.points(*zip(*part, strict=True))
             if len(points) == 1:
                 x, y = points[0].split(",")
-                ET.SubElement(root, "circle", {"class": f"dot f{line.colour}", "cx": x, "cy": y, "r": "2.5"})
+                ET.SubElement(root, "circle", {"class": f"dot f{line.color}", "cx": x, "cy": y, "r": "2.5"})
             else:
-                ET.SubElement(root, "path", {"class": f"{kind} c{line.colour}", "d": f"M{' '.join(points)}"})
+                ET.SubElement(root, "path", {"class": f"{kind} c{line.color}", "d": f"M{' '.join(points)}"})
 
 
 def _horizontal(parent: ET.Element, y: float, attributes: dict[str, str] | None = None) -> None:

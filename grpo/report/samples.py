@@ -126,12 +126,12 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
         _group(entry, b, largest, tokenizer, budget, text=text) for entry in entries for b in _widest(entry, groups)
     )
     samples = [sample for group in shown for sample in group.samples]
-    uncoloured = sum(not any(sample.tooltips.split("|")) for sample in samples)
-    if tokenizer and uncoloured:
-        remarks.append(f"{uncoloured} completions are not coloured: their ids do not decode to the recorded text.")
-    coloured = any(piece.classes for sample in samples for piece in sample.pieces)
+    uncolored = sum(not any(sample.tooltips.split("|")) for sample in samples)
+    if tokenizer and uncolored:
+        remarks.append(f"{uncolored} completions are not coloured: their ids do not decode to the recorded text.")
+    colored = any(piece.classes for sample in samples for piece in sample.pieces)
     shadings = tuple(name for name, value in largest.items() if value > 0)
-    return Samples(run.name, shown, shadings if coloured else (), tuple(remarks))
+    return Samples(run.name, shown, shadings if colored else (), tuple(remarks))
 
 
 def _widest(entry: Entry, groups: int) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from grpo.inspection.run_records import Metrics, RunRecord
-from grpo.report.charts import COLOURS, Line, Panel, Values, chart
+from grpo.report.charts import COLORS, Line, Panel, Values, chart
 from grpo.report.figures import Figure
 from grpo.report.number_format import format_value
 
@@ -23,7 +23,7 @@ class LegendEntry:
     """The legend of one series, with its value at each step."""
 
     label: str
-    colour: int
+    color: int
     last: str
     values: str
     """The formatted value of each step, separated by "|"."""
@@ -83,12 +83,12 @@ def _draw_run(figure: Figure, run: RunRecord, title: str) -> ChartView:
         columns = {name: values for name, values in columns.items() if name not in zero}
         notes.append(f"Always 0 and not drawn: {_join_names(zero)}.")
     smooth = len(columns) == 1 and len(rows) >= SMOOTH_FROM
-    colours = _component_colours(rows)
+    colors = _component_colors(rows)
     lines = [
         Line(
             _label(figure, name),
             running_mean(values) if smooth else values,
-            colours.get(_component(name), i) % COLOURS,
+            colors.get(_component(name), i) % COLORS,
             values if smooth else None,
         )
         for i, (name, values) in enumerate(columns.items())
@@ -114,9 +114,7 @@ def _overlay(figure: Figure, name: str, runs: Sequence[RunRecord]) -> ChartView:
         drawn, faint = (
             dict(zip(run_steps, curve, strict=True)) for curve in (running_mean(values) if smooth else values, values)
         )
-        lines.append(
-            Line(run.name, [*map(drawn.get, steps)], i % COLOURS, [*map(faint.get, steps)] if smooth else None)
-        )
+        lines.append(Line(run.name, [*map(drawn.get, steps)], i % COLORS, [*map(faint.get, steps)] if smooth else None))
     levels = sorted({level for run in runs for level in figure.levels(run.config)}, key=lambda level: level.high)
     notes = [f"Shown of each run: {_label(figure, name)}."] if len(figure.series) > 1 else []
     notes += sorted({note for _, note in thinned_runs if note}) + [SMOOTHED] * any(line.faint for line in lines)
@@ -130,7 +128,7 @@ def legend_entry(line: Line, kind: str) -> LegendEntry:
     """The legend of a line, with its unsmoothed value at each step and at the last step that has one."""
     values = line.faint or line.values
     last = next((format_value(v, kind) for v in reversed(values) if v is not None), "")
-    return LegendEntry(line.label, line.colour, last, "|".join(format_value(v, kind) for v in values))
+    return LegendEntry(line.label, line.color, last, "|".join(format_value(v, kind) for v in values))
 
 
 def thinned(rows: Sequence[Metrics], limit: int = MAX_POINTS) -> tuple[list[Metrics], str]:
@@ -172,7 +170,7 @@ def _column(figure: Figure, rows: Sequence[Metrics], name: str) -> list[float | 
     return [None if (value := row.get(name)) is None else value / figure.unit for row in rows]
 
 
-def _component_colours(rows: Sequence[Metrics]) -> dict[str, int]:
+def _component_colors(rows: Sequence[Metrics]) -> dict[str, int]:
     """Number the components of the reward, those with a nonzero value first: one colour in all charts of a run."""
     names = dict.fromkeys(name for row in rows for name in row if _component(name))
     nonzero = [_component(name) for name in names if any(row.get(name) for row in rows)]

@@ -30,7 +30,7 @@ from grpo.config import EMBEDDED, load_config
 from grpo.inspection.run_records import read_run
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.report import page as page_module
-from grpo.report.charts import COLOURS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
+from grpo.report.charts import COLORS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
 from grpo.report.evaluation import before_after, verdict
 from grpo.report.figures import SECTIONS
 from grpo.report.number_format import plain, tick_labels, ticks
@@ -294,12 +294,12 @@ def test_nothing_is_loaded_and_the_policy_names_what_runs(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("coloured", [True, False])
-def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, coloured: bool) -> None:
+@pytest.mark.parametrize("colored", [True, False])
+def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, colored: bool) -> None:
     clean = Page(report(record_run(tmp_path / "clean", steps=1)))
     cases = (Case(f"id{attack}", f"Intubated {attack}", 1), CASES[1])
     folder = record_run(tmp_path / "run", steps=1, cases=cases, said=(f"{attack}</think>ANSWER: ESI 1", *SAID[1:]))
-    if not coloured:
+    if not colored:
         printable = "".join(c for c in attack if c.isprintable())  # no other name is taken for a model
         edit(folder / "config.json", "embedded:base", f"no{printable}where")
     add_evaluations(folder, evaluation(0, "on", 5, tag=attack))
@@ -343,7 +343,7 @@ def test_a_ledger_without_texts_shows_its_numbers(tmp_path: Path, text: str) -> 
     assert not page.shows("Looks stable") and page.shows("✓ ESI 1")
 
 
-def test_tokens_are_coloured_by_what_they_did_to_the_loss(whole: Path) -> None:
+def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
     entry = read_step(whole / "ledger", 1)
     shown = sample_run(read_run(whole), groups=9, text=True)
     assert shown.shadings == ("loss", "kl", "entropy", "surprise") and not shown.remarks
@@ -544,8 +544,8 @@ def test_style_sheet_and_script_agree_with_the_code() -> None:
             for depth in range(1, len(DEPTHS) + 1):
                 assert re.search(rf"#shade-{shading}:checked\) \.{sign}{depth}\b", style), (shading, sign, depth)
         assert f"#shade-{shading}:checked) #note-{shading}" in style
-    for colour in range(COLOURS):
-        assert f".c{colour} {{ stroke" in style and f".f{colour} {{ fill" in style
+    for color in range(COLORS):
+        assert f".c{color} {{ stroke" in style and f".f{color} {{ fill" in style
     assert f"LEFT = {LEFT:g}, RIGHT = {WIDTH - RIGHT:g};" in script and f"* {WIDTH:g};" in script
     assert f"FIELDS = {json.dumps(list(FIELDS))};" in script
 
