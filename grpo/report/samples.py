@@ -44,9 +44,9 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion of a group."""
+    """One completion of a group, or several with the same tokens and reward."""
 
-    number: int
+    numbers: tuple[int, ...]
     predicted: str
     correct: bool
     reason: str
@@ -145,7 +145,10 @@ def _group(
 ) -> GroupSample:
     group, scores = entry.step.groups[b], entry.step.scores[b]
     case, show_text = group.prompt.case, text and entry.text == "full"
-    order = sorted(range(len(group.completions)), key=lambda g: -entry.advantages[b][g])
+    identical: dict[tuple[object, ...], list[int]] = {}
+    for g in sorted(range(len(group.completions)), key=lambda g: -entry.advantages[b][g]):
+        key = group.completions[g].ids if entry.text == "full" else g
+        identical.setdefault((key, scores[g].total), []).append(g)
     return GroupSample(
         step=entry.step.number,
         case=case.id if text and case.id else f"group {b + 1}",
@@ -153,22 +156,26 @@ def _group(
         thinking=group.prompt.thinking,
         std=f"{entry.rewards[b].std(ddof=1):.2f}",
         text=tuple(case_pieces(case.text, scores)) if show_text else (),
-        samples=tuple(_sample(entry, b, g, largest, tokenizer, budget, show_text=show_text) for g in order),
+        samples=tuple(
+            _sample(entry, b, members, largest, tokenizer, budget, show_text=show_text)
+            for members in identical.values()
+        ),
     )
 
 
 def _sample(
     entry: Entry,
     b: int,
-    g: int,
+    members: Sequence[int],
     largest: Mapping[str, float],
     tokenizer: Tokenizer | None,
     budget: int,
     *,
     show_text: bool,
 ) -> Sample:
-    group, score = entry.step.groups[b], entry.step.scores[b][g]
-    completion, level = group.completions[g], score.answer.level
+    g, group = members[0], entry.step.groups[b]
+    completion, score = group.completions[g], entry.step.scores[b][g]
+    level = score.answer.level
     row = sum(len(other.completions) for other in entry.step.groups[:b]) + g
     tokens = token_slices([len(c.ids) for other in entry.step.groups for c in other.completions])[row]
     values = {name: column[tokens] for name, column in shadings(entry).items()}
@@ -176,7 +183,7 @@ def _sample(
     pieces = list(completion_pieces(completion, score, classes, tokenizer, show_text=show_text))
     parts = ((name, value, float(entry.shares[name][b][g])) for name, value in score.parts.items())
     return Sample(
-        number=g + 1,
+        numbers=tuple(member + 1 for member in members),
         predicted=f"ESI {level}" if level else "no parse",
         correct=level == group.prompt.case.esi,
         reason=score.answer.reason,

@@ -1,5 +1,5 @@
-"""The report of a run: what it says is what was recorded, nothing from a model or a case becomes markup, and what is
-not there is said. Runs are made of real configs, rewards and records, with log-probabilities drawn at random."""
+"""The report of a run: recorded values, escaped text, and remarks about what is missing. Runs are made of real configs,
+rewards and records, with random log-probabilities."""
 
 import base64
 import dataclasses
@@ -353,7 +353,7 @@ def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
     assert [text for text, name in other.text if name] == ["Open fracture", "pain 9/10"]
     for b, one in enumerate((group, other)):
         order = sorted(range(4), key=lambda g: -entry.advantages[b][g])
-        assert [s.number for s in one.samples] == [g + 1 for g in order]
+        assert [s.numbers for s in one.samples] == [(g + 1,) for g in order]
         for g, sample in zip(order, one.samples, strict=True):
             before = sum(
                 len(c.ids) for c in (*entry.step.groups[0].completions, *entry.step.groups[1].completions)[: 4 * b + g]
@@ -365,6 +365,13 @@ def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
             assert signs == ({"L"} if entry.advantages[b][g] > 0 else {"l"}), "KL is small beside the advantage here"
             answer = "".join(piece.text for piece in sample.pieces if piece.in_answer)
             assert answer == ("" if sample.predicted == "no parse" else f"ANSWER: {sample.predicted}")
+
+
+def test_identical_completions_are_shown_once(tmp_path: Path) -> None:
+    folder = record_run(tmp_path / "run", steps=1, said=(*SAID[:2], SAID[1], SAID[2], SAID[1].replace("Looks", "Is")))
+    (group, _) = sample_run(read_run(folder), groups=2, text=True).groups
+    assert sorted(sample.numbers for sample in group.samples) == [(1,), (2, 3), (4,), (5,)]
+    assert Page(report(folder)).shows("Identical completions 2, 3")
 
 
 @given(st.text(max_size=30))
