@@ -31,7 +31,6 @@ TORCH_FREE = (
     "runtime/atomic_files runtime/interrupts runtime/terminal inspection/bit_diff inspection/step_text",
     "inspection/run_reader evaluation/statistics evaluation/metrics evaluation/failures evaluation/comparison",
     "evaluation/table report/charts report/figures report/views commands/preflight commands/prepare",
-    "commands/tensorboard",
 )
 SOURCES = sorted(p for folder in ("grpo", "rewards", "benchmarks/series") for p in (ROOT / folder).rglob("*.py"))
 

@@ -5,14 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from grpo.report.charts import COLOURS, Band, Level, Line, Panel, chart
+from grpo.report.charts import COLORS, Band, Level, Line, Panel, chart
 from grpo.report.number_format import NOTHING, percent, seconds, signed
 from grpo.report.page import HERE as REPORT
-from grpo.report.page import content_policy, prose, visible
-from grpo.report.views import Reading, View, reading
+from grpo.report.page import content_policy, page_environment
+from grpo.report.views import ChartView, legend_entry
 
 HERE = Path(__file__).parent
 
@@ -46,7 +45,7 @@ class Part:
     title: str
     intro: str
     table: Table | None = None
-    views: tuple[View, ...] = ()
+    views: tuple[ChartView, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +111,7 @@ CURVES: tuple[Curve, ...] = (
 
 def render(record: Mapping[str, Any]) -> bytes:
     """The page of a `benchmarks.series.record.lab_record` with its provenance. All text is escaped."""
-    environment = Environment(
-        loader=FileSystemLoader(HERE),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=visible,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["prose"] = prose
+    environment = page_environment(HERE)
     style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     verdicts = [claim["verdict"] for claim in record["claims"]]
     page = environment.get_template("lab.html.jinja").render(
@@ -281,7 +272,7 @@ def foretold(record: Mapping[str, Any]) -> Table | None:
     return Table(("run", "verdict", "why", "best paid policies"), tuple(rows)) if rows else None
 
 
-def draw(curve: Curve, runs: Mapping[str, Any]) -> View | None:
+def draw(curve: Curve, runs: Mapping[str, Any]) -> ChartView | None:
     """The chart of the runs that have its metric; None without any."""
     found = [(name, runs[name]["curves"][curve.metric]) for name in curve.runs if name in runs]
     found = [(name, values) for name, values in found if values["mean"]]
@@ -292,15 +283,15 @@ def draw(curve: Curve, runs: Mapping[str, Any]) -> View | None:
     def padded(values: Sequence[float]) -> list[float | None]:
         return [*values, *[None] * (len(steps) - len(values))]
 
-    lines = [Line(name, padded(values["mean"]), i % COLOURS) for i, (name, values) in enumerate(found)]
+    lines = [Line(name, padded(values["mean"]), i % COLORS) for i, (name, values) in enumerate(found)]
     bands = [
-        Band(name, padded(values["low"]), padded(values["high"]), i % COLOURS) for i, (name, values) in enumerate(found)
+        Band(name, padded(values["low"]), padded(values["high"]), i % COLORS) for i, (name, values) in enumerate(found)
     ]
     floor, ceiling = (0.0, 1.0) if curve.kind == "percent" else (None, None)
-    panel = Panel(steps, lines, bands, curve.levels, False, curve.kind, floor, ceiling)
-    readings: list[Reading] = [reading(line, curve.kind) for line in lines]
+    panel = Panel(steps, lines, bands, curve.levels, curve.kind, floor, ceiling)
+    legend = tuple(legend_entry(line, curve.kind) for line in lines)
     svg = chart(panel, title=f"{curve.title}, step 1 to {steps[-1]}")
-    return View(curve.title, svg, tuple(readings), curve.caption, " ".join(map(str, steps)))
+    return ChartView(curve.title, svg, legend, curve.caption, " ".join(map(str, steps)))
 
 
 def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,76 +1,78 @@
-"""``python -m grpo report RUN [RUN …]``. Exit codes: 0 written, 2 bad input."""
+"""``grpo report RUN [RUN ...]``: write one self-contained HTML page.
+
+Exit codes: 0 written, 2 bad input, 3 the page cannot be written.
+"""
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from grpo.report.page import MEGABYTE, Request, make_report
-from grpo.report.samples import GROUPS_A_STEP
+from grpo.report.page import MEGABYTE, make_report
+from grpo.runtime.atomic_files import discard, write_whole
+from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import error_lines, say_anyhow, visible
+from grpo.runtime.terminal import visible
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    say_anyhow()
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo report", description="Write one self-contained HTML page about one run or several."
+    """Run the command line and return its exit code."""
+    return run_command(argument_parser(), run, argv, if_interrupted="no page was written")
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "report",
+        "Write one self-contained HTML page about one or several runs.",
+        examples=[
+            "grpo report runs/tiny",
+            "grpo report runs/a runs/b --out ab.html",
+            "grpo report runs/tiny --no-text",
+        ],
     )
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run folder, for example runs/tiny")
-    parser.add_argument("--out", type=Path, help="the page (default: RUN/report.html; of several, report.html here)")
+    parser.add_argument("--out", type=Path, help="default: RUN/report.html; ./report.html for several runs")
     parser.add_argument(
         "--samples",
         type=int,
-        default=GROUPS_A_STEP,
+        default=2,
         metavar="N",
-        help="groups of completions shown of the first, the middle and the last recorded step; 0 shows none "
-        "(default: %(default)s)",
+        help="groups of completions to show for each of the first, middle and last step (default: %(default)s)",
     )
     parser.add_argument(
         "--no-text",
         action="store_true",
-        help="leave out every case, completion and case id, to share the page where the cases may not go",
+        help="omit every case, completion and case id, so that the page can be shared where the cases cannot",
     )
     parser.add_argument(
-        "--max-mb", type=float, default=3.0, help="the page's size at most; groups are left out to keep it (default: 3)"
+        "--max-mb",
+        type=float,
+        default=3.0,
+        help="maximum size of the page; groups of completions are dropped to fit (default: %(default)s)",
     )
-    arguments = parser.parse_args(argv)
-    default = arguments.runs[0] if len(arguments.runs) == 1 else Path()
-    out = arguments.out or default / "report.html"
-    try:
-        if arguments.samples < 0:
-            raise UserError(f"--samples {arguments.samples}: expected 0 or more")
-        most = int(min(max(arguments.max_mb, 0.0), 1e6) * MEGABYTE)  # also of a NaN
-        request = Request(
-            tuple(arguments.runs),
-            arguments.samples,
-            not arguments.no_text,
-            most,
-        )
-        report = make_report(request)
-        write(out, report.html)
-    except UserError as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the page and print what is missing from it."""
+    if arguments.samples < 0:
+        raise UserError(f"--samples {arguments.samples}: expected 0 or more")
+    if not 0 < arguments.max_mb <= 1e6:  # false for NaN as well
+        raise UserError(f"--max-mb {arguments.max_mb:g}: expected a size above 0 and up to 1000000")
+    report = make_report(
+        arguments.runs,
+        groups=arguments.samples,
+        text=not arguments.no_text,
+        max_bytes=int(arguments.max_mb * MEGABYTE),
+    )
+    out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
+    write(out, report.html)
     for remark in report.remarks:
-        print(f"note      {visible(remark)}")
-    print(f"report    {visible(str(out))}, {len(report.html) / MEGABYTE:.2f} MB")
+        print(f"note: {visible(remark)}")
+    print(f"wrote {visible(str(out))} ({len(report.html) / MEGABYTE:.2f} MB)")
     return 0
 
 
 def write(out: Path, html: bytes) -> None:
-    """Writes the page whole or not at all, readable by its owner alone: it may hold patients' texts."""
-    aside = out.with_name(f".{out.name}.partial")
-    try:
-        aside.unlink(missing_ok=True)  # a link that waits there would be written through
-        with os.fdopen(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(html)
-        os.replace(aside, out)
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written: {error.strerror}; name another place with --out") from None
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Write a page in one piece, readable by its owner alone because it may contain patients' texts."""
+    discard(out.with_name(f".{out.name}.partial"))  # of an interrupted write, or a symlink
+    write_whole(out, html)

@@ -1,102 +1,96 @@
-"""``metrics.jsonl`` as TensorBoard sees it: ``python -m grpo tensorboard RUN`` writes RUN/tensorboard.
+"""``grpo tensorboard RUN``: write a run's metrics and evaluations as one TensorBoard event file.
 
-One event file, written anew each time, so that a run still going can be mirrored again. Exit codes: 0 written, 2 bad
-input, or TensorBoard is not installed.
+Exit codes: 0 written, 2 bad input or TensorBoard is not installed, 3 the folder cannot be written.
 """
 
 import argparse
-import os
-import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grpo.inspection.run_reader import Evaluation, RunRecord, read_run
+from grpo.runtime.atomic_files import make_folder
+from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import error_lines, say_anyhow, visible
+from grpo.runtime.terminal import visible
 
 RATES = ("exact", "adjacent", "dangerous_under", "high_acuity_under", "no_parse", "clipped_ratio", "mean_length")
-"""Of an evaluation, under ``eval/SET/thinking_MODE/``."""
-
-
-def mirror(run: RunRecord, folder: Path) -> int:
-    """Writes every figure of a run's metrics and evaluations as a scalar under its own name; returns how many.
-
-    Args:
-        folder: made where it is not there; its one file of this run is replaced.
-
-    A figure that was not counted (null) has no point. Steps are dated by the run's start and the seconds they took;
-    where the run does not say when it started, from 1970 on.
-
-    Raises:
-        UserError: TensorBoard is not installed, or the folder cannot be written.
-    """
-    try:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-        from tensorboard.summary.writer.record_writer import RecordWriter
-    except ImportError:
-        raise UserError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
-    started = run.started or 0.0
-    file = folder / f"events.out.tfevents.{int(started):010d}.{run.name}"
-    aside = folder / f".{file.name}.partial"
-    written = 0
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as opened:
-            writer = RecordWriter(opened)
-            writer.write(Event(wall_time=started, file_version="brain.Event:2").SerializeToString())
-            for step, when, values in scalars(run):
-                points = [Summary.Value(tag=visible(name), simple_value=value) for name, value in values.items()]
-                writer.write(Event(wall_time=when, step=step, summary=Summary(value=points)).SerializeToString())
-                written += len(points)
-            writer.flush()
-        os.replace(aside, file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written: {error.strerror}; name another folder with --out") from None
-    return written
-
-
-def scalars(run: RunRecord) -> Iterator[tuple[int, float, dict[str, float]]]:
-    """(step, when in seconds since the epoch, name → value): the metrics step by step, then the evaluations."""
-    when = run.started or 0.0
-    dated: dict[int, float] = {0: when}
-    for row in run.metrics:
-        step = int(row["step"] or 0)
-        when += sum(value or 0.0 for name, value in row.items() if name.startswith("time/"))
-        dated[step] = when
-        yield step, when, {name: value for name, value in row.items() if name != "step" and value is not None}
-    for record in run.evaluations:
-        yield record.step, dated.get(record.step, when), _rates(record)
-
-
-def _rates(record: Evaluation) -> dict[str, float]:
-    """A rate that no case counts towards has no point, nor one from before it was a share of ESI 1 and 2."""
-    shown = {name: getattr(record, name) for name in RATES if name != "high_acuity_under" or record.high_acuity_n}
-    folder = f"eval/{record.cases}/thinking_{record.thinking}"
-    return {f"{folder}/{name}": float(value) for name, value in shown.items() if value is not None}
+"""Fields of an evaluation, written under ``eval/SET/thinking_MODE/``."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit code."""
-    say_anyhow()
-    parser = argparse.ArgumentParser(
-        prog="python -m grpo tensorboard", description="Mirror a run's metrics to TensorBoard."
+    """Run the command line and return its exit code."""
+    return run_command(argument_parser(), run, argv)
+
+
+def argument_parser() -> argparse.ArgumentParser:
+    parser = make_parser(
+        "tensorboard",
+        "Write a run's metrics as a TensorBoard event file. Run it again to update the file of an unfinished run.",
+        examples=["grpo tensorboard runs/tiny && tensorboard --logdir runs/tiny/tensorboard"],
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="a run folder, for example runs/tiny")
     parser.add_argument("--out", type=Path, help="folder of the event file (default: RUN/tensorboard)")
-    arguments = parser.parse_args(argv)
+    return parser
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Write the event file and print where it is."""
     folder = arguments.out or arguments.run / "tensorboard"
-    os.umask(0o077)
-    try:
-        run = read_run(arguments.run)
-        points = mirror(run, folder)
-    except UserError as error:
-        print(error_lines(error), file=sys.stderr)
-        return 2
+    record = read_run(arguments.run)
+    count = write_events(record, folder)
     shown = visible(str(folder))
-    print(f"mirrored  {shown}, {len(run.metrics)} steps, {points} points; tensorboard --logdir {shown}")
+    print(f"wrote {count} points of {len(record.metrics)} steps. View them with: tensorboard --logdir {shown}")
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def write_events(run: RunRecord, folder: Path) -> int:
+    """Write every metric and evaluation rate of a run as a scalar and return the number of points.
+
+    Args:
+        folder: created if missing. An earlier event file of the same run in it is replaced.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
+    make_folder(folder)
+    count = 0
+    with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as staging:
+        with SummaryWriter(staging) as writer:
+            for step, wall_time, values in scalars(run):
+                for name, value in values.items():
+                    writer.add_scalar(visible(name), value, step, walltime=wall_time)
+                count += len(values)
+        (event_file,) = Path(staging).iterdir()
+        event_file.chmod(0o600)
+        event_file.replace(folder / f"events.out.tfevents.{int(run.started or 0):010d}.{run.name}")
+    return count
+
+
+def scalars(run: RunRecord) -> Iterator[tuple[int, float, dict[str, float]]]:
+    """Yield (step, wall time, name → value) for each step's metrics, then for each evaluation.
+
+    The wall time of a step is the start of the run plus the seconds its steps have taken; it counts from 1970 if the
+    run does not record its start. Null metrics are omitted.
+    """
+    wall_time = run.started or 0.0
+    time_of_step = {0: wall_time}
+    for row in run.metrics:
+        step = int(row["step"] or 0)
+        wall_time += sum(value or 0.0 for name, value in row.items() if name.startswith("time/"))
+        time_of_step[step] = wall_time
+        yield step, wall_time, {name: value for name, value in row.items() if name != "step" and value is not None}
+    for evaluation in run.evaluations:
+        yield evaluation.step, time_of_step.get(evaluation.step, wall_time), _rates(evaluation)
+
+
+def _rates(evaluation: Evaluation) -> dict[str, float]:
+    """Return the rates by tag. ``high_acuity_under`` needs ``high_acuity_n``, which old records lack."""
+    names = [name for name in RATES if name != "high_acuity_under" or evaluation.high_acuity_n]
+    tag = f"eval/{evaluation.cases}/thinking_{evaluation.thinking}"
+    rates = {f"{tag}/{name}": getattr(evaluation, name) for name in names}
+    return {name: float(value) for name, value in rates.items() if value is not None}

@@ -1,1 +1,1 @@
-"""A run as a page: ``python -m grpo report RUN [RUN …]`` writes one self-contained HTML file."""
+"""HTML report and model card of a run."""

@@ -1,16 +1,15 @@
-"""Numbers as a reader meets them: a true minus sign, three digits that say something, and round ticks."""
+"""Numbers as text: a true minus sign, three significant digits, and round axis ticks."""
 
 import math
 from collections.abc import Callable, Sequence
 
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-GIB = 2**30
 NOTHING = "–"
-"""Where nothing was counted."""
+"""Shown for a missing value."""
 
 
 def plain(value: float) -> str:
-    """Three significant digits; powers of ten outside 0.001 … 99,999.
+    """Three significant digits, with a power of ten outside 0.001 … 99,999.
 
     >>> plain(0.01234), plain(-2.0), plain(1532.4), plain(4.6172e-7), plain(5e-4), plain(0.0)
     ('0.0123', '−2', '1,532', '4.62×10⁻⁷', '5×10⁻⁴', '0')
@@ -20,12 +19,12 @@ def plain(value: float) -> str:
         mantissa, exponent = f"{value:.2e}".split("e")
         return minus(f"{float(mantissa):g}") + power_of_ten(int(exponent))
     if size >= 1000:
-        return minus(f"{value:,.0f}")
+        return whole(value)
     return minus(f"{float(f'{value:.3g}'):g}")
 
 
 def signed(value: float) -> str:
-    """Two decimals and always a sign, but for zero.
+    """Two decimals with a sign, except for zero.
 
     >>> signed(0.4), signed(-2), signed(0.001)
     ('+0.40', '−2.00', '0.00')
@@ -35,7 +34,7 @@ def signed(value: float) -> str:
 
 
 def percent(value: float) -> str:
-    """A share in percent, one decimal.
+    """A fraction in percent with one decimal.
 
     >>> percent(0.0625), percent(1)
     ('6.2 %', '100.0 %')
@@ -44,7 +43,7 @@ def percent(value: float) -> str:
 
 
 def whole(value: float) -> str:
-    """A count, thousands set apart.
+    """An integer with separated thousands.
 
     >>> whole(12345.0)
     '12,345'
@@ -53,7 +52,7 @@ def whole(value: float) -> str:
 
 
 def seconds(value: float) -> str:
-    """Seconds; from two minutes on, minutes; from two hours on, hours and minutes.
+    """Seconds below two minutes, minutes below two hours, else hours and minutes.
 
     >>> seconds(3.14159), seconds(250), seconds(64080)
     ('3.1 s', '4.2 min', '17 h 48 min')
@@ -64,32 +63,22 @@ def seconds(value: float) -> str:
     return f"{value / 60:.1f} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
-def gibibytes(value: float) -> str:
-    """Bytes in GiB.
-
-    >>> gibibytes(1881886720)
-    '1.75 GiB'
-    """
-    return f"{value / GIB:.2f} GiB"
-
-
 FORMATS: dict[str, Callable[[float], str]] = {
     "plain": plain,
     "signed": signed,
     "percent": percent,
     "whole": whole,
     "seconds": seconds,
-    "gibibytes": gibibytes,
 }
 
 
-def shown(value: float | None, kind: str) -> str:
-    """The value in one of `FORMATS`, or `NOTHING`."""
+def format_value(value: float | None, kind: str) -> str:
+    """Format a value by one of `FORMATS`; `NOTHING` for None."""
     return NOTHING if value is None else FORMATS[kind](value)
 
 
 def power_of_ten(exponent: int) -> str:
-    """What a mantissa is multiplied by.
+    """The factor after a mantissa.
 
     >>> power_of_ten(-7)
     '×10⁻⁷'
@@ -98,28 +87,28 @@ def power_of_ten(exponent: int) -> str:
 
 
 def minus(text: str) -> str:
-    """The text with a true minus sign."""
+    """Replace hyphens with true minus signs."""
     return text.replace("-", "−")
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """At most ``most`` round values in [low, high], evenly spaced by 1, 2 or 5 times a power of ten.
+def ticks(low: float, high: float, limit: int = 5) -> list[float]:
+    """Return at most ``limit`` round values in [low, high], spaced by 1, 2 or 5 times a power of ten.
 
     >>> ticks(0, 0.19), ticks(-2, 1)
     ([0.0, 0.05, 0.1, 0.15], [-2.0, -1.0, 0.0, 1.0])
     """
-    if not (high - low) / most > 1e-300:
+    if not (high - low) / limit > 1e-300:
         return [low]
-    power = 10.0 ** math.floor(math.log10((high - low) / most))
+    power = 10.0 ** math.floor(math.log10((high - low) / limit))
     for step in (power, 2 * power, 5 * power, 10 * power, 20 * power):
         first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-        if last - first < most:
+        if last - first < limit:
             return [float(f"{i * step:.12g}") for i in range(first, last + 1)]
     return [low, high]
 
 
 def tick_labels(values: Sequence[float], kind: str) -> list[str]:
-    """Ticks with as many decimals as their spacing needs; small ones share one power of ten.
+    """Label ticks with as many decimals as they need; small values share one power of ten.
 
     >>> tick_labels([0.0, 0.005, 0.01], "percent"), tick_labels([-1.0, 0.0, 1.0], "signed")
     (['0 %', '0.5 %', '1 %'], ['−1', '0', '1'])
@@ -128,8 +117,6 @@ def tick_labels(values: Sequence[float], kind: str) -> list[str]:
     """
     if kind == "percent":
         return [f"{float(f'{100 * value:.6g}'):g} %" for value in values]
-    if kind == "gibibytes":
-        return [f"{value / GIB:g}" for value in values]
     largest = max(map(abs, values), default=0.0)
     if 1e-290 < largest < 0.01:
         exponent = math.floor(math.log10(largest) + 1e-9)

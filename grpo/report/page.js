@@ -1,11 +1,10 @@
 "use strict";
-// The page reads without this; it only points at things: a step in every chart, a token in a completion.
+// Optional: shows the values at a step in every chart's legend, and those of a token in a tooltip.
 (() => {
-  addEventListener("beforeprint", () => { for (const one of document.querySelectorAll("details")) one.open = true; });
+  addEventListener("beforeprint", () => { for (const details of document.querySelectorAll("details")) details.open = true; });
   const LEFT = 48, RIGHT = 352; // the plot's edges in grpo/report/charts.py
   const panels = [...document.querySelectorAll(".panel")].map((panel) => ({
     panel,
-    apart: panel.classList.contains("apart"),
     svg: panel.querySelector("svg"),
     at: panel.querySelector(".at"),
     steps: panel.dataset.steps.split(" ").map(Number),
@@ -13,65 +12,64 @@
       out, last: out.textContent, read: out.dataset.read.split("|"),
     })),
   }));
-  const main = panels.filter((one) => one.steps.length > 1);
+  const charts = panels.filter((panel) => panel.steps.length > 1);
   const nearest = (steps, step) =>
     steps.reduce((best, each, i) => (Math.abs(each - step) < Math.abs(steps[best] - step) ? i : best), 0);
-  const fellows = (source) => (source.apart ? [source] : main.filter((one) => !one.apart));
 
-  function point(source, step) {
-    for (const one of fellows(source)) {
-      const i = nearest(one.steps, step);
-      const first = one.steps[0], last = one.steps[one.steps.length - 1];
-      const x = LEFT + ((one.steps[i] - first) / (last - first)) * (RIGHT - LEFT);
-      one.at.setAttribute("x1", x);
-      one.at.setAttribute("x2", x);
-      one.panel.classList.add("pointed");
-      for (const { out, read } of one.outputs) out.textContent = read[i];
-      one.here = one.steps[i];
+  function point(step) {
+    for (const chart of charts) {
+      const i = nearest(chart.steps, step);
+      const first = chart.steps[0], last = chart.steps[chart.steps.length - 1];
+      const x = LEFT + ((chart.steps[i] - first) / (last - first)) * (RIGHT - LEFT);
+      chart.at.setAttribute("x1", x);
+      chart.at.setAttribute("x2", x);
+      chart.panel.classList.add("pointed");
+      for (const { out, read } of chart.outputs) out.textContent = read[i];
+      chart.here = chart.steps[i];
     }
   }
   function leave() {
-    for (const one of main) {
-      one.panel.classList.remove("pointed");
-      for (const { out, last } of one.outputs) out.textContent = last;
+    for (const chart of charts) {
+      chart.panel.classList.remove("pointed");
+      for (const { out, last } of chart.outputs) out.textContent = last;
     }
   }
-  for (const one of main) {
-    one.svg.setAttribute("tabindex", "0");
-    one.svg.addEventListener("pointermove", (event) => {
-      const box = one.svg.getBoundingClientRect();
+  for (const chart of charts) {
+    chart.svg.setAttribute("tabindex", "0");
+    chart.svg.addEventListener("pointermove", (event) => {
+      const box = chart.svg.getBoundingClientRect();
       const x = ((event.clientX - box.left) / box.width) * 360;
       const share = Math.min(1, Math.max(0, (x - LEFT) / (RIGHT - LEFT)));
-      const first = one.steps[0], last = one.steps[one.steps.length - 1];
-      point(one, first + share * (last - first));
+      const first = chart.steps[0], last = chart.steps[chart.steps.length - 1];
+      point(first + share * (last - first));
     });
-    one.svg.addEventListener("pointerleave", leave);
-    one.svg.addEventListener("blur", leave);
-    one.svg.addEventListener("keydown", (event) => {
+    chart.svg.addEventListener("pointerleave", leave);
+    chart.svg.addEventListener("blur", leave);
+    chart.svg.addEventListener("keydown", (event) => {
       const way = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
       if (!way) return;
       event.preventDefault();
-      const here = one.here === undefined ? one.steps.length - 1 : nearest(one.steps, one.here);
-      point(one, one.steps[Math.min(one.steps.length - 1, Math.max(0, here + way))]);
+      const here = chart.here === undefined ? chart.steps.length - 1 : nearest(chart.steps, chart.here);
+      point(chart.steps[Math.min(chart.steps.length - 1, Math.max(0, here + way))]);
     });
   }
 
-  const told = document.getElementById("told");
+  const tooltip = document.getElementById("tooltip");
   const FIELDS = ["token", "log-prob", "loss", "KL", "entropy", "ratio"]; // of grpo/report/samples.py
-  function tell(event) {
-    const token = event.target.closest(".said > i");
-    const all = token && token.parentNode.dataset.told.split("|");
+  function show(event) {
+    const token = event.target.closest(".completion > i");
+    const all = token && token.parentNode.dataset.tooltips.split("|");
     const figures = all && all[[...token.parentNode.children].indexOf(token)];
     if (!figures) return;
     const parts = figures.split(" ").map((figure, i) => `${FIELDS[i]} ${figure}`);
-    told.textContent = `“${token.textContent.replaceAll("\n", "↵")}”   ${parts.join("  ·  ")}`;
-    told.hidden = false;
+    tooltip.textContent = `“${token.textContent.replaceAll("\n", "↵")}”   ${parts.join("  ·  ")}`;
+    tooltip.hidden = false;
   }
-  if (told) {
-    for (const said of document.querySelectorAll(".said")) {
-      said.addEventListener("pointerover", tell);
-      said.addEventListener("click", tell);
-      said.addEventListener("pointerleave", () => { told.hidden = true; });
+  if (tooltip) {
+    for (const text of document.querySelectorAll(".completion")) {
+      text.addEventListener("pointerover", show);
+      text.addEventListener("click", show);
+      text.addEventListener("pointerleave", () => { tooltip.hidden = true; });
     }
   }
 })();

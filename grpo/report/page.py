@@ -1,4 +1,4 @@
-"""Runs → one HTML page that needs nothing but itself."""
+"""Write runs as one self-contained HTML page."""
 
 import base64
 import hashlib
@@ -11,29 +11,16 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from grpo.inspection.run_reader import RunRecord, distinct_names, read_run
-from grpo.report.budgets import forecast
-from grpo.report.evaluation import RATES, Span, common_set, first_set, over_steps, spans, verdict
+from grpo.report.evaluation import RATES, BeforeAfter, before_after, judged_set, over_steps, verdict
 from grpo.report.figures import SECTIONS
-from grpo.report.number_format import percent, plain, seconds, signed, whole
+from grpo.report.number_format import seconds, whole
 from grpo.report.recipe import config_values, differences, reward_values
 from grpo.report.samples import Samples, sample_run
-from grpo.report.views import Drawn, View, draw
+from grpo.report.views import ChartView, all_zero, draw
 from grpo.runtime.errors import UserError
 
 HERE = Path(__file__).parent
 MEGABYTE = 1_000_000
-
-
-@dataclass(frozen=True, slots=True)
-class Request:
-    """What was asked for."""
-
-    paths: tuple[Path, ...]
-    groups: int
-    """Groups of completions shown of each chosen step."""
-    text: bool
-    """Whether cases and completions may stand in the page."""
-    most_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,63 +31,105 @@ class Report:
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """The head of one run."""
+    """The top of the page for one run."""
 
     run: RunRecord
     headline: str
     sentence: str
-    main: tuple[Span, ...]
+    compared: tuple[BeforeAfter, ...]
+    """The set the run is judged by, in each thinking mode."""
     facts: tuple[tuple[str, str], ...]
-    card: tuple[tuple[str, str, str], ...]
-    """(quantity, the v49 card, this run)."""
 
 
 @dataclass(frozen=True, slots=True)
-class Curves:
-    """One section of charts."""
+class Section:
+    """A section of charts."""
 
-    views: tuple[View, ...]
-    quiet: tuple[str, ...]
-    """Figures that are 0 throughout."""
+    views: tuple[ChartView, ...]
+    all_zero: tuple[str, ...]
+    """Figures that are 0 at every step."""
 
 
-def make_report(request: Request) -> Report:
-    """The page of these runs; groups of completions are left out, last ones first, until it fits.
+def make_report(paths: Sequence[Path], *, groups: int, text: bool, max_bytes: int) -> Report:
+    """Make the page of one or several runs.
+
+    Args:
+        groups: groups of completions to show for each selected step; the last ones are dropped until the page fits.
+        text: if False, omit cases, completions and case ids.
+        max_bytes: maximum size of the page.
 
     Raises:
-        UserError: a folder that is no run, or a page too large even without completions.
+        UserError: a folder is not a run folder, or the page is too large even without completions.
     """
-    runs = [read_run(path) for path in request.paths]
+    runs = [read_run(path) for path in paths]
     names = distinct_names([run.path for run in runs], [run.name for run in runs])
     runs = [replace(run, name=name) for run, name in zip(runs, names, strict=True)]
-    samples = [sample_run(run, groups=request.groups, text=request.text) for run in runs]
-    curves = {title: _curves([draw(figure, runs) for figure in figures]) for title, figures in SECTIONS.items()}
-    if len(runs) == 1:
-        budget = curves["Token budget"]
-        curves["Token budget"] = replace(budget, views=budget.views + forecast(runs[0]))
-    html = render(runs, curves, samples)
-    left_out = 0
-    while len(html) > request.most_bytes and any(one.groups for one in samples):
+    samples = [sample_run(run, groups=groups, text=text) for run in runs]
+    sections = {
+        title: Section(
+            tuple(view for figure in figures for view in draw(figure, runs)),
+            tuple(zero for figure in figures if (zero := all_zero(figure, runs))),
+        )
+        for title, figures in SECTIONS.items()
+    }
+    limit, dropped, note = f"{max_bytes / MEGABYTE:g} MB", 0, ""
+    html = render(runs, sections, samples)
+    while len(html) > max_bytes and any(sample.groups for sample in samples):
         fullest = max(range(len(samples)), key=lambda i: len(samples[i].groups))
         samples[fullest] = replace(samples[fullest], groups=samples[fullest].groups[:-1])
-        left_out += 1
-        html = render(runs, curves, samples, _left_out(left_out, request.most_bytes))
-    if len(html) > request.most_bytes:
+        dropped += 1
+        noun = "group" if dropped == 1 else "groups"
+        note = f"{dropped} {noun} of completions omitted to keep the page within {limit} (--max-mb)."
+        html = render(runs, sections, samples, note)
+    if len(html) > max_bytes:
         raise UserError(
-            f"the page takes {len(html) / MEGABYTE:.2f} MB even without completions, the limit is "
-            f"{request.most_bytes / MEGABYTE:g} MB: raise --max-mb, or report on fewer runs"
+            f"the page takes {len(html) / MEGABYTE:.2f} MB even without completions, more than {limit}: "
+            "raise --max-mb, or report on fewer runs"
         )
     remarks = [f"{run.name}: {remark}" for run in runs for remark in run.remarks]
-    remarks += [f"{one.run}: {remark}" for one in samples for remark in one.remarks]
-    return Report(html, tuple([*remarks, _left_out(left_out, request.most_bytes)] if left_out else remarks))
+    remarks += [f"{sample.run}: {remark}" for sample in samples for remark in sample.remarks]
+    return Report(html, tuple([*remarks, note] if note else remarks))
 
 
 def render(
-    runs: Sequence[RunRecord], curves: dict[str, Curves], samples: Sequence[Samples], left_out: str = ""
+    runs: Sequence[RunRecord], sections: dict[str, Section], samples: Sequence[Samples], note: str = ""
 ) -> bytes:
-    """The page. All text is escaped; the only markup that comes from elsewhere is our own SVG."""
+    """Render the page. All text is escaped; the only markup that is not from the template is our own SVG.
+
+    Args:
+        note: how many groups were dropped.
+    """
+    environment = page_environment(HERE)
+    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    cases = judged_set(runs)
+    compared = [before_after(run) for run in runs]
+    by_set: dict[tuple[str, str], list[BeforeAfter]] = {}
+    for item in (item for items in compared for item in items):
+        by_set.setdefault((item.run, item.cases), []).append(item)
+    page = environment.get_template("page.html.jinja").render(
+        title=" · ".join(run.name for run in runs),
+        policy=content_policy(style, script),
+        style=Markup(style),
+        script=Markup(script),
+        summaries=[summary(run, cases or judged_set([run])) for run in runs],
+        compared=[item for items in compared for item in items],
+        sets=list(by_set.values()),
+        over_steps=[view for run in runs for view in over_steps(run)],
+        rates=RATES,
+        sections={title: section for title, section in sections.items() if section.views},
+        samples=samples,
+        note=note,
+        recipes=[(run, config_values(run), list(reward_values(run))) for run in runs],
+        differences=differences(runs) if len(runs) > 1 else (),
+        remarks=[(run.name, remark) for run in runs for remark in run.remarks],
+    )
+    return page.encode("utf-8", "backslashreplace")
+
+
+def page_environment(folder: Path) -> Environment:
+    """Return the template environment of a folder: every value is escaped, and an undefined name is an error."""
     environment = Environment(
-        loader=FileSystemLoader(HERE),
+        loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
         finalize=visible,
@@ -108,46 +137,22 @@ def render(
         lstrip_blocks=True,
     )
     environment.filters["prose"] = prose
-    style, script = ((HERE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    cases = common_set(runs)
-    summaries = [summary(run, cases or first_set(run)) for run in runs]
-    page = environment.get_template("page.html.jinja").render(
-        title=" · ".join(run.name for run in runs),
-        policy=content_policy(style, script),
-        style=Markup(style),
-        script=Markup(script),
-        summaries=summaries,
-        spans=[span for run in runs for span in spans(run)],
-        sets=_by_set([span for run in runs for span in spans(run)]),
-        over_steps=[view for run in runs for view in over_steps(run)],
-        rates=RATES,
-        sections={title: section for title, section in curves.items() if section.views},
-        samples=samples,
-        left_out=left_out,
-        recipes=[(run, config_values(run), reward_values(run)) for run in runs],
-        differences=differences(runs) if len(runs) > 1 else (),
-        remarks=[(run.name, remark) for run in runs for remark in run.remarks],
-    )
-    return page.encode("utf-8", "backslashreplace")
-
-
-def _curves(drawn: Sequence[Drawn]) -> Curves:
-    return Curves(tuple(v for one in drawn for v in one.views), tuple(one.quiet for one in drawn if one.quiet))
+    return environment
 
 
 def content_policy(style: str, script: str) -> str:
-    """A policy under which this style sheet and this script run, and nothing else is loaded, run or sent."""
-    digests = [
+    """Return a Content-Security-Policy that allows this style sheet and script, and nothing else to load or send."""
+    style_hash, script_hash = (
         base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii") for text in (style, script)
-    ]
+    )
     return (
-        f"default-src 'none'; style-src 'sha256-{digests[0]}'; script-src 'sha256-{digests[1]}'; img-src data:; "
+        f"default-src 'none'; style-src 'sha256-{style_hash}'; script-src 'sha256-{script_hash}'; img-src data:; "
         "base-uri 'none'; form-action 'none'"
     )
 
 
 def visible(value: object) -> object:
-    r"""A text with everything unprintable but line ends and tabs spelt out: nothing can hide or turn around.
+    r"""Escape the unprintable characters of a text, except line breaks and tabs.
 
     >>> print(visible("a\u202eb\x00"))
     a\u202eb\x00
@@ -158,95 +163,39 @@ def visible(value: object) -> object:
 
 
 def prose(text: str) -> list[tuple[bool, str]]:
-    """(is a name, text) parts of a caption; names stand between backticks.
+    """Split a caption into (is code, text) parts at its backticks.
 
     >>> prose("See `lr`.")
     [(False, 'See '), (True, 'lr'), (False, '.')]
     """
     parts = [(bool(i % 2), part) for i, part in enumerate(text.split("`")) if part]
     return [
-        (is_name, part if is_name else part.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")) for is_name, part in parts
+        (is_code, part if is_code else part.replace("'", "\N{RIGHT SINGLE QUOTATION MARK}")) for is_code, part in parts
     ]
 
 
-def _by_set(rows: Sequence[Span]) -> list[tuple[Span, ...]]:
-    """Spans of one run and set together."""
-    found: dict[tuple[str, str], list[Span]] = {}
-    for span in rows:
-        found.setdefault((span.run, span.cases), []).append(span)
-    return [tuple(same) for same in found.values()]
-
-
 def summary(run: RunRecord, cases: str) -> Summary:
-    """What stands at the head of the page about one run, judged by one set."""
-    headline, sentence = verdict(run, cases)
-    main = tuple(span for span in spans(run) if span.cases == cases)
-    return Summary(run, headline, sentence, main, tuple(_facts(run)), tuple(_card(run)))
+    """Summarize one run, judged by the set ``cases``."""
+    compared = tuple(item for item in before_after(run) if item.cases == cases)
+    return Summary(run, *verdict(run, cases), compared, tuple(_facts(run)))
 
 
 def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     config, rows = run.config, run.metrics
     yield "Model", config.model.name + (f", warm start {config.lora.warm_start}" if config.lora.warm_start else "")
-    yield (
-        "Reward",
-        f"{run.reward.get('name', config.reward.set)}, sha256 {run.reward.get('sha256', '')[:12] or 'unknown'}",
-    )
+    sha256 = run.reward.get("sha256", "")[:12] or "unknown"
+    yield "Reward", f"{run.reward.get('name', config.reward.set)}, sha256 {sha256}"
     done = int(rows[-1]["step"] or 0) if rows else 0
     size = config.rollout.prompts_per_step * config.rollout.group_size
     yield "Steps", f"{done} of {config.train.steps}, {size} completions each"
-    if spent := [sum(v or 0.0 for k, v in row.items() if k.startswith("time/")) for row in rows]:
-        yield "Time in steps", f"{seconds(sum(spent))}, {seconds(sum(spent) / len(spent))} a step"
+    if rows:
+        total = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("time/"))
+        yield "Time in steps", f"{seconds(total)}, {seconds(total / len(rows))} per step"
     if tokens := sum(row.get("completions/tokens") or 0.0 for row in rows):
         yield "Tokens sampled", whole(tokens)
-    yield "Started", "unknown" if run.started is None else _date(run.started)
+    started = run.started
+    yield "Started", datetime.fromtimestamp(started, UTC).strftime("%-d %B %Y, %H:%M UTC") if started else "unknown"
     yield "Machine", ", ".join(filter(None, (run.device, run.platform)))
     yield "Versions", ", ".join(f"{name} {version}" for name, version in run.versions.items())
     if run.commit:
         yield "Commit", run.commit[:12]
-
-
-def _card(run: RunRecord) -> Iterator[tuple[str, str, str]]:
-    """The figures that the v49 card gives, each beside this run's own."""
-    for mode in ("with thinking", "without thinking"):
-        own = [span for span in spans(run) if span.cases == "mietic36" and span.mode == mode]
-        rate = (own[0].exact.after or own[0].exact.before) if own else None
-        shown = f"{rate.text} [{rate.interval}] on mietic36" if rate else "no set called mietic36"
-        yield f"Exact {mode}", "77.8 % [61.9–88.3] on MIETIC-36", shown
-    if not run.metrics:
-        return
-    clipped = [v for row in run.metrics if (v := row.get("completions/clipped_ratio")) is not None]
-    means = [(v, int(row["step"] or 0)) for row in run.metrics if (v := row.get("reward/mean")) is not None]
-    stds = [v for row in run.metrics if (v := row.get("reward/std_batch")) is not None]
-    spent = [sum(v or 0.0 for k, v in row.items() if k.startswith("time/")) for row in run.metrics]
-    yield (
-        "Clipped ratio",
-        "4–19 % throughout",
-        f"{percent(min(clipped))} to {percent(max(clipped))}" if clipped else "–",
-    )
-    if means:
-        best = max(means)
-        yield (
-            "Reward mean",
-            "positive from step 10, peak +0.49",
-            f"{_since(means)}, peak {signed(best[0])} at step {best[1]}",
-        )
-    yield "Reward std", "~1.0+", f"{plain(sorted(stds)[len(stds) // 2])} in the median step (batch)" if stds else "–"
-    yield "Seconds a step", "213.6 on a GB10", plain(sum(spent) / len(spent))
-
-
-def _since(means: Sequence[tuple[float, int]]) -> str:
-    """From which step on the mean reward stayed above 0."""
-    below = [step for value, step in means if value <= 0]
-    if not below:
-        return "positive throughout"
-    after = [step for _, step in means if step > below[-1]]
-    return f"positive from step {after[0]} on" if after else "not positive at the end"
-
-
-def _date(when: float) -> str:
-    return datetime.fromtimestamp(when, UTC).strftime("%-d %B %Y, %H:%M UTC")
-
-
-def _left_out(groups: int, most: int) -> str:
-    noun = "group" if groups == 1 else "groups"
-    return f"{groups} {noun} of completions left out to keep the page within {most / MEGABYTE:g} MB (--max-mb)."

@@ -1,8 +1,8 @@
-"""The recipe as a reader meets it: every value with its grade, the reward's rows, and what two runs differ in."""
+"""The recipe of a run with the grade of each value, the rows of its reward, and the differences between runs."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,17 +10,7 @@ from grpo.config import load_config, notes
 from grpo.inspection.run_reader import RunRecord
 from grpo.report.number_format import NOTHING, minus
 
-GRADES = {
-    "KNOWN": "known",
-    "INFERRED": "inferred",
-    "UNKNOWN": "unknown",
-    "differs": "differs",
-    "same": "same",
-    "K": "known",
-    "I": "inferred",
-    "U": "unknown",
-}
-"""First word of a config's comment, or a reward row's grade → the grade shown."""
+REWARD_GRADES = {"K": "known", "I": "inferred", "U": "unknown"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,73 +20,60 @@ class Value:
     key: str
     value: str
     grade: str
-    """One of the values of `GRADES`, "set" for a value laid over the file, or ""."""
+    """"known", "inferred", "unknown", "differs", "same", "set" (on the command line) or ""."""
     note: str
 
 
-@dataclass(frozen=True, slots=True)
-class Difference:
-    """A key that not all runs share."""
+def config_values(run: RunRecord, shorten: Callable[[Any], Any] = lambda value: value) -> dict[str, tuple[Value, ...]]:
+    """Return the keys of each config section in order, those outside all sections under ""; ``shorten`` their values.
 
-    key: str
-    values: tuple[str, ...]
-
-
-def config_values(run: RunRecord) -> dict[str, tuple[Value, ...]]:
-    """Section → its keys in order; the keys outside all sections stand under "".
-
-    A value without a note has that of the shipped v49 config where it is the same there, and is told apart where it
-    is not. A note of the file says nothing about a value that was laid over it.
+    A key without a comment has that of ``configs/v49.toml`` if their values are equal, else the grade "differs". The
+    comment of an overridden key does not apply.
     """
-    config, source = load_config("configs/v49.toml")
-    parent, parent_notes = flat(config.model_dump(mode="json")), notes(source.text)
-    found: dict[str, list[Value]] = {}
+    v49, source = load_config("configs/v49.toml")
+    v49_values, v49_notes = flat(v49.model_dump(mode="json")), notes(source.text)
+    sections: dict[str, list[Value]] = {}
     for key, value in flat(run.config.model_dump(mode="json")).items():
         section, _, name = key.rpartition(".")
-        same = key in parent and parent[key] == value
-        other = "" if same or key not in parent else f"v49: {written(parent[key])}"
+        same = key in v49_values and v49_values[key] == value
+        v49_value = "" if same or key not in v49_values else f"v49: {to_text(v49_values[key])}"
         grade, note = _grade(run.notes.get(key, ""))
-        if key in run.overrides:
-            grade, note = "set", other
+        if any(f"{key}.".startswith(f"{override}.") or override.startswith(f"{key}.") for override in run.overrides):
+            grade, note = "set", v49_value
         elif key not in run.notes and section:
-            grade, note = _grade(parent_notes.get(key, "")) if same else ("differs" if other else "", other)
-        found.setdefault(section, []).append(Value(name, written(value), grade, note))
-    return {section: tuple(values) for section, values in found.items()}
+            grade, note = _grade(v49_notes.get(key, "")) if same else ("differs" if v49_value else "", v49_value)
+        sections.setdefault(section, []).append(Value(name, to_text(shorten(value)), grade, note))
+    return {section: tuple(values) for section, values in sections.items()}
 
 
-def reward_values(run: RunRecord) -> tuple[Value, ...]:
-    """The rows of the run's reward with their grades; nothing where ``reward.json`` is not there."""
-    return tuple(_reward_rows(run.reward_set))
-
-
-def differences(runs: Sequence[RunRecord]) -> tuple[Difference, ...]:
-    """The keys whose values are not the same in all runs, and the reward's sha256."""
+def differences(runs: Sequence[RunRecord]) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Return (key, value in each run) for the config keys that differ, and for the reward's sha256."""
     configs = [flat(run.config.model_dump(mode="json")) for run in runs]
     configs = [c | {"reward (sha256)": run.reward.get("sha256", "")[:12]} for c, run in zip(configs, runs, strict=True)]
-    keys = list(dict.fromkeys(key for config in configs for key in config))
-    rows = {key: tuple(written(c[key]) if key in c else NOTHING for c in configs) for key in keys}
-    return tuple(Difference(key, values) for key, values in rows.items() if len(set(values)) > 1)
+    keys = dict.fromkeys(key for config in configs for key in config)
+    rows = [(key, tuple(to_text(c[key]) if key in c else NOTHING for c in configs)) for key in keys]
+    return tuple((key, values) for key, values in rows if len(set(values)) > 1)
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Dotted key → value. Sections are opened, tables and lists of values are not.
+    """Flatten the sections of a config to dotted keys; tables and lists that are values stay.
 
     >>> flat({"name": "x", "train": {"steps": 3}, "evaluate": {"during": {"a": "b"}}})
     {'name': 'x', 'train.steps': 3, 'evaluate.during': {'a': 'b'}}
     """
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, inner in value.items():
         if isinstance(inner, Mapping) and (not prefix or key == "overlong"):
-            found |= flat(inner, f"{prefix}{key}.")
+            flattened |= flat(inner, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = inner
-    return found
+            flattened[f"{prefix}{key}"] = inner
+    return flattened
 
 
-def written(value: Any) -> str:
-    """A value as a person would write it.
+def to_text(value: Any) -> str:
+    """Format a config value.
 
-    >>> written(2e-7), written(["q_proj", "v_proj"]), written({"1": 5}), written(True), written(None), written({})
+    >>> to_text(2e-7), to_text(["q_proj", "v_proj"]), to_text({"1": 5}), to_text(True), to_text(None), to_text({})
     ('2e-07', 'q_proj, v_proj', '1 = 5', 'true', '–', 'none')
     """
     match value:
@@ -114,34 +91,38 @@ def written(value: Any) -> str:
 
 
 def _grade(note: str) -> tuple[str, str]:
-    """(grade, the rest of the comment).
+    """Split a config comment into its grade and the rest. A comment may also state its grade later on.
 
-    >>> _grade("KNOWN for v46, INFERRED for v49"), _grade("differs: smaller"), _grade("a choice of ours")
-    (('known', 'for v46, INFERRED for v49'), ('differs', 'smaller'), ('', 'a choice of ours'))
+    >>> _grade("KNOWN for v46, INFERRED for v49"), _grade("differs: smaller"), _grade("ours, hence UNKNOWN")
+    (('known', 'for v46, INFERRED for v49'), ('differs', 'smaller'), ('unknown', 'ours, hence UNKNOWN'))
     """
-    found = re.match(r"(KNOWN|INFERRED|UNKNOWN|differs|same)\b[:;,.]?\s*", note)
-    return (GRADES[found[1]], note[found.end() :]) if found else ("", note)
+    if match := re.match(r"(KNOWN|INFERRED|UNKNOWN|differs|same)\b[:;,.]?\s*", note):
+        return match[1].lower(), note[match.end() :]
+    match = re.search(r"\b(KNOWN|INFERRED|UNKNOWN)\b", note)
+    return (match[1].lower() if match else ""), note
 
 
-def _reward_rows(reward: Mapping[str, Any]) -> Iterator[Value]:
-    """Base table, no-parse, stacking, rules. What is not written the way a set is, is left out."""
-    base, rules = reward.get("base"), reward.get("rule")
-    for name, row in base.items() if isinstance(base, Mapping) else ():
+def reward_values(run: RunRecord) -> Iterator[Value]:
+    """Yield the rows of ``reward.json``: base table, no parse, rules, stacking. Malformed parts are omitted."""
+    reward = run.reward_set
+    base, rules, stacking = reward.get("base"), reward.get("rule"), reward.get("stacking")
+    rows = [(name.replace("_", " "), row) for name, row in base.items()] if isinstance(base, Mapping) else []
+    rows.append(("no parse", reward.get("no_parse")))
+    for name, row in rows:
         if isinstance(row, Mapping):
-            yield _reward_row(name.replace("_", " "), _number(row.get("value")), row)
-    if isinstance(row := reward.get("no_parse"), Mapping):
-        yield _reward_row("no parse", _number(row.get("value")), row)
+            yield _reward_value(name, _number(row.get("value")), row)
     for row in rules if isinstance(rules, list) else ():
         if isinstance(row, Mapping):
-            condition = f"gold {row.get('gold', '?')}, predicted {row.get('predicted', '?')}"
             value = row.get("value") if row.get("value") is not None else row.get("range")
-            yield _reward_row(str(row.get("name", "?")), f"{_number(value)} if {condition}", row)
-    if isinstance(row := reward.get("stacking"), Mapping):
-        yield _reward_row("stacking", f"penalties: {row.get('penalties')}, bonuses: {row.get('bonuses')}", row)
+            condition = f"gold {row.get('gold', '?')}, predicted {row.get('predicted', '?')}"
+            yield _reward_value(str(row.get("name", "?")), f"{_number(value)} if {condition}", row)
+    if isinstance(stacking, Mapping):
+        text = f"penalties: {stacking.get('penalties')}, bonuses: {stacking.get('bonuses')}"
+        yield _reward_value("stacking", text, stacking)
 
 
-def _reward_row(name: str, value: str, row: Mapping[str, Any]) -> Value:
-    return Value(name, value, GRADES.get(str(row.get("grade")), ""), str(row.get("source", "")))
+def _reward_value(name: str, value: str, row: Mapping[str, Any]) -> Value:
+    return Value(name, value, REWARD_GRADES.get(str(row.get("grade")), ""), str(row.get("source", "")))
 
 
 def _number(value: object) -> str:

@@ -1,160 +1,159 @@
-"""Figures drawn: the metrics of one run or several → charts, legends and what is said beneath."""
+"""Draw `Figure`s: the metrics of one or several runs become charts with legends and captions."""
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from grpo.config import Config
 from grpo.inspection.run_reader import Metrics, RunRecord
-from grpo.report.charts import COLOURS, Band, Line, Panel, Values, chart
+from grpo.report.charts import COLORS, Line, Panel, Values, chart
 from grpo.report.figures import Figure
-from grpo.report.number_format import shown
+from grpo.report.number_format import format_value
 
-SMOOTHED_FROM = 80
-"""Steps from which single curves are drawn as running means, the steps themselves thin behind."""
+SMOOTH_FROM = 80
+"""Number of steps from which single curves are drawn as running means."""
 SMOOTHED = "Thin: each step; bold: running mean."
-STRETCHES = 20
-"""Shares of the advantage are those of so many stretches of the run."""
-MOST_POINTS = 600
+MAX_POINTS = 600
 """More steps than this are averaged in equal stretches."""
 
 
 @dataclass(frozen=True, slots=True)
-class Drawn:
-    """What a figure came to."""
-
-    views: tuple["View", ...]
-    quiet: str = ""
-    """The figure's title and metrics where there is nothing to see: all of them 0 throughout."""
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """An entry of a chart's legend, and what it reads at every step."""
+class LegendEntry:
+    """The legend of one series, with its value at each step."""
 
     label: str
-    colour: int
-    mark: str
-    """"line", "area", "band", "edge" or "thin"."""
+    color: int
     last: str
     values: str
-    """One text a step, separated by "|"."""
+    """The formatted value of each step, separated by "|"."""
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """A figure drawn."""
+class ChartView:
+    """A chart with its legend and caption."""
 
     title: str
     svg: Markup
-    readings: tuple[Reading, ...]
+    legend: tuple[LegendEntry, ...]
     caption: str
     steps: str
     note: str = ""
-    """What is not drawn, and why."""
-    apart: bool = False
-    """Across is not the training step."""
+    """What is smoothed, averaged or not drawn."""
 
 
-def draw(figure: Figure, runs: Sequence[RunRecord]) -> Drawn:
-    """The figure for these runs: one chart for one run. Of several runs, the first series is overlaid in one chart;
-    stacked ones and families of metrics stand side by side. Nothing where no run has the metric."""
-    kept = [run for run in runs if _names(figure, run.metrics)]
-    if not kept:
-        return Drawn(())
-    names = list(dict.fromkeys(name for run in kept for name in _names(figure, run.metrics)))
-    if not any(row.get(name) for run in kept for row in run.metrics for name in names):
-        return Drawn((), f"{figure.title} ({_listed(names)})")
+def draw(figure: Figure, runs: Sequence[RunRecord]) -> tuple[ChartView, ...]:
+    """Draw a figure: nothing if no run has a nonzero value for it.
+
+    Several runs are overlaid by the first series. A family of metrics gives one chart per run.
+    """
+    if all_zero(figure, runs):
+        return ()
     if len(runs) == 1:
-        return Drawn((_alone(figure, kept[0], figure.title),))
-    if figure.stacked or (len(names) > 1 and "(" in figure.series[0][0]):
-        return Drawn(tuple(_alone(figure, run, f"{figure.title}: {run.name}") for run in kept))
-    return Drawn((_overlaid(figure, runs),))
+        return (_draw_run(figure, runs[0], figure.title),) if metric_names(figure, runs[0].metrics) else ()
+    first_series = replace(figure, series=figure.series[:1])
+    names = list(dict.fromkeys(name for run in runs for name in metric_names(first_series, run.metrics)))
+    if len(names) > 1:
+        with_values = [run for run in runs if metric_names(figure, run.metrics)]
+        return tuple(_draw_run(figure, run, f"{figure.title}: {run.name}") for run in with_values)
+    return (_overlay(figure, names[0], runs),) if names else ()
 
 
-def _alone(figure: Figure, run: RunRecord, title: str) -> View:
+def all_zero(figure: Figure, runs: Sequence[RunRecord]) -> str:
+    """Return the title and metrics of a figure whose values are all 0, else ""."""
+    names = dict.fromkeys(name for run in runs for name in metric_names(figure, run.metrics))
+    if not names or any(row.get(name) for run in runs for row in run.metrics for name in names):
+        return ""
+    return f"{figure.title} ({_join_names(list(names))})"
+
+
+def metric_names(figure: Figure, rows: Sequence[Metrics]) -> list[str]:
+    """Return the metrics of a figure that have a value in some row, in the figure's order."""
+    names = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
+    return list(dict.fromkeys(name for pattern, _ in figure.series for name in names if re.fullmatch(pattern, name)))
+
+
+def _draw_run(figure: Figure, run: RunRecord, title: str) -> ChartView:
     rows, note = thinned(run.metrics)
     steps = [int(row["step"] or 0) for row in rows]
-    columns: dict[str, Values] = {name: [row.get(name) for row in rows] for name in _names(figure, rows)}
-    idle = [name for name, values in columns.items() if not any(values)]
-    if len(columns) > 1 and len(idle) < len(columns):
-        columns = {name: values for name, values in columns.items() if name not in idle}
-        note = " ".join(filter(None, (note, f"Always 0 and not drawn: {_listed(idle)}." if idle else "")))
-    if figure.stacked == "to one":
-        columns = _to_one(columns)
-    labels = {name: _label(figure, name) for name in columns}
-    smooth = not figure.stacked and len(columns) == 1 and len(rows) >= SMOOTHED_FROM
-    note = " ".join(filter(None, (note, SMOOTHED if smooth else "")))
-    order = _components(rows) if figure.by_component else list(columns)
+    columns = {name: _column(figure, rows, name) for name in metric_names(figure, rows)}
+    zero = [name for name, values in columns.items() if not any(values)]
+    notes = [note]
+    if zero and len(zero) < len(columns):
+        columns = {name: values for name, values in columns.items() if name not in zero}
+        notes.append(f"Always 0 and not drawn: {_join_names(zero)}.")
+    smooth = len(columns) == 1 and len(rows) >= SMOOTH_FROM
+    colors = _component_colors(rows)
     lines = [
         Line(
-            labels[name],
+            _label(figure, name),
             running_mean(values) if smooth else values,
-            order.index(_component(name) if figure.by_component else name) % COLOURS,
+            colors.get(_component(name), i) % COLORS,
             values if smooth else None,
         )
-        for name, values in columns.items()
+        for i, (name, values) in enumerate(columns.items())
     ]
-    bands = [_band(label, [edges(row) for row in rows], outlined) for label, edges, outlined in figure.bands]
-    panel = _panel(figure, steps, lines, bands, run.config)
-    mark = "area" if figure.stacked else "line"
-    readings = [reading(line, figure.kind, mark) for line in lines]
-    readings += [Reading(band.label, 0, "edge" if band.outlined else "band", "", "") for band in bands]
+    legend = tuple(legend_entry(line, figure.kind) for line in lines)
+    panel = Panel(steps, lines, (), figure.levels(run.config), figure.kind, figure.floor, figure.ceiling)
+    notes += [SMOOTHED] if smooth else []
     svg = chart(panel, title=f"{title}, step {steps[0]} to {steps[-1]}")
-    return View(title, svg, tuple(readings), figure.caption, " ".join(map(str, steps)), note)
+    return ChartView(title, svg, legend, figure.caption, _joined(steps), " ".join(filter(None, notes)))
 
 
-def _overlaid(figure: Figure, runs: Sequence[RunRecord]) -> View:
-    """The first series of each run in one chart; a run keeps its colour in all charts."""
-    thin = [thinned(run.metrics) for run in runs]
-    steps = sorted({int(row["step"] or 0) for rows, _ in thin for row in rows})
+def _overlay(figure: Figure, name: str, runs: Sequence[RunRecord]) -> ChartView:
+    """Draw one metric of each run in one chart. A run has the same colour in all charts."""
+    thinned_runs = [thinned(run.metrics) for run in runs]
+    steps = sorted({int(row["step"] or 0) for rows, _ in thinned_runs for row in rows})
     lines = []
-    for i, (run, (rows, _)) in enumerate(zip(runs, thin, strict=True)):
-        names = _names(figure, rows, first=True)
-        by_step = {int(row["step"] or 0): row.get(names[0]) for row in rows} if names else {}
-        own = [by_step.get(step) for step in sorted(by_step)]
-        drawn = dict(zip(sorted(by_step), running_mean(own) if len(own) >= SMOOTHED_FROM else own, strict=True))
-        faint = [by_step.get(step) for step in steps] if len(own) >= SMOOTHED_FROM else None
-        lines.append(Line(run.name, [drawn.get(step) for step in steps], i % COLOURS, faint))
-    lines = [line for line in lines if any(v is not None for v in line.values)]
-    levels = {level for run in runs for level in figure.levels(run.config)}
-    shared = sorted(levels, key=lambda level: level.high)
-    panel = Panel(steps, lines, (), shared, False, figure.kind, figure.floor, figure.ceiling)
-    readings = [reading(line, figure.kind) for line in lines]
-    label = _label(figure, _names(figure, runs[0].metrics or runs[-1].metrics, first=True)[0])
-    more = len(figure.series) > 1 or bool(figure.bands)
-    said = [f"Shown of each run: {label}." if more else "", *sorted({note for _, note in thin})]
-    said.append(SMOOTHED if any(line.faint for line in lines) else "")
-    note = " ".join(filter(None, said))
+    for i, (run, (rows, _)) in enumerate(zip(runs, thinned_runs, strict=True)):
+        values = _column(figure, rows, name)
+        if all(value is None for value in values):
+            continue
+        smooth = len(values) >= SMOOTH_FROM
+        run_steps = [int(row["step"] or 0) for row in rows]
+        drawn, faint = (
+            dict(zip(run_steps, curve, strict=True)) for curve in (running_mean(values) if smooth else values, values)
+        )
+        lines.append(Line(run.name, [*map(drawn.get, steps)], i % COLORS, [*map(faint.get, steps)] if smooth else None))
+    levels = sorted({level for run in runs for level in figure.levels(run.config)}, key=lambda level: level.high)
+    notes = [f"Shown of each run: {_label(figure, name)}."] if len(figure.series) > 1 else []
+    notes += sorted({note for _, note in thinned_runs if note}) + [SMOOTHED] * any(line.faint for line in lines)
+    panel = Panel(steps, lines, (), levels, figure.kind, figure.floor, figure.ceiling)
     svg = chart(panel, title=f"{figure.title} of {len(lines)} runs")
-    return View(figure.title, svg, tuple(readings), figure.caption, " ".join(map(str, steps)), note)
+    legend = tuple(legend_entry(line, figure.kind) for line in lines)
+    return ChartView(figure.title, svg, legend, figure.caption, _joined(steps), " ".join(notes))
 
 
-def thinned(rows: Sequence[Metrics], most: int = MOST_POINTS) -> tuple[list[Metrics], str]:
-    """At most ``most`` rows, each the mean of equally many consecutive ones, and what to say about it.
+def legend_entry(line: Line, kind: str) -> LegendEntry:
+    """The legend of a line, with its unsmoothed value at each step and at the last step that has one."""
+    values = line.faint or line.values
+    last = next((format_value(v, kind) for v in reversed(values) if v is not None), "")
+    return LegendEntry(line.label, line.color, last, "|".join(format_value(v, kind) for v in values))
+
+
+def thinned(rows: Sequence[Metrics], limit: int = MAX_POINTS) -> tuple[list[Metrics], str]:
+    """Average equal stretches of rows so that at most ``limit`` remain; also return a note about it.
 
     >>> thinned([{"step": 1, "kl": 1.0}, {"step": 2, "kl": 3.0}, {"step": 3, "kl": None}], 2)
     ([{'step': 2, 'kl': 2.0}, {'step': 3, 'kl': None}], 'Each point is the mean of 2 steps.')
     """
-    size = -(-len(rows) // most)
+    size = -(-len(rows) // limit)
     if size <= 1:
         return list(rows), ""
-    parts = [rows[i : i + size] for i in range(0, len(rows), size)]
-    return [_mean_row(part) for part in parts], f"Each point is the mean of {size} steps."
+    stretches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    return [_mean_row(stretch) for stretch in stretches], f"Each point is the mean of {size} steps."
 
 
-def _mean_row(part: Sequence[Metrics]) -> Metrics:
-    row: Metrics = {}
-    for name in dict.fromkeys(name for one in part for name in one):
-        values = [v for one in part if (v := one.get(name)) is not None]
-        row[name] = sum(values) / len(values) if values else None
-    return row | {"step": part[-1]["step"]}
+def _mean_row(rows: Sequence[Metrics]) -> Metrics:
+    means: Metrics = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        values = [v for row in rows if (v := row.get(name)) is not None]
+        means[name] = sum(values) / len(values) if values else None
+    return means | {"step": rows[-1]["step"]}
 
 
 def running_mean(values: Values) -> list[float | None]:
-    """Centred means over a thirtieth of the values either side taken together, at least 5; None stays None.
+    """Centred means over a thirtieth of the values, at least 5; None stays None.
 
     >>> running_mean([0.0, 0.0, 5.0, 0.0, None])
     [1.6666666666666667, 1.25, 1.25, 1.6666666666666667, None]
@@ -162,74 +161,40 @@ def running_mean(values: Values) -> list[float | None]:
     reach = max(2, len(values) // 60)
     means: list[float | None] = []
     for i, value in enumerate(values):
-        near = [v for v in values[max(0, i - reach) : i + reach + 1] if v is not None]
-        means.append(None if value is None else sum(near) / len(near))
+        window = [v for v in values[max(0, i - reach) : i + reach + 1] if v is not None]
+        means.append(None if value is None else sum(window) / len(window))
     return means
 
 
-def _panel(figure: Figure, steps: list[int], lines: list[Line], bands: list[Band], config: Config) -> Panel:
-    return Panel(
-        steps, lines, bands, figure.levels(config), bool(figure.stacked), figure.kind, figure.floor, figure.ceiling
-    )
+def _column(figure: Figure, rows: Sequence[Metrics], name: str) -> list[float | None]:
+    return [None if (value := row.get(name)) is None else value / figure.unit for row in rows]
 
 
-def _band(label: str, edges: Sequence[tuple[float, float] | None], outlined: bool) -> Band:
-    lows, highs = ([None if pair is None else pair[side] for pair in edges] for side in (0, 1))
-    return Band(label, lows, highs, 0, outlined)
-
-
-def reading(line: Line, kind: str, mark: str = "line") -> Reading:
-    """The legend of a line: what it reads at each step and at the last one that has a value."""
-    values = line.faint or line.values
-    texts = [shown(value, kind) for value in values]
-    last = next((shown(v, kind) for v in reversed(values) if v is not None), "")
-    return Reading(line.label, line.colour, mark, last, "|".join(texts))
-
-
-def _names(figure: Figure, rows: Sequence[Metrics], *, first: bool = False) -> list[str]:
-    """Metrics of the figure that have a value in some row, in its order; with ``first`` those of its first series."""
-    seen = dict.fromkeys(name for row in rows for name, value in row.items() if value is not None)
-    series = figure.series[:1] if first else figure.series
-    return list(dict.fromkeys(name for pattern, _ in series for name in seen if re.fullmatch(pattern, name)))
-
-
-def _components(rows: Sequence[Metrics]) -> list[str]:
-    """The components that ever said anything come first; the others need no colour of their own."""
-    names = dict.fromkeys(
-        name for row in rows for name in row if re.fullmatch("reward/.+/mean|advantage/.+/abs_mean", name)
-    )
-    spoke = [_component(name) for name in names if any(row.get(name) for row in rows)]
-    return list(dict.fromkeys([*spoke, *map(_component, names)]))
+def _component_colors(rows: Sequence[Metrics]) -> dict[str, int]:
+    """Number the components of the reward, those with a nonzero value first: one colour in all charts of a run."""
+    names = dict.fromkeys(name for row in rows for name in row if _component(name))
+    nonzero = [_component(name) for name in names if any(row.get(name) for row in rows)]
+    return {name: i for i, name in enumerate(dict.fromkeys([*nonzero, *map(_component, names)]))}
 
 
 def _component(name: str) -> str:
-    return name.split("/")[1]
+    """
+    >>> _component("advantage/no_parse/abs_mean"), _component("loss")
+    ('no_parse', '')
+    """
+    match = re.fullmatch("reward/(.+)/mean|advantage/(.+)/abs_mean", name)
+    return (match[1] or match[2]) if match else ""
 
 
 def _label(figure: Figure, name: str) -> str:
-    for pattern, label in figure.series:
-        if found := re.fullmatch(pattern, name):
-            return label.format(*(group.replace("_", " ") for group in found.groups()))
-    return name
+    matches = ((re.fullmatch(pattern, name), label) for pattern, label in figure.series)
+    return next(label.format(*(g.replace("_", " ") for g in match.groups())) for match, label in matches if match)
 
 
-def _to_one(columns: dict[str, Values]) -> dict[str, Values]:
-    """Shares by stretch, at every step of it; None where all is 0.
-
-    >>> _to_one({"a": [1.0, 0.0], "b": [3.0, None]})
-    {'a': [0.25, None], 'b': [0.75, None]}
-    """
-    length = max(len(values) for values in columns.values())
-    size = -(-length // STRETCHES)
-    stretches = [slice(i, i + size) for i in range(0, length, size)]
-    sums = {name: [sum(v or 0.0 for v in values[at]) for at in stretches] for name, values in columns.items()}
-    totals = [sum(parts) for parts in zip(*sums.values(), strict=True)]
-    return {
-        name: [own[i // size] / totals[i // size] if totals[i // size] else None for i in range(length)]
-        for name, own in sums.items()
-    }
+def _join_names(names: Sequence[str], limit: int = 4) -> str:
+    text = ", ".join(f"`{name}`" for name in names[:limit])
+    return f"{text} and {len(names) - limit} more" if len(names) > limit else text
 
 
-def _listed(names: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(f"`{name}`" for name in names[:most])
-    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+def _joined(steps: Sequence[int]) -> str:
+    return " ".join(map(str, steps))

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 
 from grpo.commands.merge import merge
 from grpo.config import EMBEDDED, load_config, notes
+from grpo.inspection.run_reader import read_run
+from grpo.report.evaluation import RATES, before_after
 from grpo.report.model_card import (
-    LONGEST,
+    MAX_CELL_CHARS,
     escape,
     evaluation_tables,
     model_card,
-    recipe_rows,
-    reward_rows,
     training_table,
     write_model_card,
 )
@@ -78,7 +78,7 @@ def test_an_escaped_value_is_one_line_of_plain_text(value: str) -> None:
 
 
 def test_long_values_are_cut() -> None:
-    assert escape("x" * (LONGEST + 1)) == "x" * (LONGEST - 1) + "…" and escape("x" * LONGEST) == "x" * LONGEST
+    assert escape("x" * (MAX_CELL_CHARS + 1)) == "x" * (MAX_CELL_CHARS - 1) + "…"
 
 
 HOSTILE = '</td><script>alert(1)</script> | ![x](http://e.x/y) `code` **b** \\u202e"""'
@@ -95,9 +95,7 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
         f"lora.warm_start={reason}",
         f"evaluate.ends={{x={reason}}}",
     )
-    write_json(
-        run.evaluations, [evaluation(0, 0.5, cases=HOSTILE, thinking=HOSTILE, by_rule={HOSTILE: {"n": 1, "exact": 1}})]
-    )
+    write_json(run.evaluations, [evaluation(0, 0.5, by_rule={HOSTILE: {"n": 1, "exact": 1}})])
     plain = model_card(make_run(tmp_path / "plain").path)
     for merged in (False, True):
         card = model_card(run.path, merged=merged)
@@ -143,29 +141,31 @@ v = '#'
 def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", "train.steps=20")
     rows = {row[0]: row[1:] for row in table(model_card(run.path), "## Recipe")}
-    assert rows["lora.r"] == ["32", "K", "KNOWN"]
-    assert rows["lora.alpha"][:2] == ["32.0", "I"]
-    assert rows["cases.oversample"][:2] == ["1 = 5", "K, I"]
-    assert rows["optim.schedule"][1] == "U" and rows["cases.system_prompt"][1] == "K"
-    assert rows["train.steps"] == ["20", "", "set on the command line"]
-    assert rows["lora.target_modules"][1] == "I" and "the only set" in rows["lora.target_modules"][2]
-    ours = {"cases.format", "optim.micro_batch_size", "train.max_skipped_steps", "evaluate.batch_size", "reward.set"}
-    ours |= {"reward.allow_unsound", "reward.reason", "loss.dual_clip", "train.steps", "evaluate.during", "key", "---"}
-    ours |= {"rollout.ignore_end", "optim.micro_batch_tokens", "model.shard", "model.kernels", "train.rank_timeout_s"}
-    ours |= {"cases.strict", "reward.overlong", "ledger.every", "ledger.text"}
-    assert {key for key, row in rows.items() if not row[1]} <= ours
-    graded = {
-        row["key"] for row in recipe_rows({"a": {"x": 1}}, {"toml": "[a]\nx = 2 # UNKNOWN", "overrides": ["a=3"]})
-    }
-    assert graded == {"a.x"}
+    assert rows["lora.r"] == ["32", "known", ""]
+    assert rows["lora.alpha"][:2] == ["32", "inferred"]
+    assert rows["cases.oversample"][:2] == ["1 = 5", "known"]
+    assert rows["optim.schedule"][1] == "unknown"
+    assert rows["cases.system_prompt"][1] == "known"
+    assert rows["train.steps"][:2] == ["20", "set"] and rows["train.steps"][2].startswith("v49: ")
+    assert rows["lora.target_modules"][1] == "inferred" and "the only set" in rows["lora.target_modules"][2]
+    ungraded = {
+        "key", "---", "cases.format", "cases.strict", "evaluate.batch_size", "evaluate.during", "ledger.every",
+        "ledger.text", "loss.dual_clip", "model.kernels", "model.shard", "optim.micro_batch_size",
+        "optim.micro_batch_tokens", "reward.allow_unsound", "reward.overlong", "reward.reason", "reward.set",
+        "rollout.ignore_end", "train.max_skipped_steps", "train.rank_timeout_s",
+    }  # fmt: skip
+    assert {key for key, row in rows.items() if not row[1]} <= ungraded
 
 
-def test_reward_rows_carry_the_sets_grades() -> None:
-    about, rows = reward_rows("v49")
-    grades = {row["name"]: (row["value"], row["grade"]) for row in rows}
-    assert about and grades["no_parse"] == ("-2", "K") and grades["severe_pain_missed"] == ("-0.5", "K")
-    assert grades["exact"] == ("+1", "I") and all(grade in "KIU" for _, grade in grades.values())
-    assert reward_rows("gone.toml") == ("", [])
+def test_the_reward_is_shown_with_its_grades(tmp_path: Path) -> None:
+    card = model_card(make_run(tmp_path / "run").path)
+    grades = {row[0]: (row[1], row[2]) for row in table(card, "| reward |")[2:]}
+    assert "Reward set v49: v46's table with rule-aware modifiers" in card
+    assert grades["no parse"] == ("−2", "known") and grades["exact"] == ("+1", "inferred")
+    assert (
+        grades["severe&#95;pain&#95;missed"] if "severe&#95;pain&#95;missed" in grades else grades["severe_pain_missed"]
+    )
+    assert all(grade in ("known", "inferred", "unknown") for _, grade in grades.values())
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -177,9 +177,9 @@ def test_training_figures_are_means_of_tenths_and_extremes(tmp_path: Path) -> No
     assert rows["metric"] == ["first 2 steps", "last 2 steps", "least", "greatest"]
     assert rows["reward/mean"] == ["-0.85", "0.95", "-0.9", "1"]
     assert rows["grad_norm"] == ["0.5"] * 4
-    assert "20 steps in 1.11 h of rollouts and updates, 200 s a step." in card
+    assert "20 steps in 1.11 h of rollouts and updates, 200 s per step." in card
     assert training_table([]) is None
-    one = training_table([{"reward/mean": None, "grad_norm": math.nan, "entropy": 0.5, "skipped": 2}])
+    one = training_table([{"step": 1, "reward/mean": None, "entropy": 0.5, "skipped": 2}])
     assert (
         one and [row["metric"] for row in one["rows"]] == ["entropy"] and "2 updates were not finite" in one["summary"]
     )
@@ -189,29 +189,40 @@ def test_evaluations_are_first_and_last_with_intervals_and_constants(tmp_path: P
     card = model_card(make_run(tmp_path / "run").path)
     assert "### mietic36 (36 cases, 25 of them of ESI 1 or 2)" in card
     rows = {row[0]: row[1:] for row in table(card, "### mietic36")}
-    assert list(rows) == ["answers of", "---", "before training", "step 300", *(f"always {k}" for k in range(1, 6))]
+    assert list(rows) == ["model", "---", "before training", "step 300", *(f"always {k}" for k in range(1, 6))]
     assert rows["step 300"][:3] == ["on", "77.8 % (61.9–88.3)", "100.0 % (90.4–100.0)"]
     assert rows["always 1"][1] == "38.9 %" and rows["always 2"][2] == "83.3 %", "as SERIES of the real 36 says"
     assert rows["always 3"][1:] == ["13.9 %", "55.6 %", "38.9 %", "100.0 %", "–", "–"]
     assert table(card, "Exact where a rule")[2:] == [["severe_pain_missed", "on", "2", "50.0 %", "77.8 %"]]
 
 
-def test_under_triage_of_esi_1_and_2_is_shown_as_a_share_of_them() -> None:
-    (shown,) = evaluation_tables([evaluation(9, 0.5)])
-    place = shown["columns"].index("high-acuity")
-    assert shown["rows"][0]["cells"][place] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
-    (none,) = evaluation_tables([evaluation(9, 0.5, high_acuity_under=None, high_acuity_n=0)])
-    assert none["rows"][0]["cells"][place] == "–"
+def tables_of(tmp_path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    run = make_run(tmp_path / "run")
+    write_json(run.evaluations, [record])
+    tables = evaluation_tables(before_after(read_run(run.path)))
+    shutil.rmtree(run.path)
+    return tables
+
+
+def test_under_triage_of_esi_1_and_2_is_shown_as_a_share_of_them(tmp_path: Path) -> None:
+    column = [field for field, _, _ in RATES].index("high_acuity_under")
+    (shown,) = tables_of(tmp_path, evaluation(9, 0.5))
+    assert shown["rows"][0]["cells"][column] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
+    (none,) = tables_of(tmp_path, evaluation(9, 0.5, high_acuity_under=None, high_acuity_n=0))
+    assert none["rows"][0]["cells"][column] == "–"
     old = {key: value for key, value in evaluation(9, 0.5).items() if key != "high_acuity_n"}
-    (before,) = evaluation_tables([old])
-    assert "high-acuity" not in before["columns"], "a record that does not say of how many meant all cases"
+    (before,) = tables_of(tmp_path, old)
+    assert before["rows"][0]["cells"][column] == "–", "a record without high_acuity_n meant a share of all cases"
 
 
-def test_intervals_that_a_record_brings_are_shown() -> None:
-    (shown,) = evaluation_tables([evaluation(9, 0.5, intervals={"exact": [0.1, 0.9]})])
+def test_recorded_intervals_are_shown(tmp_path: Path) -> None:
+    (shown,) = tables_of(tmp_path, evaluation(9, 0.5, intervals={"exact": [0.1, 0.9]}))
     assert shown["rows"][0]["cells"][:2] == ["50.0 % (10.0–90.0)", "100.0 % (90.4–100.0)"]
-    (short,) = evaluation_tables([{"step": 0, "cases": "a", "thinking": "off", "n": 4, "exact": 0.5}])
-    assert short["columns"] == ["exact"] and len(short["rows"]) == 1
+
+
+def test_a_confusion_matrix_of_other_counts_gives_no_constants(tmp_path: Path) -> None:
+    (shown,) = tables_of(tmp_path, evaluation(9, 0.5, confusion={"1": [2**40, 0, 0, 0, 0, 0]}))
+    assert [row["model"] for row in shown["rows"]] == ["step 9"]
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
@@ -233,7 +244,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
 def test_a_run_without_steps_and_evaluations(tmp_path: Path) -> None:
     config, source = load_config("configs/tiny.toml")
     card = model_card(start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
-    assert "This run holds no evaluation." in card and "This run holds no training step." in card
+    assert "This run has no evaluation." in card and "This run has no training step." in card
     assert "base_model" not in card and "base    = str(EMBEDDED / 'base')\nadapter = " in card
 
 
@@ -288,20 +299,19 @@ def test_it_is_written_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("config.json", None, "config.json: cannot be read"),
-        ("config.json", "{", "config.json: cannot be read"),
-        ("config.json", '{"model_type": "x"}', "not the config.json of a run"),
-        ("config.json", '{"config": {"name": "x"}}', "not those of a run: KeyError 'model'"),
-        ("metrics.jsonl", '{"step": 1}\n{"st', "metrics.jsonl:2: not valid JSON"),
-        ("metrics.jsonl", "3\n", "metrics.jsonl:1: expected one object a line, got a int"),
-        ("eval.json", '[{"n": 3}]', "not the evaluations of a run"),
-        ("eval.json", "[3]", "not the evaluations of a run"),
-        ("eval.json", "[", "eval.json: cannot be read"),
+        ("config.json", None, "not a run folder: it holds no config.json"),
+        ("config.json", "{", "config.json: not valid JSON"),
+        ("config.json", '{"model_type": "x"}', "config.json: config: Field required"),
+        ("config.json", '{"config": {"name": "x"}, "source": {"toml": ""}}', "config.json: version: Field required"),
+        ("metrics.jsonl", '{"step": 1}\n{"st\n', "metrics.jsonl:2: not a line of metrics"),
+        ("metrics.jsonl", "3\n", "metrics.jsonl:1: not a line of metrics"),
+        ("eval.json", '[{"n": 3}]', "eval.json: 0.step: Field required"),
+        ("eval.json", "[3]", "eval.json: 0: "),
+        ("eval.json", "[", "eval.json: not valid JSON"),
     ],
 )
 def test_damaged_records_are_named(name: str, text: str | None, message: str, tmp_path: Path) -> None:
     path = make_run(tmp_path / "run").path / name
     path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+    with pytest.raises(UserError, match=re.escape(message)):
         model_card(path.parent)
-    assert isinstance(caught.value, UserError) or name == "eval.json"

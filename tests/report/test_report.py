@@ -1,5 +1,5 @@
-"""The report of a run: what it says is what was recorded, nothing from a model or a case becomes markup, and what is
-not there is said. Runs are made of real configs, rewards and records, with log-probabilities drawn at random."""
+"""The report of a run: recorded values, escaped text, and remarks about what is missing. Runs are made of real configs,
+rewards and records, with random log-probabilities."""
 
 import base64
 import dataclasses
@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -26,18 +25,16 @@ from tokenizers import Tokenizer
 
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.commands.report import main
-from grpo.commands.tensorboard import main as mirror_main
 from grpo.commands.tensorboard import scalars
 from grpo.config import EMBEDDED, load_config
 from grpo.inspection.run_reader import read_run
 from grpo.metrics import advantage_shares, step_metrics, token_account
 from grpo.report import page as page_module
-from grpo.report.charts import COLOURS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
-from grpo.report.evaluation import spans, verdict
-from grpo.report.figures import REWARD, SECTIONS
+from grpo.report.charts import COLORS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
+from grpo.report.evaluation import before_after, verdict
+from grpo.report.figures import SECTIONS
 from grpo.report.number_format import plain, tick_labels, ticks
-from grpo.report.samples import sample_run
-from grpo.report.tokens import DEPTHS, FIELDS, TOKEN_CLASSES, token_texts
+from grpo.report.samples import DEPTHS, FIELDS, TOKEN_CLASSES, sample_run, token_texts
 from grpo.report.views import draw, running_mean, thinned
 from grpo.run.folder import Run, add_metrics, finite, start_run, write_json
 from grpo.run.ledger import read_step, write_step
@@ -243,9 +240,9 @@ def test_a_change_is_claimed_where_the_cases_or_the_intervals_show_one(
     folder = copy(whole, tmp_path)
     rights = {0: dict(zip(("on", "off"), before, strict=True)), 3: dict(zip(("on", "off"), after, strict=True))}
     add_evaluations(folder, *(evaluation(s, mode, right) for s, pair in rights.items() for mode, right in pair.items()))
-    assert verdict(read_run(folder))[0].startswith(paired)
+    assert verdict(read_run(folder), "test")[0].startswith(paired)
     shutil.rmtree(folder / "eval")
-    assert verdict(read_run(folder))[0].startswith(unpaired)
+    assert verdict(read_run(folder), "test")[0].startswith(unpaired)
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -257,28 +254,19 @@ def test_every_figure_with_a_value_is_drawn_and_reads_what_was_logged(whole: Pat
     page = Page(report(whole))
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     for title in (
-        "Mean reward", "Both reward stds", "Groups without a signal", "What the answers gave", "What each rule gave",
-        "Share of the advantage", "Finished and truncated", "Clipped ratio", "Why completions stopped",
-        "Lengths against the budget", "Why nothing was parsed", "Under a smaller budget", "Pull of the truncated",
-        "Clipped ratio at every budget", "KL to the reference", "Entropy", "Loss", "Gradient norm", "Learning rate",
-        "Sampler and trainer apart", "Seconds a step", "Tokens a second", "Peak memory",
+        "Mean reward", "Both reward stds", "Groups without a signal", "Reward by component", "Advantage by component",
+        "Finished and truncated", "Clipped ratio", "Lengths against the budget", "Why nothing was parsed",
+        "Pull of the truncated", "KL to the reference", "Entropy", "Loss", "Gradient norm", "Learning rate",
+        "Sampler and trainer apart", "Seconds per step", "Tokens per second", "Peak memory",
     ):  # fmt: skip
         assert page.shows(title), title
     read = [attributes["data-read"] for tag, attributes in page.tags if tag == "output"]
     assert "|".join(f"{r['reward/mean']:+.2f}".replace("-", "−") for r in rows) in read
     assert "|".join(f"{100 * r['completions/clipped_ratio']:.1f} %" for r in rows) in read
-    assert "1.00 GiB|1.00 GiB|1.00 GiB" in read
-    assert page.shows(
-        "0 at every step, and not drawn: Tokens that the ratio clip held (clip_ratio/low, clip_ratio/high)"
-    )
-    steps = {a["data-steps"] for t, a in page.tags if t == "figure" and "apart" not in (a["class"] or "")}
+    assert "1|1|1" in read, "GiB"
+    assert page.shows("0 at every step and not drawn: Tokens with a clipped ratio (clip_ratio/low, clip_ratio/high)")
+    steps = {a["data-steps"] for t, a in page.tags if t == "figure"}
     assert steps == {"1 2 3"}
-
-
-def test_the_card_stands_beside_the_run(whole: Path) -> None:
-    page = Page(report(whole))
-    assert page.shows("4–19 % throughout") and page.shows("card 4–19 %") and page.shows("positive from step 10")
-    assert page.shows("no set called mietic36")
 
 
 def test_the_recipe_shows_grades_and_what_was_set(whole: Path) -> None:
@@ -306,12 +294,12 @@ def test_nothing_is_loaded_and_the_policy_names_what_runs(whole: Path) -> None:
 
 
 @pytest.mark.parametrize("attack", ATTACKS)
-@pytest.mark.parametrize("coloured", [True, False])
-def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, coloured: bool) -> None:
+@pytest.mark.parametrize("colored", [True, False])
+def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, colored: bool) -> None:
     clean = Page(report(record_run(tmp_path / "clean", steps=1)))
     cases = (Case(f"id{attack}", f"Intubated {attack}", 1), CASES[1])
     folder = record_run(tmp_path / "run", steps=1, cases=cases, said=(f"{attack}</think>ANSWER: ESI 1", *SAID[1:]))
-    if not coloured:
+    if not colored:
         printable = "".join(c for c in attack if c.isprintable())  # no other name is taken for a model
         edit(folder / "config.json", "embedded:base", f"no{printable}where")
     add_evaluations(folder, evaluation(0, "on", 5, tag=attack))
@@ -344,7 +332,7 @@ def test_without_text_no_case_and_no_completion_is_in_the_page(whole: Path) -> N
     bare = Page(report(whole, more=["--no-text"]))
     everything = bare.text + "".join(value or "" for _, attributes in bare.tags for value in attributes.values())
     assert not [text for text in told if text in everything]
-    assert bare.shows("left out of this page with --no-text") and bare.shows("advantage +")
+    assert bare.shows("omitted from this page with --no-text") and bare.shows("advantage +")
 
 
 @pytest.mark.parametrize("text", ["redacted", "off"])
@@ -355,7 +343,7 @@ def test_a_ledger_without_texts_shows_its_numbers(tmp_path: Path, text: str) -> 
     assert not page.shows("Looks stable") and page.shows("✓ ESI 1")
 
 
-def test_tokens_are_coloured_by_what_they_did_to_the_loss(whole: Path) -> None:
+def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
     entry = read_step(whole / "ledger", 1)
     shown = sample_run(read_run(whole), groups=9, text=True)
     assert shown.shadings == ("loss", "kl", "entropy", "surprise") and not shown.remarks
@@ -365,26 +353,25 @@ def test_tokens_are_coloured_by_what_they_did_to_the_loss(whole: Path) -> None:
     assert [text for text, name in other.text if name] == ["Open fracture", "pain 9/10"]
     for b, one in enumerate((group, other)):
         order = sorted(range(4), key=lambda g: -entry.advantages[b][g])
-        assert [s.members for s in one.samples] == [f"Completion {g + 1}" for g in order]
+        assert [s.numbers for s in one.samples] == [(g + 1,) for g in order]
         for g, sample in zip(order, one.samples, strict=True):
             before = sum(
                 len(c.ids) for c in (*entry.step.groups[0].completions, *entry.step.groups[1].completions)[: 4 * b + g]
             )
-            number, logprob, loss, *_ = sample.told.split("|")[1].split(" ")
+            number, logprob, loss, *_ = sample.tooltips.split("|")[1].split(" ")
             assert (number, logprob) == ("2", plain(float(entry.step.tokens.logprobs[0][before + 1])))
             assert loss == plain(float(entry.account.loss[0][before + 1])), "the second token's, of this very row"
             signs = {c[0] for piece in sample.pieces for c in piece.classes.split() if c[0] in "lL"}
             assert signs == ({"L"} if entry.advantages[b][g] > 0 else {"l"}), "KL is small beside the advantage here"
-            answer = "".join(piece.text for piece in sample.pieces if piece.answer)
+            answer = "".join(piece.text for piece in sample.pieces if piece.in_answer)
             assert answer == ("" if sample.predicted == "no parse" else f"ANSWER: {sample.predicted}")
 
 
-def test_completions_alike_token_for_token_are_shown_once(tmp_path: Path) -> None:
+def test_identical_completions_are_shown_once(tmp_path: Path) -> None:
     folder = record_run(tmp_path / "run", steps=1, said=(*SAID[:2], SAID[1], SAID[2], SAID[1].replace("Looks", "Is")))
     (group, _) = sample_run(read_run(folder), groups=2, text=True).groups
-    assert sorted(s.members for s in group.samples) == [
-        "Completion 1", "Completion 4", "Completion 5", "Completions 2, 3 (alike)",
-    ]  # fmt: skip
+    assert sorted(sample.numbers for sample in group.samples) == [(1,), (2, 3), (4,), (5,)]
+    assert Page(report(folder)).shows("Identical completions 2, 3")
 
 
 @given(st.text(max_size=30))
@@ -415,7 +402,6 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
     assert page.shows("At step 2 of 5") and page.shows("The run is not finished, or was not when it was copied: 2 of 5")
     assert page.shows("last line of metrics.jsonl is torn") and page.shows("only the warm start was evaluated")
     assert page.shows("No completions to show") and page.shows("no ledger in this run")
-    assert not page.shows("Clipped ratio at every budget")
     assert page.shows("Started") and not page.shows("Last step")
 
     page = Page(report(record_run(tmp_path / "one", steps=1)))
@@ -426,8 +412,8 @@ def test_a_changed_ledger_is_named(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     edit(folder / "ledger" / "step_000001.jsonl", "Looks stable.", "Looks sta\ud800ble.")
     page = Page(report(folder))
-    assert page.shows("Step 1 of the ledger is not what was written") and page.shows("Looks sta\\ud800ble.")
-    assert page.shows("not coloured: their ids decode to another text")
+    assert page.shows("Step 1 of the ledger was changed after it was written") and page.shows("Looks sta\\ud800ble.")
+    assert page.shows("not coloured: their ids do not decode to the recorded text")
 
 
 def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
@@ -441,12 +427,12 @@ def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
     )
     read = [a["data-read"] or "" for t, a in page.tags if t == "output"]
     assert any(r.endswith("|–") for r in read), "the shorter run has no third step"
-    assert page.shows("Why completions stopped: tiny") and page.shows("Why completions stopped: other")
+    assert page.shows("Reward by component: tiny") and page.shows("Reward by component: other")
     assert page.shows("tiny · test") and page.shows("other · test")
 
     page = Page(report(whole, copy(whole, tmp_path)))
     assert page.shows("whole: exact") and page.shows("run: exact"), "equal names give way to the folders'"
-    assert page.shows("Nothing: their configs and rewards are equal.")
+    assert page.shows("None: their configs and rewards are equal.")
 
 
 def test_the_page_keeps_its_size(whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -454,9 +440,9 @@ def test_the_page_keeps_its_size(whole: Path, capsys: pytest.CaptureFixture[str]
     limit = (full + bare) / 2e6
     kept = report(whole, more=["--max-mb", str(limit)])
     assert bare <= len(kept.encode()) <= limit * 1e6
-    left_out = re.search(r"(\d+) groups? of completions left out to keep the page", kept)
+    left_out = re.search(r"(\d+) groups? of completions omitted to keep the page", kept)
     assert left_out and int(left_out[1]) + kept.count('<details class="group"') == 6
-    assert "left out" in capsys.readouterr().out
+    assert "omitted" in capsys.readouterr().out
     assert main([str(whole), "--out", str(whole.parent / "none.html"), "--max-mb", "0.01"]) == 2
     assert "even without completions" in capsys.readouterr().err and not (whole.parent / "none.html").exists()
 
@@ -496,7 +482,7 @@ def test_a_page_is_its_owners_alone_and_never_half_written(whole: Path, tmp_path
     out = tmp_path / "page.html"
     assert main([str(whole), "--out", str(out)]) == 0
     assert out.stat().st_mode & 0o777 == 0o600 and [p.name for p in tmp_path.iterdir()] == ["page.html"]
-    assert main([str(whole), "--out", str(tmp_path / "nowhere" / "page.html")]) == 2
+    assert main([str(whole), "--out", str(tmp_path / "nowhere" / "page.html")]) == 3
     assert main([str(whole), "--samples", "-1"]) == 2
 
 
@@ -544,15 +530,15 @@ def test_a_zone_spans_its_values() -> None:
 
 
 def test_long_runs_are_smoothed_and_still_read_every_step(whole: Path) -> None:
-    run, figure = read_run(whole), REWARD[0]
+    run, figure = read_run(whole), SECTIONS["Reward"][0]
     values = [float(i % 7) for i in range(100)]
     long = dataclasses.replace(run, metrics=tuple({"step": i + 1, "reward/mean": v} for i, v in enumerate(values)))
     short = dataclasses.replace(run, name="short", metrics=long.metrics[:90])
-    (alone,) = draw(figure, [long]).views
-    (both,) = draw(figure, [long, short]).views
+    (alone,) = draw(figure, [long])
+    (both,) = draw(figure, [long, short])
     said = [f"{v:+.2f}" if v else "0.00" for v in values]
-    assert alone.readings[0].values.split("|") == said and both.readings[0].values.split("|") == said
-    assert both.readings[1].values.split("|") == [*said[:90], *["–"] * 10]
+    assert alone.legend[0].values.split("|") == said and both.legend[0].values.split("|") == said
+    assert both.legend[1].values.split("|") == [*said[:90], *["–"] * 10]
     assert [view.svg.count('class="faint') for view in (alone, both)] == [1, 2]
     assert all("bold: running mean" in view.note for view in (alone, both))
 
@@ -565,18 +551,10 @@ def test_style_sheet_and_script_agree_with_the_code() -> None:
             for depth in range(1, len(DEPTHS) + 1):
                 assert re.search(rf"#shade-{shading}:checked\) \.{sign}{depth}\b", style), (shading, sign, depth)
         assert f"#shade-{shading}:checked) #note-{shading}" in style
-    for colour in range(COLOURS):
-        assert f".c{colour} {{ stroke" in style and f".f{colour} {{ fill" in style
+    for color in range(COLORS):
+        assert f".c{color} {{ stroke" in style and f".f{color} {{ fill" in style
     assert f"LEFT = {LEFT:g}, RIGHT = {WIDTH - RIGHT:g};" in script and f"* {WIDTH:g};" in script
     assert f"FIELDS = {json.dumps(list(FIELDS))};" in script
-
-
-def test_stacked_areas_meet() -> None:
-    lines = [Line("a", [0.25, 0.5], 0), Line("b", [0.75, 0.5], 1)]
-    root = ElementTree.fromstring(str(chart(Panel([0, 1], lines, stacked=True, floor=0.0, ceiling=1.0), title="t")))
-    lower, upper = (e.get("d", "") for e in root.iter("path"))
-    assert lower == "M48.0,127.0 352.0,88.0 352.0,166.0 48.0,166.0Z"
-    assert upper == "M48.0,10.0 352.0,10.0 352.0,88.0 48.0,127.0Z"
 
 
 @given(st.lists(st.none() | st.floats(-10, 10), max_size=50), st.integers(1, 20))
@@ -591,34 +569,6 @@ def test_thinning_and_smoothing_keep_means_and_gaps(values: list[float | None], 
     assert all(min(known) - 1e-9 <= v <= max(known) + 1e-9 for v in smooth if v is not None)
 
 
-def test_metrics_and_evaluations_are_mirrored(whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    pytest.importorskip("tensorboard", reason="the extra [tensorboard] is not installed")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for _ in range(2):  # mirrored twice, it is there once
-        assert mirror_main([str(whole), "--out", str(tmp_path / "tb")]) == 0
-    assert len(list((tmp_path / "tb").iterdir())) == 1 and "3 steps" in capsys.readouterr().out
-    read = EventAccumulator(str(tmp_path / "tb"), size_guidance={"scalars": 0})
-    read.Reload()
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    for name in ("reward/mean", "completions/length_p90"):
-        assert [(e.step, e.value) for e in read.Scalars(name)] == [(r["step"], pytest.approx(r[name])) for r in rows]
-    assert [(e.step, e.value) for e in read.Scalars("eval/test/thinking_on/exact")] == [
-        (0, pytest.approx(0.45)), (3, pytest.approx(0.95)),
-    ]  # fmt: skip
-    started = read_run(whole).started
-    assert started and [e.wall_time for e in read.Scalars("loss")] == [
-        pytest.approx(started + 4 * s, abs=0.01) for s in (1, 2, 3)
-    ]
-
-
-def test_scalars_leave_out_what_was_not_counted(whole: Path, tmp_path: Path) -> None:
-    folder = copy(whole, tmp_path)
-    (folder / "metrics.jsonl").write_text('{"step": 1, "loss": null, "lr": 0.5, "time/rollout_s": 2.0}\n')
-    run = read_run(folder)
-    assert run.started and next(scalars(run)) == (1, run.started + 2.0, {"lr": 0.5, "time/rollout_s": 2.0})
-
-
 def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
     some = evaluation(0, "on", 9) | {"high_acuity_under": 0.25, "high_acuity_n": 8}
@@ -627,8 +577,8 @@ def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_pa
     told = {}
     for name, record in {"some": some, "old": old, "none": none}.items():
         add_evaluations(folder, record)
-        (span,) = spans(read_run(folder))
-        told[name] = span.rates[3]
+        (item,) = before_after(read_run(folder))
+        told[name] = item.rates[3]
         points = [values for step, _, values in scalars(read_run(folder)) if "eval/test/thinking_on/exact" in values]
         assert ("eval/test/thinking_on/high_acuity_under" in points[0]) == (name == "some")
         page = report(folder)
@@ -651,16 +601,6 @@ def test_a_copied_run_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
     assert read_run(folder).started is None and Page(report(folder)).shows("Started unknown")
 
 
-def test_without_tensorboard_the_mirror_says_what_to_install(
-    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    for name in [name for name in sys.modules if name.split(".")[0] == "tensorboard"]:
-        monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "tensorboard", None)
-    assert mirror_main([str(whole), "--out", str(tmp_path / "tb")]) == 2
-    assert "pip install 'grpo-v49[tensorboard]'" in capsys.readouterr().err and not (tmp_path / "tb").exists()
-
-
 PROBE = """<!doctype html><meta charset="utf-8"><iframe id="page" width="390" height="2000" src="report.html"></iframe>
 <pre id="found">waiting</pre>
 <script>
@@ -670,15 +610,15 @@ document.getElementById("page").onload = (event) => {
   const read = () => [...page.querySelectorAll("output")].map((out) => out.textContent).join();
   const before = read();
   svg.dispatchEvent(new view.PointerEvent("pointermove", {clientX: box.left + box.width * 0.2, bubbles: true}));
-  const token = page.querySelector(".said i");
+  const token = page.querySelector(".completion i");
   token.dispatchEvent(new view.PointerEvent("pointerover", {bubbles: true}));
   const found = {
     overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
     scripts: page.scripts.length, images: page.images.length, hit: view.hit_by || "",
     charts: page.querySelectorAll("svg.chart").length, height: box.height,
     before, pointed: read(),
-    told: page.getElementById("told").textContent,
-    colour: view.getComputedStyle(page.querySelector(".said i[class*=L]")).backgroundColor,
+    told: page.getElementById("tooltip").textContent,
+    colour: view.getComputedStyle(page.querySelector(".completion i[class*=L]")).backgroundColor,
   };
   document.getElementById("found").textContent = JSON.stringify(found);
   console.error("the probe was here");

@@ -32,7 +32,7 @@ from grpo.inspection.step_text import group_lines, member_lines, step_lines, tok
 from grpo.policy.adapter_files import read_config, read_pairs, scaling
 from grpo.policy.policy import Policy, load_policy
 from grpo.report.model_card import model_card
-from grpo.report.page import Request, make_report
+from grpo.report.page import make_report
 from grpo.run.checkpoint import FILES, MANIFEST, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
 from grpo.run.folder import Run, evaluations
 from grpo.run.ledger import read_step
@@ -358,7 +358,7 @@ def _replay(run: Path) -> None:
 
 
 def _report(run: Path) -> None:
-    page = make_report(Request((run,), 1, True, 3_000_000)).html.decode()
+    page = make_report((run,), groups=1, text=True, max_bytes=3_000_000).html.decode()
     assert page.count("<script") == 1
 
 
