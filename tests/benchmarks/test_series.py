@@ -26,7 +26,7 @@ from benchmarks.series.hedging_thresholds import hedging_threshold, silence_thre
 from benchmarks.series.page import render
 from benchmarks.series.plan import ENTRIES, PlanError, chosen
 from benchmarks.series.record import lab_record
-from benchmarks.series.run_results import MODES, Said, Seen, changed, merge_equivalent_cases, rates
+from benchmarks.series.run_results import MODES, Said, Seen, changed, pooled, rates
 from benchmarks.series.runner import jobs, work
 from benchmarks.series.warm_starts import STARTS
 from benchmarks.tiny_world.patients import summary
@@ -185,14 +185,14 @@ def test_rates_and_pooling() -> None:
     assert found["high_acuity_under"] == 1 / 3, "of the cases of ESI 1 and 2"
     place = (LAB, "on")
     runs = [Seen("v", seed, {}, {}, (), answers={("after", place): tuple(said)}) for seed in (1, 2, 3)]
-    pool = merge_equivalent_cases(runs, "after", [place], "exact")
+    pool = pooled(runs, "after", [place], "exact")
     assert pool is not None and pool[0] == 0.25
-    alone = merge_equivalent_cases(runs[:1], "after", [place], "exact")
+    alone = pooled(runs[:1], "after", [place], "exact")
     assert alone == pool, "three seeds that agree on every case are not three times the cases"
-    assert merge_equivalent_cases(runs, "after", [place], "exact", frozenset({"a"})) == merge_equivalent_cases(
+    assert pooled(runs, "after", [place], "exact", frozenset({"a"})) == pooled(
         runs[:1], "after", [place], "exact", frozenset("a")
     )
-    assert merge_equivalent_cases(runs, "before", [place], "exact") is None
+    assert pooled(runs, "before", [place], "exact") is None
 
 
 def test_fixed_and_broken_are_counted_case_by_case() -> None:
