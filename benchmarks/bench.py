@@ -2,7 +2,7 @@
 
 Runs the training loop itself, without evaluations, in a folder that is thrown away, and looks at the clock where its
 phases meet. The first step compiles, captures and warms up: it is told apart. Beside every phase stands the least that
-the device's bandwidth and matmul rate, measured on the spot, would allow (`grpo.run.roofline`). Exit codes: 0 done, 2
+the device's bandwidth and matmul rate, measured on the spot, would allow (`benchmarks.roofline`). Exit codes: 0 done, 2
 bad input, 130 interrupted.
 """
 
@@ -14,7 +14,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ import torch
 
 import grpo.train as loop
 import grpo.update as updating
+from benchmarks.roofline import Costs, Floor, Rates, floor_of, limits_of, now
 from grpo.config import Config, Source, load_config
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy.policy import Policy
 from grpo.rollout import ENGINES
 from grpo.run.checkpoint import Progress
 from grpo.run.folder import provenance, start_run, write_json
-from grpo.run.roofline import Floor, floor_of, now
-from grpo.run.setup import Setup, build, device_name, machine, plan
+from grpo.run.setup import Setup, build, device_name, plan
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.distributed import require_alone
 from grpo.runtime.errors import INPUT_ERRORS
@@ -67,8 +67,8 @@ class Taken:
 class Clock:
     """Collects a `Taken` a step from the seams of the loop."""
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = setup
+    def __init__(self, setup: Setup, costs: Costs, rates: Rates) -> None:
+        self._setup, self._costs, self._rates = setup, costs, rates
         self._spent: defaultdict[str, float] = defaultdict(float)
         self._optimizer_started = 0.0
         self.steps: list[Taken] = []
@@ -84,14 +84,14 @@ class Clock:
 
         return run
 
-    def cost(self, step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
-        """`grpo.train.cost`, and the step's record."""
-        metrics = COST(step, setup, phases)
+    def timing_metrics(self, step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
+        """`grpo.train.timing_metrics`, and the step's record."""
+        metrics = TIMING_METRICS(step, setup, phases)
         spent, self._spent = self._spent, defaultdict(float)
         spent["decode"] = phases["rollout"] - spent["prefill"] - spent["reward"]
         spent["train"] = phases["update"] - spent["reference"] - spent["optimizer"]
         seconds = {**spent, **phases, "step": sum(phases.values())}
-        floor = by_part(floor_of(step, setup.config, setup.costs, setup.rates))
+        floor = by_part(floor_of(step, setup.config, self._costs, self._rates))
         tokens = round(metrics["tokens_per_s/rollout"] * phases["rollout"])
         self.steps.append(Taken(seconds, floor, tokens, drift(step), metrics))
         return metrics
@@ -100,7 +100,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Inside, the loop is timed."""
         seams: list[tuple[Any, str, Any]] = [
-            (loop, "cost", self.cost),
+            (loop, "timing_metrics", self.timing_metrics),
             (loop, "score_groups", self.timed("reward", loop.score_groups)),
             (updating, "reference_logprobs", self.timed("reference", updating.reference_logprobs)),
         ]
@@ -128,7 +128,7 @@ class Clock:
         return now(self._setup.policy.device)
 
 
-COST = loop.cost
+TIMING_METRICS = loop.timing_metrics
 
 
 @contextmanager
@@ -158,11 +158,13 @@ def drift(step: Step) -> dict[str, float]:
     }
 
 
-def take(setup: Setup, source: Source, stop: Stop) -> list[Taken]:
-    """The config's steps, timed."""
-    clock = Clock(setup)
+def take(setup: Setup, limits: tuple[Costs, Rates], source: Source, stop: Stop) -> list[Taken]:
+    """Run the config's steps, timed."""
+    clock = Clock(setup, *limits)
     with tempfile.TemporaryDirectory() as folder, clock.watching():
-        run = start_run(Path(folder) / "run", setup.config, source, setup.reward, **machine(setup))
+        run = start_run(
+            Path(folder) / "run", setup.config, source, setup.reward, device=device_name(setup.policy.device)
+        )
         loop.train(setup, run, stop, Progress())
     return clock.steps
 
@@ -195,11 +197,11 @@ def generated(
     return [ids[:n] for ids, n in zip(said, ends, strict=True)], [[0.0] * n for n in ends]
 
 
-def beside(setup: Setup, source: Source, stop: Stop) -> Taken:
+def beside(setup: Setup, limits: tuple[Costs, Rates], source: Source, stop: Stop) -> Taken:
     """The second of two steps of the same loop with ``generate`` in the engine's place."""
     config = setup.config.model_copy(update={"train": setup.config.train.model_copy(update={"steps": 2})})
     with replaced(ENGINES, dict.fromkeys(ENGINES, generated)):
-        return take(replace(setup, config=config), source, stop)[-1]
+        return take(replace(setup, config=config), limits, source, stop)[-1]
 
 
 # --- what is said ----------------------------------------------------------------------------------------------------
@@ -247,10 +249,9 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def said(found: dict[str, Any], setup: Setup) -> str:
+def said(found: dict[str, Any], setup: Setup, rates: Rates) -> str:
     """The report on our own steps."""
-    rates, apart = setup.rates, found["drift_nats"]
-    steps = found["step_seconds"]
+    apart, steps = found["drift_nats"], found["step_seconds"]
     device = device_name(setup.policy.device)
     where = "on the device" if setup.policy.device.type == "cuda" else "of the whole process"
     lines = [
@@ -327,14 +328,20 @@ def bench(arguments: argparse.Namespace) -> int:
             started = now(torch.device("cpu"))
             setup = build(config)
             made = now(setup.policy.device) - started
+            limits = limits_of(setup.policy)
         print(f"config    {source.path}\n{plan(setup)}", flush=True)
-        found = summary(take(setup, source, stop), made)
-        print(said(found, setup), flush=True)
-        facts = {"config": str(source.path), "overrides": source.overrides, **provenance(**machine(setup))}
+        found = summary(take(setup, limits, source, stop), made)
+        print(said(found, setup, limits[1]), flush=True)
+        facts = {
+            "config": str(source.path),
+            "overrides": source.overrides,
+            **provenance(device_name(setup.policy.device)),
+        }
+        facts["machine"] |= asdict(limits[1])
         if arguments.json:  # before the peer, which may take longer than anyone waits
             write_json(arguments.json, facts | found)
         if arguments.against:
-            found["generate"] = peer_summary(beside(setup, source, stop), found["seconds"])
+            found["generate"] = peer_summary(beside(setup, limits, source, stop), found["seconds"])
             print(peer_line(found["generate"]))
             if arguments.json:
                 write_json(arguments.json, facts | found)

@@ -29,7 +29,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from itertools import product
@@ -294,13 +294,15 @@ def load(config_path: str, *overrides: str) -> Any:
 
 def load_from(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """What `load` returns, and the facts of every record about it."""
-    from grpo.run.setup import machine
+    from benchmarks.roofline import limits_of
+    from grpo.run.setup import device_name
 
     started = time.perf_counter()
     overrides = [f"model.device={arguments.device}", *arguments.set]
     setup = load(arguments.config, *overrides)
     facts = {"config": arguments.config, "overrides": overrides, "load_seconds": time.perf_counter() - started}
-    return setup, facts | machine(setup) | {"enabled": enabled_backends(), "dtype": dtype_of(setup.policy)}
+    machine = {"device": device_name(setup.policy.device), "rates": asdict(limits_of(setup.policy)[1])}
+    return setup, facts | machine | {"enabled": enabled_backends(), "dtype": dtype_of(setup.policy)}
 
 
 def move_adapter(policy: Any) -> None:

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench import bench_config
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.dynamic_sampling import sample_step
-from grpo.run.setup import Setup, build, machine
+from grpo.run.setup import Setup, build, device_name
 from grpo.runtime.errors import INPUT_ERRORS
 from grpo.update import update
 
@@ -91,7 +91,8 @@ def main() -> int:
         return 2
     print("\n".join(table(phase, kernels, arguments.most) for phase, kernels in found.items()))
     if arguments.record:
-        facts = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, **machine(setup)}
+        device = device_name(setup.policy.device)
+        facts = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "device": device}
         facts |= {"config": str(source.path), "overrides": source.overrides}
         arguments.record.write_text(json.dumps(facts | found, indent=1) + "\n", encoding="utf-8")
     return 0

@@ -114,15 +114,15 @@ from torch.utils._pytree import tree_leaves
 
 torch.inference_mode = lambda *_: torch.no_grad()  # where operations keep their composition, and cannot be looked at
 
-import grpo.run.setup as making
 import grpo.update as updating
+from benchmarks.roofline import Rates, costs_of, floor_of
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine import sampling
 from grpo.policy.memory_plan import RANDOM
 from grpo.qwen3_5 import decode
-from grpo.run.roofline import Rates, floor_of
+from grpo.run.setup import build
 from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.types import Case, Prompt, Step
 
@@ -433,8 +433,8 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         mock.patch.object(decode, "step", watched),
         mock.patch.object(sampling, "_cut", whole),
     ):
-        with paper.tallying() as tally, mock.patch.object(making, "measure_rates", lambda *_: rates):
-            setup = making.build(config)
+        with paper.tallying() as tally:
+            setup = build(config)
         phases["made"] = tally.figures()
         with paper.tallying() as tally:
             groups, scores, dropped = sample_step(setup, 0)
@@ -450,7 +450,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         phases["update"] = tally.figures()
         left = leaving(setup.policy, watched)
     taken = Step(1, groups, scores, batch, done.tokens, dropped, *done.figures)
-    floor = floor_of(taken, config, setup.costs, rates)
+    floor = floor_of(taken, config, costs_of(setup.policy.model.get_base_model()), rates)
     return {
         "config": str(source.path),
         "overrides": source.overrides,

@@ -18,7 +18,7 @@ COMMANDS = {
     "merge": "merge a LoRA adapter into its base model",
     "triage": "answer one case with an ESI level",
 }
-"""Command → its summary; the module is `grpo.commands` plus the name, imported only when the command runs."""
+"""Command → summary; its module in `grpo.commands` is imported only when the command runs."""
 HELP = "\n".join(
     [
         "usage: grpo COMMAND [ARGUMENTS]",

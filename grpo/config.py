@@ -1,7 +1,7 @@
-"""One TOML file → one frozen `Config`. Imports no torch.
+"""The config of a run: one TOML file → one frozen `Config`. Imports no torch.
 
-Nothing that changes the maths has a default: the file is the run. Every key is checked before anything is loaded;
-an error names the file, the line and the key, and suggests what was meant.
+Nothing that changes the maths has a default: the file is the run. Every key is checked before anything is loaded; an
+error names the file, the line and the key, and suggests a correction.
 """
 
 import difflib
@@ -27,13 +27,13 @@ from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, clipped, is_regular, parse_toml, read_text
 
 CONFIG_VERSION = 1
-"""Raised when a key changes its meaning; a file of another version is refused."""
+"""Incremented when a key changes its meaning; a file of another version is refused."""
 
 COLDEST = 1e-6
-"""The least temperature above 0: logits divided by less leave float32's range."""
+"""Lowest temperature above 0: logits divided by less exceed float32's range."""
 
-SHIPPED = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
-"""Where the shipped configs lie: beside the package in a checkout, inside it in an installed wheel."""
+SHIPPED_CONFIG_DIRS = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
+"""Folders of the shipped configs: beside the package in a checkout, inside it in an installed wheel."""
 
 EMBEDDED = Path(__file__).parent / "tiny"
 """Root of the embedded world: ``embedded:base`` is the folder ``grpo/tiny/base``."""
@@ -43,49 +43,49 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-def _nameable(name: str) -> str:
-    """A file or folder that can be: a name that no system takes is told apart from one that is not there."""
+def _check_printable(name: str) -> str:
+    """Return the name of a file or folder if it can exist."""
     if not name.isprintable():
-        raise ValueError("expected a printable name: it holds a control character or half a surrogate pair")
+        raise ValueError("expected a printable name, without control characters or lone surrogates")
     if name.startswith("embedded:") and ".." in Path(name).parts:
-        raise ValueError("expected a name within the embedded world: it holds ..")
+        raise ValueError("expected a name within the embedded world, without ..")
     return name
 
 
-MOST_ROWS = 2**20
-"""Completions of a step."""
+MAX_ROWS_PER_STEP = 2**20
+"""Upper bound on the completions of a step."""
 MOST = 10_000_000
-"""Of anything that is counted: beyond any run, and what is made of so many still ends."""
+"""Upper bound on every count: more than any run needs, and little enough that nothing sized by it exhausts memory."""
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
-FileName = Annotated[str, Field(max_length=4096), AfterValidator(_nameable)]
+FileName = Annotated[str, Field(max_length=4096), AfterValidator(_check_printable)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
 Thinking = Literal["on", "off"]
 
 
 def _int_keys(table: object) -> object:
-    """TOML keys are strings; the keys of this table are ESI levels."""
+    """Convert keys to ESI levels; those of a TOML table are strings."""
     if not isinstance(table, dict):
         return table
     return {int(key) if re.fullmatch("[0-9]", str(key)) else key: value for key, value in table.items()}
 
 
 def _as_tuple(value: object) -> object:
-    """TOML arrays are lists; a frozen config holds tuples."""
+    """Convert a TOML array, which is a list, to the tuple of a frozen config."""
     return tuple(value) if isinstance(value, list) else value
 
 
 class Model(Section):
     name: Annotated[FileName, Field(min_length=1)]
-    """A folder, ``embedded:base``, a hub id whose files are already on this machine, or ``random:qwen3.5-9b``: random
-    weights of a shape in `grpo.policy.memory_plan.RANDOM`."""
+    """A folder, ``embedded:base``, a hub id whose files are already on this machine, or a model with random weights of
+    a shape in `grpo.policy.memory_plan.RANDOM`, such as ``random:qwen3.5-9b``."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["auto", "bfloat16", "float32"]
-    """Of the frozen base: "auto" is bfloat16 on CUDA and float32 on a CPU. The adapter is always float32."""
+    """Data type of the frozen base: "auto" is bfloat16 with CUDA, else float32. The adapter is always float32."""
     gradient_checkpointing: bool
     kernels: Literal["auto", "plain"] = "auto"
-    """On CUDA "auto" decodes with Triton's kernels and trains with flash-linear-attention's, where they are installed
-    and pass `grpo.run.self_check`; "plain" takes neither. CUDA graphs are used with both."""
+    """With CUDA, "auto" decodes with Triton kernels and trains with flash-linear-attention's, if they are installed
+    and pass `grpo.run.self_check`; "plain" uses neither. CUDA graphs are used with both."""
     shard: bool = False
     """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 
@@ -100,22 +100,22 @@ class Lora(Section):
 
     @field_validator("target_modules")
     @classmethod
-    def _each_once(cls, named: tuple[str, ...]) -> tuple[str, ...]:
-        if twice := sorted({name for name in named if named.count(name) > 1}):
-            raise ValueError(f"named more than once: {', '.join(twice)}")
-        return named
+    def _check_unique(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"duplicates: {', '.join(duplicates)}")
+        return names
 
 
 class Cases(Section):
     format: Literal["jsonl", "mietic-validate", "mimic-iv-ed"]
-    """Of the files that name none: ``mietic-validate:data/samples.csv`` says its own."""
+    """Format of the files without a prefix of their own, such as ``mietic-validate:data/samples.csv``."""
     train: FileName
     strict: bool = True
-    """Refuse a file for any faulty row; false leaves such rows out, counted and reported by `grpo preflight`."""
+    """Refuse a file with any faulty row. If false, such rows are dropped, counted and reported by `grpo preflight`."""
     oversample: Annotated[
         dict[Annotated[int, Field(ge=1, le=5)], Annotated[int, Field(ge=1, le=1000)]], BeforeValidator(_int_keys)
     ]
-    """How many times a case of this level stands in the training stream; levels left out stand once."""
+    """How many times each case of a level occurs in the training stream; 1 for levels not listed."""
     system_prompt: Annotated[str, Field(min_length=1)]
 
 
@@ -126,18 +126,18 @@ class Rollout(Section):
     """The token budget of one completion, thinking included."""
     temperature: Annotated[float, Field(ge=COLDEST)]
     thinking: Literal["on", "off", "mixed"]
-    """"mixed": half of a step's prompts think, the other half answer at once."""
+    """"mixed": half of a step's prompts think, the other half answer directly."""
     refill_rounds: Count
-    """How many times a step may draw further cases in place of groups whose rewards are all equal, which teach
-    nothing; 0 keeps them. What is still without variance after the last round stays in the batch."""
+    """How many times a step may replace groups whose rewards are all equal, which have no gradient, by further cases; 0
+    keeps them. Groups without variance after the last round stay in the batch."""
     ignore_end: bool = False
-    """End tokens end nothing: every completion is as long as the budget, and counts as cut by it. For benchmarks, as
-    other engines' ``ignore_eos``; evaluations always stop at an end token."""
+    """Sample past end tokens, so that every completion uses the whole budget and counts as truncated. For benchmarks,
+    like ``ignore_eos`` of other engines; evaluations always stop at an end token."""
 
 
 class Overlong(Section):
     """The soft overlong penalty of DAPO, arXiv 2503.14476: 0 up to ``max_new_tokens − cache_tokens``, then falling
-    in a line to ``−penalty`` at the budget."""
+    linearly to ``−penalty`` at the budget."""
 
     cache_tokens: Positive
     penalty: Annotated[float, Field(gt=0)]
@@ -147,16 +147,16 @@ class RewardSection(Section):
     set: Annotated[FileName, Field(min_length=1)]
     """A shipped set ("v49") or the path of a TOML file."""
     overlong: Overlong | None = None
-    """A length term on top of the set; the proof covers it."""
+    """A length term added to the set's reward; the proof covers it."""
     allow_unsound: bool = False
-    """Train although `grpo.preflight.checks` refuses this reward for this run."""
+    """Train even if `grpo.preflight.checks` refuses this reward for this run."""
     reason: str = ""
-    """Why that is wanted; it stays in the run's config.json."""
+    """Why ``allow_unsound`` is set; recorded in the run's config.json."""
 
     @model_validator(mode="after")
-    def _unsound_for_a_reason(self) -> "RewardSection":
+    def _check_reason(self) -> "RewardSection":
         if self.allow_unsound != bool(self.reason.strip()):
-            raise ValueError("allow_unsound = true and a reason belong together: give both or neither")
+            raise ValueError("allow_unsound = true requires a reason and vice versa: set both or neither")
         return self
 
 
@@ -165,7 +165,7 @@ class Advantage(Section):
     epsilon: Annotated[float, Field(ge=0)]
     ddof: Literal[0, 1]
     truncated_in_baseline: bool
-    """Whether completions that the budget cut count in their group's mean and std. If not, their advantage is 0."""
+    """Whether truncated completions count in their group's mean and std. If not, their advantage is 0."""
 
 
 class Loss(Section):
@@ -176,20 +176,20 @@ class Loss(Section):
     """Only with ``surrogate = "dual_clip"``."""
     token_weights: Literal["sequence", "token", "constant"]
     mask_truncated: bool
-    """Completions that the budget cut weigh nothing: neither surrogate nor KL, and they are in no denominator."""
+    """Give truncated completions weight 0: in the surrogate, in the KL and in every denominator."""
     kl: Literal["k1", "k2", "k3", "ratio_k3"]
     beta: Annotated[float, Field(ge=0)]
     reference: Literal["base", "warm_start"]
 
     @model_validator(mode="after")
-    def _dual_clip_has_its_constant(self) -> "Loss":
+    def _check_dual_clip(self) -> "Loss":
         if (self.surrogate == "dual_clip") != (self.dual_clip is not None):
-            raise ValueError('dual_clip belongs to surrogate = "dual_clip": give both or neither')
+            raise ValueError('dual_clip requires surrogate = "dual_clip" and vice versa: set both or neither')
         return self
 
 
-def _tokens(value: object) -> object:
-    """One message where pydantic would have one for each member of the union."""
+def _check_tokens(value: object) -> object:
+    """Raise one error, where pydantic would report one for each member of the union."""
     if value is not None and value != "auto" and not (type(value) is int and value > 0):
         raise ValueError('expected a whole number of tokens above 0, or "auto"')
     return value
@@ -205,21 +205,21 @@ class Optim(Section):
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
     inner_epochs: Positive
-    """μ: optimiser steps on one batch of completions."""
+    """μ: optimizer steps on one batch of completions."""
     micro_batch_size: Positive
-    """Rows in one forward and backward, at most. Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_tokens)] = None
-    """Tokens in one forward and backward, at most; "auto" is what free memory allows, and then the cut, and with it the
-    rounding of the gradient, is no longer a function of the config."""
+    """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient."""
+    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_tokens)] = None
+    """Maximum tokens per forward and backward pass. "auto" is as many as free memory allows; then the micro-batches,
+    and with them the rounding of the gradient, are not a function of the config."""
 
 
 class Train(Section):
     steps: Positive
     seed: Annotated[int, Field(ge=0, lt=2**63)]
     max_skipped_steps: Count
-    """So many non-finite steps in a row are skipped; one more stops the run."""
+    """How many non-finite steps in a row are skipped; one more stops the run."""
     rank_timeout_s: Positive = 600
-    """With more than one rank: one that keeps the others waiting for so long ends the run."""
+    """Seconds that the ranks wait for each other before the run ends. Unused with one rank."""
 
 
 class Checkpoint(Section):
@@ -228,20 +228,20 @@ class Checkpoint(Section):
 
 
 class Ledger(Section):
-    """What every k-th step writes down for `grpo replay`, `grpo inspect` and `grpo report`; changes no number."""
+    """What steps record for `grpo replay`, `grpo inspect` and `grpo report`; has no effect on training."""
 
     every: Count = 1
-    """0 writes none."""
+    """Record each step whose number is a multiple of this; 0 records none."""
     text: Literal["full", "redacted", "off"] = "full"
-    """"redacted": case ids, levels and rules without any text or token id; "off": numbers alone. With both, the answers
-    of the evaluations are written without their words as well; their case ids stay."""
+    """"redacted": case ids, levels and rules without any text or token id; "off": only numbers. With both, the answers
+    of the evaluations are written without their text, but with their case ids."""
 
 
 class Evaluate(Section):
     ends: dict[Name, FileName]
-    """Sets evaluated before and after training: name → file."""
+    """Name → file of the sets evaluated before and after training."""
     during: dict[Name, FileName]
-    """Sets evaluated every ``every`` steps as well."""
+    """Name → file of the sets also evaluated every ``every`` steps."""
     every: Positive
     thinking: Annotated[tuple[Thinking, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
     max_new_tokens: Positive
@@ -250,19 +250,13 @@ class Evaluate(Section):
     batch_size: Positive
 
     @model_validator(mode="after")
-    def _names_are_distinct(self) -> "Evaluate":
-        if both := sorted(set(self.ends) & set(self.during)):
-            raise ValueError(f"a set is either in ends or in during, {', '.join(both)} is in both")
-        return self
-
-    @model_validator(mode="after")
-    def _sampling_can_be_done(self) -> "Evaluate":
+    def _check_sets_and_sampling(self) -> "Evaluate":
+        if duplicates := sorted(set(self.ends) & set(self.during)):
+            raise ValueError(f"{', '.join(duplicates)}: expected in either ends or during, found in both")
         if 0 < self.temperature < COLDEST:
-            raise ValueError(
-                f"temperature = {self.temperature:g}: expected 0, which is greedy, or at least {COLDEST:g}"
-            )
+            raise ValueError(f"temperature = {self.temperature:g}: expected 0 (greedy) or at least {COLDEST:g}")
         if len(set(self.thinking)) < len(self.thinking):
-            raise ValueError("thinking names a mode twice")
+            raise ValueError("thinking contains a mode twice")
         return self
 
 
@@ -283,13 +277,15 @@ class Config(Section):
     evaluate: Evaluate
 
     @model_validator(mode="after")
-    def _batch_arithmetic(self) -> "Config":
+    def _check_across_sections(self) -> "Config":
         rows = self.rollout.prompts_per_step * self.rollout.group_size
-        if rows > MOST_ROWS:
-            raise ValueError(f"rollout: {rows:,} completions a step are more than {MOST_ROWS:,}, which no step can be")
+        if rows > MAX_ROWS_PER_STEP:
+            raise ValueError(
+                f"rollout: prompts_per_step × group_size = {rows:,} exceeds the maximum of {MAX_ROWS_PER_STEP:,}"
+            )
         if self.optim.micro_batch_size > rows:
             raise ValueError(
-                f"optim.micro_batch_size = {self.optim.micro_batch_size} is more than the {rows} completions of a step "
+                f"optim.micro_batch_size = {self.optim.micro_batch_size} exceeds the {rows} completions of a step "
                 f"(rollout.prompts_per_step {self.rollout.prompts_per_step} × group_size {self.rollout.group_size})"
             )
         if self.model.shard and self.optim.micro_batch_tokens == "auto":
@@ -297,21 +293,21 @@ class Config(Section):
                 'optim.micro_batch_tokens = "auto" measures each rank by itself, but with model.shard = true all ranks '
                 "cut alike: give a number"
             )
-        if self.reward.overlong and self.reward.overlong.cache_tokens > self.rollout.max_new_tokens:
+        overlong, budget = self.reward.overlong, self.rollout.max_new_tokens
+        if overlong and overlong.cache_tokens > budget:
             raise ValueError(
-                f"reward.overlong.cache_tokens = {self.reward.overlong.cache_tokens} is more than "
-                f"rollout.max_new_tokens = {self.rollout.max_new_tokens}"
+                f"reward.overlong.cache_tokens = {overlong.cache_tokens} exceeds rollout.max_new_tokens = {budget}"
             )
         if self.loss.reference == "warm_start" and not self.lora.warm_start:
-            raise ValueError('loss.reference = "warm_start" needs lora.warm_start to name an adapter')
+            raise ValueError('loss.reference = "warm_start" requires an adapter in lora.warm_start')
         if self.optim.warmup_steps >= self.train.steps * self.optim.inner_epochs:
-            raise ValueError("optim.warmup_steps leaves no step at the full learning rate")
+            raise ValueError("optim.warmup_steps: expected fewer than train.steps × optim.inner_epochs")
         return self
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where a config came from: kept beside the resolved values, so that a run can be read again."""
+    """Where a config came from; recorded beside the resolved values."""
 
     path: Path
     text: str
@@ -319,14 +315,14 @@ class Source:
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Source]:
-    """The checked config of a TOML file, with ``section.key=value`` overrides laid over it.
+    """Return the checked config of a TOML file after applying ``section.key=value`` overrides.
 
-    A path that does not exist but names a shipped config (``configs/tiny.toml``) is found in the installed package.
+    A shipped config (``configs/tiny.toml``) is also found in the installed package.
 
     Raises:
-        UserError: one line per fault, each with file, line and key.
+        UserError: one line per error, each with file, line and key.
     """
-    file = _find(Path(path))
+    file = _find_config(Path(path))
     try:
         text = read_text(file)
         table = parse_toml(text)
@@ -334,22 +330,22 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         raise UserError(f"{file}: {error}") from None
     if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
         raise UserError(
-            f"{file}{_at(text, ('version',))}: version = {clipped(table.get('version'))}, but this program reads "
+            f"{file}{_line_of(text, ('version',))}: version = {clipped(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
         )
     for override in overrides:
-        _lay_over(table, override)
+        _apply_override(table, override)
     try:
         return Config.model_validate(table), Source(file, text, tuple(overrides))
     except ValidationError as error:
-        set_here = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
-        raise UserError("\n".join(_explain(file, text, set_here, fault) for fault in error.errors())) from None
+        overridden = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
+        raise UserError("\n".join(_error_line(file, text, overridden, entry) for entry in error.errors())) from None
 
 
 def notes(text: str) -> dict[str, str]:
-    """The comments of a config's TOML by dotted key: what stands behind a value, and in lines of their own after it.
+    """Return the comments of a config's TOML by dotted key: those after a value and on the following lines.
 
-    The shipped configs begin them with a grade (KNOWN, INFERRED, UNKNOWN) or with what differs from their parent.
+    The shipped configs begin them with a grade (KNOWN, INFERRED, UNKNOWN) or the difference from their parent.
 
     >>> notes('''[train]
     ... steps = 300   # KNOWN
@@ -357,13 +353,13 @@ def notes(text: str) -> dict[str, str]:
     ...               # a choice of ours''')
     {'train.steps': 'KNOWN', 'train.name': 'a choice of ours'}
     """
-    # one that never closes takes the rest: looked for anew at every quote, it would cost time quadratic in the text
+    # an unclosed string extends to the end: searched again from every quote, it would cost quadratic time
     strings = r'"""(?:\\.|[^\\])*?(?:"""|\Z)|' + r"'''.*?(?:'''|\Z)|" + r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?"
     bare = re.sub(
         rf"{strings}|(#[^\n]*)", lambda m: m[1] or re.sub(r"[^\n]", "x", m[0]), text, flags=re.DOTALL
-    )  # what is inside a string can no longer look like a key or a comment
+    )  # the inside of a string can no longer look like a key or a comment
     section, key = "", ""
-    found: dict[str, str] = {}
+    comments: dict[str, str] = {}
     for line in bare.splitlines():
         code, _, comment = line.partition("#")
         if header := re.match(r"\s*+\[([^\[\]]++)\]\s*+$", code):
@@ -373,12 +369,12 @@ def notes(text: str) -> dict[str, str]:
         elif line.startswith("#") or not line.strip():
             key = ""
         if key and comment.strip():
-            found[key] = f"{found.get(key, '')} {comment.strip()}".strip()
-    return found
+            comments[key] = f"{comments.get(key, '')} {comment.strip()}".strip()
+    return comments
 
 
 def embedded(name: str) -> Path | None:
-    """The path behind ``embedded:NAME``, or None for any other name.
+    """Return the path of ``embedded:NAME``, or None for any other name.
 
     >>> embedded("embedded:base").name
     'base'
@@ -389,33 +385,33 @@ def embedded(name: str) -> Path | None:
 
 
 def resolve(name: str) -> Path:
-    """The path that a config's file or folder name stands for; relative names start at the current folder."""
+    """Return the path of a file or folder named in a config; relative to the current folder."""
     try:
         return embedded(name) or Path(name).expanduser()
-    except RuntimeError:  # "~nobody": no such user here
+    except RuntimeError:  # "~nobody" without such a user
         return Path(name)
 
 
-def _find(path: Path) -> Path:
+def _find_config(path: Path) -> Path:
     if is_regular(path):
         return path
-    for folder in SHIPPED:
+    for folder in SHIPPED_CONFIG_DIRS:
         shipped = folder.joinpath(*path.parts[1:])
         if path.parts[:1] == ("configs",) and ".." not in path.parts and is_regular(shipped):
             return shipped
-    names = {f"configs/{file.relative_to(folder)}" for folder in SHIPPED for file in folder.rglob("*.toml")}
-    raise UserError(f"{path}: no such config; shipped with this program: {', '.join(sorted(names))}")
+    names = {f"configs/{file.relative_to(folder)}" for folder in SHIPPED_CONFIG_DIRS for file in folder.rglob("*.toml")}
+    raise UserError(f"{path}: no such config; shipped with this program are {', '.join(sorted(names))}")
 
 
-def _lay_over(table: dict[str, Any], override: str) -> None:
+def _apply_override(table: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     keys = [part.strip() for part in key.split(".")]
     if not equals or not all(keys):
         raise UserError(f"--set {override}: expected section.key=value, for example train.steps=2")
     if "\n" in value:
-        raise UserError(f"--set {override!r}: one key and one value on one line")
+        raise UserError(f"--set {override!r}: expected one key and one value on one line")
     if any("\ud800" <= c <= "\udfff" for c in override):
-        raise UserError(f"--set {override!r}: not UTF-8")
+        raise UserError(f"--set {override!r}: expected UTF-8")
     if len(keys) > 4:
         raise UserError(f"--set {clipped(key)}: expected section.key, got {len(keys)} parts")
     try:
@@ -429,41 +425,43 @@ def _lay_over(table: dict[str, Any], override: str) -> None:
     table[keys[-1]] = parsed
 
 
-def _at(text: str, keys: tuple[str, ...]) -> str:
-    """``:LINE`` of a key in TOML text, of its section if the key is missing, "" if neither is there."""
+def _line_of(text: str, keys: tuple[str, ...]) -> str:
+    """Return ``:LINE`` of a key in TOML text, or of its section if the key is missing; "" if both are."""
     section: tuple[str, ...] = ()
     best, depth = "", 0
     for number, line in enumerate(text.splitlines(), 1):
         if header := re.match(r"\s*+\[++([^\]]*+)\]", line):
             section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
-            found = section
+            name = section
         elif pair := re.match(r"\s*+([A-Za-z0-9_.\"'-]++)\s*+=", line):
-            found = (*section, *(part.strip("\"'") for part in pair[1].split(".")))
+            name = (*section, *(part.strip("\"'") for part in pair[1].split(".")))
         else:
             continue
-        if found == keys[: len(found)] and len(found) > depth:
-            best, depth = f":{number}", len(found)
+        if name == keys[: len(name)] and len(name) > depth:
+            best, depth = f":{number}", len(name)
     return best
 
 
-def _explain(file: Path, text: str, overridden: set[tuple[str, ...]], fault: Any) -> str:
-    keys = tuple(str(part) for part in fault["loc"] if part != "[key]")
+def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: Any) -> str:
+    """Return the message for one entry of pydantic's `ValidationError.errors`."""
+    keys = tuple(str(part) for part in entry["loc"] if part != "[key]")
     name = clipped(".".join(keys), 200)[1:-1]
-    laid_over = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
-    where = "--set" if laid_over else f"{file}{_at(text, keys)}"
-    if fault["type"] == "extra_forbidden":
+    is_override = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
+    where = "--set" if is_override else f"{file}{_line_of(text, keys)}"
+    if entry["type"] == "extra_forbidden":
         known = _fields(keys[:-1])
         close = difflib.get_close_matches(keys[-1][:80], known, n=1, cutoff=0.6)
-        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
         return f"{where}: unknown key {name}; {hint}"
-    if fault["type"] == "missing":
-        return f"{where}: {name} is missing: nothing that changes a run has a default"
-    message = fault["msg"].removeprefix("Value error, ")
-    got = f", got {clipped(fault['input'])}" if keys and not isinstance(fault["input"], dict) else ""
+    if entry["type"] == "missing":
+        return f"{where}: missing key {name}; every key that affects training must be set explicitly"
+    message = entry["msg"].removeprefix("Value error, ")
+    got = f", got {clipped(entry['input'])}" if keys and not isinstance(entry["input"], dict) else ""
     return f"{where}: {name + ': ' if name else ''}{message}{got}"
 
 
 def _fields(section: tuple[str, ...]) -> list[str]:
+    """Return the keys of a section."""
     model: Any = Config
     for part in section:
         model = model.model_fields[part].annotation

@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 
 import numpy as np
-from pydantic import TypeAdapter
 
 from grpo.cases import row_key
 from grpo.config import Config
@@ -37,9 +36,6 @@ ENGINES: dict[str, Engine] = {
 """Qwen3.5 at full speed; any causal language model, and one that is sharded over ranks; the slow oracle of both."""
 
 
-COMPLETIONS = TypeAdapter(list[tuple[Completion, ...]])
-
-
 def sample_groups(
     policy: Policy, prompts: Sequence[Prompt], keys: Sequence[Sequence[int]], config: Config
 ) -> tuple[Group, ...]:
@@ -54,7 +50,7 @@ def sample_groups(
             temperature=section.temperature,
             ignore_end=section.ignore_end,
         )
-    completions = policy.ranks.gather([group.completions for group in groups], COMPLETIONS)
+    completions = policy.ranks.gather([group.completions for group in groups])
     return tuple(Group(prompt, members) for prompt, members in zip(prompts, completions, strict=True))
 
 

@@ -2,14 +2,10 @@
 
 from collections.abc import Sequence
 
-from pydantic import TypeAdapter
-
 from grpo.config import Config
 from grpo.runtime.distributed import ALONE, Ranks
 from grpo.types import Group
 from rewards import Reward, Score, overlong
-
-SCORES = TypeAdapter(list[tuple[Score, ...]])
 
 
 def score_groups(
@@ -35,7 +31,7 @@ def score_groups(
         )
         for group in (groups[i] for i in ranks.mine(len(groups)))
     ]
-    return tuple(ranks.gather(rows, SCORES))
+    return tuple(ranks.gather(rows))
 
 
 def length_penalty(length: int, config: Config) -> float:

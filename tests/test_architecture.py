@@ -110,12 +110,16 @@ def test_functions_stay_readable() -> None:
 
 
 def test_there_are_few_kinds_of_errors() -> None:
-    """`UserError` for what a person can mend; a class of its own only where some code tells it apart."""
-    names = {
-        node.name
+    """`UserError` for errors a user can fix; another class only if some code must distinguish it."""
+    bases = {
+        node.name: {ast.unparse(base) for base in node.bases}
         for path in SOURCES
         if not path.is_relative_to(ROOT / "benchmarks")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-        if isinstance(node, ast.ClassDef) and any(re.search("Error$|Exception$", ast.unparse(b)) for b in node.bases)
+        if isinstance(node, ast.ClassDef)
     }
-    assert len(names) <= 13, sorted(names)
+    errors = {name for name, names in bases.items() if any(re.search("(Error|Exception)$", base) for base in names)}
+    while derived := {name for name, names in bases.items() if names & errors} - errors:
+        errors |= derived
+    pending = {"LedgerChanged"}  # still to be removed
+    assert len(errors - pending) <= 10, sorted(errors)

@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shutil
 import stat
 import struct
 import subprocess
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from grpo import dynamic_sampling as groups
 from grpo import train as train_module
+from grpo.commands.replay import main as replay
 from grpo.config import EMBEDDED, load_config
 from grpo.rollout import sampling_keys
 from grpo.run.ledger import ledger_steps, read_step
@@ -92,7 +94,7 @@ def test_a_run_leaves_what_the_readme_says(
         "loss", "grad_norm", "lr", "reward/mean", "reward/std_batch", "reward/std_group", "groups/zero_variance",
         "completions/clipped_ratio", "completions/mean_length", "completions/mean_terminated_length", "kl/k3",
         "clip_ratio/low", "clip_ratio/high", "entropy", "sampler/abs_logprob_diff", "time/rollout_s", "time/update_s",
-        "tokens_per_s/rollout", "roofline/rollout", "roofline/update", "roofline/step", "memory/peak_bytes",
+        "tokens_per_s/rollout", "memory/peak_bytes",
     }  # fmt: skip
     assert all(wanted <= set(m) for m in metrics)
     assert any(name.startswith("reward/") and name.endswith("/mean") and name.count("/") == 2 for name in metrics[0])
@@ -148,9 +150,41 @@ def test_everything_a_run_prints_fits_a_terminal_of_80_columns(world: list[str],
 def test_the_bar_of_a_long_run_fits_80_columns(step: int, steps: int, seconds: int) -> None:
     config, _ = load_config(TINY)
     record = {"reward/mean": -12.251, "completions/clipped_ratio": 1.0, f"kl/{config.loss.kl}": 12.01681}
-    shown = train_module.postfix(record, config)
+    shown = train_module.progress_text(record, config)
     bar = tqdm.format_meter(step, steps, seconds, ncols=79, postfix=shown, bar_format=train_module.BAR_FORMAT)
     assert len(bar) == 79 and bar.endswith(", reward -12.25, clipped 100 %, KL 12.0168]")
+
+
+def test_without_a_terminal_progress_is_one_plain_line_per_step(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without = ("--set", "evaluate.ends={}", "--set", "evaluate.during={}")
+    assert run(world, tmp_path / "run", "--set", "train.steps=2", *without) == 0
+    printed = [line for line in capsys.readouterr().err.split("\n") if line.startswith("step ")]
+    line = r"step [12]/2  reward [+-]\d\.\d\d, clipped \d+ %, KL \d\.\d{4}, \d+\.\d s"
+    assert len(printed) == 2 and all(re.fullmatch(line, text) for text in printed), printed
+
+
+def test_a_run_that_recorded_its_roofline_is_resumed_and_replayed(
+    world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Earlier versions measured the device at the start and wrote shares of its roofline into every line."""
+    out, short = (
+        tmp_path / "run",
+        ("--set", "evaluate.ends={}", "--set", "evaluate.during={}", "--set", "train.steps=3"),
+    )
+    assert run(world, out, *short) == 0
+    shutil.rmtree(out / "checkpoints" / "step_000003")
+    shutil.rmtree(out / "adapter")
+    shares = {f"roofline/{phase}": 0.25 for phase in ("rollout", "update", "step")}
+    records = [json.dumps(record | shares) + "\n" for record in lines(out / "metrics.jsonl")]
+    (out / "metrics.jsonl").write_text("".join(records))
+    config = json.loads((out / "config.json").read_text())
+    config["machine"] |= {"bandwidth": 1e10, "matmul": 1e11}
+    (out / "config.json").write_text(json.dumps(config))
+    assert run(world, out, *short, "--resume") == 0
+    assert [record.get("roofline/step") for record in lines(out / "metrics.jsonl")] == [0.25, 0.25, None]
+    assert replay([str(out)]) == 0
 
 
 def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path) -> None:
@@ -235,9 +269,9 @@ def test_an_existing_run_is_never_overwritten(
     assert run(world, out, "--set", "train.steps=1") == 0
     before = (out / "metrics.jsonl").read_text()
     assert run(world, out, "--set", "train.steps=1") == 2
-    assert "a run is never overwritten" in capsys.readouterr().err
+    assert "already exists. Use --resume" in capsys.readouterr().err
     assert run(world, out, "--set", "train.steps=1", "--set", "loss.beta=0.5", "--resume") == 2
-    assert "was started with other values of loss.beta" in capsys.readouterr().err
+    assert "was started with a different loss.beta." in capsys.readouterr().err
     assert (out / "metrics.jsonl").read_text() == before
 
 
@@ -248,7 +282,7 @@ def test_a_torn_checkpoint_is_named(world: list[str], tmp_path: Path, capsys: py
     before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
     assert run(world, out, "--set", "train.steps=2", "--resume") == 2
     error = capsys.readouterr().err
-    assert "step_000002: optimizer.safetensors has 4 bytes, not those that were written: not used" in error
+    assert "step_000002: optimizer.safetensors has 4 bytes instead of those written" in error
     assert f"delete {out / 'checkpoints'} to start again from step 0" in error
     assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file() and p.name != ".lock"}
 
@@ -288,7 +322,7 @@ def test_a_checkpoint_from_beyond_the_run_is_refused(
     manifest["files"]["state.json"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (later / "manifest.json").write_text(json.dumps(manifest))
     assert run(world, out, "--set", "train.steps=1", "--resume") == 2
-    assert "step_000050: beyond the 1 steps of this run" in capsys.readouterr().err
+    assert "step_000050: is beyond the last step of this run, train.steps = 1" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(world: list[str], tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.report.page import MEGABYTE, make_report
-from grpo.runtime.atomic_files import discard, write_whole
+from grpo.runtime.atomic_files import remove_if_present, write_whole
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import visible
@@ -74,5 +74,5 @@ def run(arguments: argparse.Namespace) -> int:
 
 def write(out: Path, html: bytes) -> None:
     """Write a page in one piece, readable by its owner alone because it may contain patients' texts."""
-    discard(out.with_name(f".{out.name}.partial"))  # of an interrupted write, or a symlink
+    remove_if_present(out.with_name(f".{out.name}.partial"))  # of an interrupted write, or a symlink
     write_whole(out, html)

@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from grpo.cases import row_key
 from grpo.config import Config
@@ -34,7 +34,6 @@ MAX_LINE_BYTES = 64 * MEBIBYTE
 START_OVER_HINT = "delete the file to answer its cases again"
 StoredAnswers = Mapping[tuple[str, int], JudgedAnswer]
 """(case id, sample) → its answer."""
-ANSWERS = TypeAdapter(list[JudgedAnswer])
 
 
 def evaluate(
@@ -62,7 +61,7 @@ def evaluate(
         for _ in range(-(-largest // section.batch_size) - -(-len(rank_slice) // section.batch_size)):
             # the ranks of a sharded policy must answer equally many batches
             rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
-    return in_order(ranks.gather(answers, ANSWERS), cases)
+    return in_order(ranks.gather(answers), cases)
 
 
 def answer(

@@ -1,5 +1,7 @@
 """Evaluations of a run: which sets are due after a step, and their records."""
 
+import sys
+
 from tqdm import tqdm
 
 from grpo.evaluation.answers import evaluate
@@ -27,7 +29,7 @@ def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
     recorded = evaluations(run) if ranks.leads else []
     done = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in recorded])
     due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in done]
-    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads)
+    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads and sys.stderr.isatty())
     with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
         for name, mode in due:
             bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")

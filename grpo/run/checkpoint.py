@@ -1,10 +1,10 @@
-"""What a run is, saved whole or not at all: adapter, optimiser state, progress. Safetensors and JSON, no pickle.
+"""Checkpoints, saved completely or not at all: adapter, optimizer state and progress, as safetensors and JSON.
 
 checkpoints/step_NNNNNN/
     adapter/                 in PEFT's layout
     optimizer.safetensors    AdamW's moments by parameter
     state.json               see `Progress`
-    manifest.json            bytes and sha256 of each of these files
+    manifest.json            size and sha256 of each of these files
 
 Data order and sampling noise are functions of (seed, step, case, member), so nothing else needs saving.
 """
@@ -23,136 +23,131 @@ from safetensors.torch import load_file, save_file
 
 from grpo.config import Checkpoint
 from grpo.policy.policy import Policy, save_adapter
-from grpo.runtime.atomic_files import discard, placed, write_whole, writing
+from grpo.runtime.atomic_files import placed, remove_if_present, write_whole, writing
 from grpo.runtime.errors import UserError
 from rewards.safe_files import Unreadable, open_regular, read_json
 
 CHECKPOINT_VERSION = 1
-"""Raised when the files change their meaning; a checkpoint of another version is not continued from."""
-FILES = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors", "state.json")
+"""Incremented when the files change their meaning; a checkpoint of another version cannot be resumed."""
+CHECKPOINT_FILES = (
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
 MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is: its state beside adapter and optimiser."""
+    """The progress of a run."""
 
     step: int = 0
-    """Steps done."""
+    """Completed steps."""
     skipped_in_a_row: int = 0
-    """The last so many of them had an update that was not finite."""
+    """How many of the latest steps in a row had a non-finite update."""
 
     def after(self, skipped: int) -> "Progress":
-        """Return the progress one step later, whose update skipped so many optimizer steps."""
+        """Return the progress after one more step, given how many of its optimizer steps were skipped."""
         return Progress(self.step + 1, self.skipped_in_a_row + 1 if skipped else 0)
 
 
 def save_checkpoint(
     folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, section: Checkpoint
 ) -> None:
-    """Writes ``folder/step_NNNNNN`` aside, renames it into place, reads it back, and only then drops old ones: see
-    `prune`.
+    """Write ``folder/step_NNNNNN`` atomically, read it back, and only then delete old checkpoints.
 
     Raises:
-        DiskError: it could not be written. The checkpoints before it are untouched.
-        UserError: what is read back is not what was written.
+        DiskError: it could not be written. Earlier checkpoints are untouched.
+        UserError: the files read back differ from those written.
     """
     target = folder / f"step_{progress.step:06d}"
-    with placed(target) as aside:
-        save_adapter(policy, aside / "adapter")
-        save_file(_optimizer_tensors(policy, optimizer), aside / "optimizer.safetensors")
-        write_whole(aside / "state.json", json.dumps(asdict(progress)) + "\n")
-        manifest = {"version": CHECKPOINT_VERSION, "files": {name: _measured(aside / name) for name in FILES}}
-        write_whole(aside / MANIFEST, json.dumps(manifest, indent=2) + "\n")
-    if fault := damage(target):
-        raise UserError(f"{target}: {fault}, right after it was written: look after the disk; no other was dropped")
-    prune(folder, step=progress.step, section=section)
+    with placed(target) as staging:
+        save_adapter(policy, staging / "adapter")
+        save_file(_optimizer_tensors(policy, optimizer), staging / "optimizer.safetensors")
+        write_whole(staging / "state.json", json.dumps(asdict(progress)) + "\n")
+        files = {name: _size_and_sha256(staging / name) for name in CHECKPOINT_FILES}
+        write_whole(staging / MANIFEST, json.dumps({"version": CHECKPOINT_VERSION, "files": files}, indent=2) + "\n")
+    if damage := find_damage(target):
+        raise UserError(f"{target}: {damage} right after it was written: check the disk; older checkpoints were kept")
+    delete_old_checkpoints(folder, step=progress.step, section=section)
 
 
-def prune(folder: Path, *, step: int, section: Checkpoint) -> None:
-    """Drops the checkpoints of before ``step`` but for the last ``keep`` that ``every`` asks for, that of ``step``
-    counted, and what a crash left half written or half dropped. Those after ``step`` stay: they are to be done again.
-
-    The checkpoint of ``step`` must be whole.
-    """
-    old = [path for path in _saved(folder) if _number(path) < step]
-    asked = [path for path in old if _number(path) % section.every == 0]
-    kept = asked[len(asked) - section.keep + 1 :] if section.keep > 1 else []
+def delete_old_checkpoints(folder: Path, *, step: int, section: Checkpoint) -> None:
+    """Delete the checkpoints before ``step`` except the last ``keep`` scheduled ones (including that of ``step``, which
+    must be undamaged), and what a crash left half written or half deleted. Those after ``step`` will be replaced."""
+    old = [path for path in _checkpoint_folders(folder) if _step_of(path) < step]
+    scheduled = [path for path in old if _step_of(path) % section.every == 0]
+    keep = scheduled[len(scheduled) - section.keep + 1 :] if section.keep > 1 else []
     for path in old:
-        if path not in kept:
-            aside = path.with_name(f".{path.name}.dropped")  # at once: one half dropped must not pass for a torn one
-            discard(aside)
+        if path not in keep:
+            dropped = path.with_name(f".{path.name}.dropped")  # renamed first: half deleted, it would look damaged
+            remove_if_present(dropped)
             with writing(path):
-                os.replace(path, aside)
+                os.replace(path, dropped)
     for path in folder.glob(".step_*") if folder.is_dir() else ():
-        discard(path)
+        remove_if_present(path)
 
 
-def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[str, ...]]:
-    """The last checkpoint that is what was written, and a line for each later one that is not. None where nothing was
-    saved yet.
+def latest_checkpoint(folder: Path) -> tuple[Path | None, tuple[tuple[Path, str], ...]]:
+    """Return the last undamaged checkpoint and (path, damage) of each later one; None if nothing was saved yet.
 
     Raises:
-        UserError: there are checkpoints, and none is whole.
+        UserError: there are checkpoints, but all are damaged.
     """
     if os.path.lexists(folder) and not folder.is_dir():
-        raise UserError(f"{folder}: expected a folder of checkpoints: move away what is there")
-    found: list[str] = []
-    for path in reversed(_saved(folder)):
-        fault = damage(path)
-        if fault is None:
-            return path, tuple(found)
-        found.append(f"{path}: {fault}: not used")
-    if found:
-        told = "\n       ".join(found)
-        raise UserError(f"{told}\n       no other is there: delete {folder} to start again from step 0")
+        raise UserError(f"{folder}: expected a folder of checkpoints: move this file away")
+    damaged: list[tuple[Path, str]] = []
+    for path in reversed(_checkpoint_folders(folder)):
+        damage = find_damage(path)
+        if damage is None:
+            return path, tuple(damaged)
+        damaged.append((path, damage))
+    if damaged:
+        lines = "\n       ".join(f"{path}: {damage}" for path, damage in damaged)
+        raise UserError(f"{lines}\n       no checkpoint is undamaged: delete {folder} to start again from step 0")
     return None, ()
 
 
-def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, by its manifest; None where every file is what was written."""
+def find_damage(path: Path) -> str | None:
+    """Return how the files of a checkpoint differ from its manifest, or None."""
     if not path.is_dir():
-        return "is no folder"
+        return "is not a folder"
     if not os.path.lexists(path / MANIFEST):
         return f"{MANIFEST} is missing"
     try:
         manifest = read_json(path / MANIFEST)
-        version, files = manifest["version"], {name: dict(told) for name, told in manifest["files"].items()}
+        version, files = manifest["version"], {name: dict(entry) for name, entry in manifest["files"].items()}
     except Unreadable as error:
         return f"{MANIFEST} {error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} does not list files with their bytes and sha256"
-    if version != CHECKPOINT_VERSION or set(files) != set(FILES):
-        return f"{MANIFEST} is not one of version {CHECKPOINT_VERSION}"
-    for name, told in files.items():
+    if version != CHECKPOINT_VERSION or set(files) != set(CHECKPOINT_FILES):
+        return f"{MANIFEST} is not of version {CHECKPOINT_VERSION}"
+    for name, entry in files.items():
         try:
-            found = _measured(path / name)
+            current = _size_and_sha256(path / name)
         except Unreadable as error:
             return f"{name} {error}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
-        if found["bytes"] != told.get("bytes"):
-            return f"{name} has {found['bytes']:,} bytes, not those that were written"
-        if found != told:
-            return f"{name} was altered since it was written"
+        if current["bytes"] != entry.get("bytes"):
+            return f"{name} has {current['bytes']:,} bytes instead of those written"
+        if current != entry:
+            return f"{name} changed"
     return None
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
-    """Puts the saved adapter and optimiser state in place; how far they are.
+    """Load the saved adapter and optimizer state; return the progress.
 
     Raises:
-        UserError: a file is not what was written, or does not fit the adapter.
+        UserError: a file is damaged or does not fit the adapter.
     """
-    if fault := damage(path):
-        raise UserError(f"{path}: {fault}: cannot be continued from")
+    if damage := find_damage(path):
+        raise UserError(f"{path}: cannot be resumed: {damage}")
     try:
-        told = read_json(path / "state.json")
-        if not isinstance(told, dict) or told.keys() != {field.name for field in fields(Progress)}:
-            raise ValueError("state.json does not say how far the run was")
-        progress = Progress(**told)
-        if not all(type(count) is int and count >= 0 for count in asdict(progress).values()):
-            raise ValueError("state.json counts what cannot be counted")
+        progress = _read_progress(path)
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         trainable = policy.trainable()
@@ -168,15 +163,25 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
                 if shapes != {p.shape}:
                     raise ValueError(f"{name} has another shape")
                 p.copy_(saved)
-        if progress.step != _number(path):
-            raise ValueError(f"state.json is of step {progress.step}")
     except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
-        raise UserError(f"{path}: cannot be continued from: {error}") from None
+        raise UserError(f"{path}: cannot be resumed: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
 
 
-def _measured(path: Path) -> dict[str, Any]:
+def _read_progress(path: Path) -> Progress:
+    record = read_json(path / "state.json")
+    names = [field.name for field in fields(Progress)]
+    if not isinstance(record, dict) or record.keys() != set(names):
+        raise ValueError(f"state.json: expected exactly the keys {', '.join(names)}")
+    if not all(type(count) is int and count >= 0 for count in record.values()):
+        raise ValueError(f"state.json: {' and '.join(names)} must be non-negative integers")
+    if record["step"] != _step_of(path):
+        raise ValueError(f"state.json is of step {record['step']}")
+    return Progress(**record)
+
+
+def _size_and_sha256(path: Path) -> dict[str, Any]:
     with open_regular(path) as file:
         sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": os.fstat(file.fileno()).st_size, "sha256": sha256}
@@ -190,10 +195,11 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
     return tensors
 
 
-def _saved(folder: Path) -> list[Path]:
-    found = (p for p in folder.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)) if folder.is_dir() else ()
-    return sorted(found, key=_number)
+def _checkpoint_folders(folder: Path) -> list[Path]:
+    """Return the checkpoints in ascending order of their steps."""
+    paths = (p for p in folder.iterdir() if re.fullmatch(r"step_\d{6,}", p.name)) if folder.is_dir() else ()
+    return sorted(paths, key=_step_of)
 
 
-def _number(path: Path) -> int:
+def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))

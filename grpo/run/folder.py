@@ -1,15 +1,15 @@
-"""What a run leaves on disk, and what a person sees at its end.
+"""The run folder: creating it, resuming it, and the files in it.
 
 runs/NAME/
     config.json      resolved config, its TOML source, overrides, commit, versions
-    reward.json      the reward set, resolved: what every score of this run follows from
-    metrics.jsonl    one line a step
+    reward.json      the resolved reward set, from which every score of this run follows
+    metrics.jsonl    one line per step
     ledger/          every step, complete: see grpo.run.ledger
     eval.json        a list of evaluations
-    eval/            one JSONL a evaluation: every case's answer
+    eval/            one JSONL file per evaluation, with the answer to every case
     checkpoints/     step_NNNNNN/
-    adapter/         the result, in PEFT's layout: there once the run is done
-    .lock            who writes here
+    adapter/         the result, in PEFT's layout, written at the end of the run
+    .lock            the process that writes here
 """
 
 import contextlib
@@ -31,31 +31,32 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
 from grpo.config import Config, Source
-from grpo.run.checkpoint import Progress, prune
+from grpo.run.checkpoint import Progress, delete_old_checkpoints
 from grpo.run.ledger import cut_ledger
-from grpo.runtime.atomic_files import append_line, discard, make_folder, write_whole, writing
+from grpo.runtime.atomic_files import append_line, make_folder, remove_if_present, write_whole, writing
 from grpo.runtime.errors import UserError
 from rewards import Reward, dump_reward
 from rewards.safe_files import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
-FREE = {"model.kernels", "model.shard", "train.rank_timeout_s"}
-"""Keys that a resume may change: nothing in a checkpoint depends on them."""
+CHANGEABLE_ON_RESUME = {"model.kernels", "model.shard", "train.rank_timeout_s"}
+"""Keys on which nothing in a checkpoint depends."""
+MAX_STEPS_SHOWN = 10
 
 
 _Count = Annotated[int, Field(ge=0)]
-_Share = Annotated[float, Field(ge=0, le=1)]
+_Rate = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Intervals(BaseModel):
     model_config = ConfigDict(strict=True)
 
-    exact: Annotated[list[_Share], FailFast()]
+    exact: Annotated[list[_Rate], FailFast()]
 
 
 class _Evaluation(BaseModel):
-    """What a record of ``eval.json`` is sorted and shown by; what else it holds is kept as it is."""
+    """The keys of a record in ``eval.json`` that are read here; the others are kept unchanged."""
 
     model_config = ConfigDict(strict=True)
 
@@ -63,13 +64,13 @@ class _Evaluation(BaseModel):
     thinking: str
     step: _Count
     n: _Count
-    exact: _Share
-    adjacent: _Share
-    dangerous_under: _Share
-    no_parse: _Share
-    clipped_ratio: _Share
+    exact: _Rate
+    adjacent: _Rate
+    dangerous_under: _Rate
+    no_parse: _Rate
+    clipped_ratio: _Rate
     intervals: _Intervals = _Intervals(exact=[])
-    """A record written before there were any has none."""
+    """Missing in records of earlier versions."""
 
 
 _EVALUATIONS = TypeAdapter(Annotated[list[_Evaluation], FailFast()])
@@ -103,40 +104,37 @@ class Run:
 
 
 def check_folder(path: Path, config: Config, *, resume: bool) -> None:
-    """Refuses to start over an existing run, and to resume a missing one, one of another config, or one whose files
-    lie elsewhere. Touches nothing.
+    """Check that a run can be started or resumed in a folder, without changing anything in it.
 
     Raises:
-        UserError: says which, and what to do.
+        UserError: the folder contains a run and ``resume`` is false; it contains none, one of another config, or one
+            with a symlink, and ``resume`` is true.
     """
     if path.is_dir() and _is_unstarted(path):
         return
     if not resume:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise UserError(
-                f"{path}: already there, and a run is never overwritten: name another folder with --out, continue "
-                f"with --resume, or delete it"
-            )
+            raise UserError(f"{path} already exists. Use --resume to continue, --out for another folder, or delete it")
         return
     if not is_regular(path / "config.json"):
-        raise UserError(f"{path}: no run to resume here; leave out --resume to start one")
-    for found in path.rglob("*"):
-        if found.is_symlink():
-            raise UserError(f"{found}: a symlink: a run writes in its own folder alone; put in its place what it names")
+        raise UserError(f"{path}: no run to resume here; omit --resume to start one")
+    for file in path.rglob("*"):
+        if file.is_symlink():
+            raise UserError(f"{file}: is a symlink; run folders must not contain symlinks. Replace it with its target")
     try:
         check_contents(path)
     except Unreadable as error:
         raise UserError(f"{path}: {error}") from None
-    held = _record(path).get("config")
-    if changed := sorted(_differences(held, config.model_dump(mode="json")) - FREE):
+    recorded = _read_record(path).get("config")
+    if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
         raise UserError(
-            f"{path}: was started with other values of {', '.join(changed) or 'everything'}: resume with the "
-            f"config and --set it has, or start a new run with --out"
+            f"{path}: was started with a different {', '.join(changed) or 'config'}. Resume with the original config "
+            f"and --set, or use --out to start a new run"
         )
 
 
-def is_started(path: Path) -> bool:
-    """Whether a run was begun here: its config.json, which is written last, is there."""
+def has_started(path: Path) -> bool:
+    """Return whether a run was started in a folder: its config.json is written last."""
     return (path / "config.json").is_file()
 
 
@@ -147,17 +145,15 @@ def start_run(
     reward: Reward,
     *,
     device: str,
-    rates: Mapping[str, float] | None = None,
     inputs: Mapping[str, str] | None = None,
     kernels: Mapping[str, Any] | None = None,
 ) -> Run:
-    """A new run folder, readable by its owner alone, with its resolved config and reward. ``config.json`` is written
-    last: killed before, the folder is one where no run was begun.
+    """Create a run folder, readable by its owner only, with the resolved config and reward. ``config.json`` is written
+    last: if the process is killed earlier, no run has started.
 
     Args:
-        device: what the policy runs on, for people.
-        rates: its measured bandwidth (bytes a second) and matmul rate (FLOPs a second).
-        inputs: key of the config → sha256 of what it names; `continue_run` holds them against those of a resume.
+        device: name of the policy's device, for people.
+        inputs: sha256 of the file or folder behind each key of the config; `rewind_run` compares them on a resume.
         kernels: the record of `grpo.run.self_check`; None if none was checked.
     """
     make_folder(path)
@@ -167,7 +163,7 @@ def start_run(
         "config": config.model_dump(mode="json"),
         "source": {"path": str(source.path), "toml": source.text, "overrides": source.overrides},
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        **provenance(device, rates),
+        **provenance(device),
         "kernels": None if kernels is None else dict(kernels),
         "reward": {"name": reward.name, "sha256": reward.sha256},
         "inputs": dict(inputs or {}),
@@ -178,12 +174,11 @@ def start_run(
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """The run folder as this process's alone, by a lock that the system takes back when the process ends, however it
-    does. The file ``.lock`` stays, and blocks nobody.
+def exclusive_lock(path: Path) -> Iterator[None]:
+    """Hold the run folder's lock, which the system releases however the process ends. The file ``.lock`` remains.
 
     Raises:
-        UserError: another process holds it; names that process.
+        UserError: another process holds the lock; names that process.
     """
     make_folder(path)
     with writing(path / ".lock"):
@@ -193,9 +188,10 @@ def locked(path: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.pread(handle, 100, 0).decode("utf-8", "replace").strip()
-            raise UserError(f"{path}: in use by {holder or 'another process'}: wait for it, or stop it") from None
+            raise UserError(f"{path}: in use by {holder or 'another process'}: wait for it or stop it") from None
         except OSError as error:
-            print(f"note: {path}: no lock on this file system ({error.strerror}): start no second run", file=sys.stderr)
+            reason = f"this file system does not support locks ({error.strerror})"
+            print(f"warning: {path}: {reason}; do not start a second run in it", file=sys.stderr)
         else:
             os.ftruncate(handle, 0)
             os.pwrite(handle, f"process {os.getpid()} on {platform.node()}\n".encode(), 0)
@@ -204,62 +200,61 @@ def locked(path: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def provenance(device: str, rates: Mapping[str, float] | None = None) -> dict[str, Any]:
-    """The program and the machine that figures come from: commit, versions, platform, and the device as named."""
+def provenance(device: str) -> dict[str, Any]:
+    """Return the commit, package versions and machine that results were computed with."""
     processor = {"platform": platform.platform(), "processor": platform.processor()}
     return {
         "commit": _commit(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "machine": {**processor, "device": device, **(rates or {})},
+        "machine": {**processor, "device": device},
     }
 
 
-def continue_run(path: Path, progress: Progress, config: Config, inputs: Mapping[str, str] | None = None) -> Run:
-    """An existing run folder, cut back to what its checkpoint holds: steps, evaluations and half-written files of
-    afterwards are taken out.
+def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[str, str] | None = None) -> Run:
+    """Rewind an existing run folder to the step of its checkpoint: remove later steps, evaluations and unfinished
+    files.
 
     Args:
-        inputs: as `start_run` was given them.
+        inputs: see `start_run`.
 
     Raises:
-        UserError: an input is not what it was.
+        UserError: an input has changed since the run started.
     """
-    before = _record(path).get("inputs") or {}
+    before = _read_record(path).get("inputs") or {}
     if not isinstance(before, dict):
-        raise UserError(f"{path / 'config.json'}: inputs: expected what each key's files were, by sha256")
+        raise UserError(f"{path / 'config.json'}: inputs: expected an object with the sha256 of each input")
     if changed := sorted(key for key, sha256 in (inputs or {}).items() if before.get(key, sha256) != sha256):
         raise UserError(
-            f"{path}: what {', '.join(changed)} names has changed since the run was started: put it back, or start a "
-            f"new run with --out"
+            f"{path}: the file behind {', '.join(changed)} has changed since the run started: restore it, or use "
+            f"--out to start a new run"
         )
     run, step = Run(path), progress.step
-    metrics, records = _metrics(run), evaluations(run)  # all that may be refused, before anything is touched
+    metrics, records = _read_metrics(run), evaluations(run)  # all that may raise, before anything is changed
     with writing(path):
         path.chmod(0o700)
-    prune(run.checkpoints, step=step, section=config.checkpoint)
-    recorded = cut_ledger(run.ledger, step=step)
-    every = config.ledger.every
-    _remark(run.ledger, set(range(every, step + 1, every) if every else ()) - set(recorded))
+    delete_old_checkpoints(run.checkpoints, step=step, section=config.checkpoint)
+    ledger_steps, every = cut_ledger(run.ledger, step=step), config.ledger.every
+    _warn_missing_steps(run.ledger, set(range(every, step + 1, every) if every else ()) - set(ledger_steps), step)
     if run.metrics.exists():
-        kept = {number: line for number, line in metrics if number <= step}
-        write_whole(run.metrics, "".join(line + "\n" for line in kept.values()))
-        _remark(run.metrics, set(range(1, step + 1)) - set(kept))
+        lines = {number: line for number, line in metrics if number <= step}
+        write_whole(run.metrics, "".join(line + "\n" for line in lines.values()))
+        _warn_missing_steps(run.metrics, set(range(1, step + 1)) - set(lines), step)
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in records if record["step"] <= step])
     for answers in (path / "eval").glob("*"):
-        found = re.fullmatch(r"step_(\d{6,})_.*\.jsonl|\..*\.partial", answers.name)
-        if found and int(found[1] or step + 1) > step:
-            discard(answers)
+        match = re.fullmatch(r"step_(\d{6,})_.*\.jsonl|\..*\.partial", answers.name)
+        if match and int(match[1] or step + 1) > step:
+            remove_if_present(answers)
     return run
 
 
 def add_metrics(run: Run, record: dict[str, Any]) -> None:
-    """Appends one line to ``metrics.jsonl``; a figure that is not finite is written as null."""
+    """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
     append_line(run.metrics, json.dumps(finite(record), allow_nan=False))
 
 
 def finite(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The record with None for every figure that is not finite: JSON has no NaN.
+    """Return the record with None for each non-finite number, since JSON has no NaN.
 
     >>> finite({"step": 3, "loss": float("nan")})
     {'step': 3, 'loss': None}
@@ -280,11 +275,9 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file whole or not at all."""
+    """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(
-        path, text.encode("utf-8", "backslashreplace")
-    )  # half a surrogate pair, as in a path: JSON's own escape
+    write_whole(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate, as in a path, becomes JSON's escape
 
 
 def _read_json(path: Path) -> Any:
@@ -294,16 +287,16 @@ def _read_json(path: Path) -> Any:
         raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
 
 
-def _metrics(run: Run) -> list[tuple[float, str]]:
-    """(step, line) of ``metrics.jsonl``; a line torn by a crash counts as after every checkpoint."""
+def _read_metrics(run: Run) -> list[tuple[float, str]]:
+    """Return (step, line) of ``metrics.jsonl``; a line torn by a crash counts as later than every checkpoint."""
     try:
         lines = list(raw_lines(run.metrics)) if os.path.lexists(run.metrics) else []
     except Unreadable as error:
         raise UserError(f"{run.metrics}: {error}") from None
-    return [(_step(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
+    return [(_step_of(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
 
 
-def _step(line: bytes) -> float:
+def _step_of(line: bytes) -> float:
     try:
         step = parse_json(line)["step"]
     except (Unreadable, KeyError, TypeError, IndexError):
@@ -311,46 +304,42 @@ def _step(line: bytes) -> float:
     return step if type(step) is int else math.inf
 
 
-def _record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path) -> dict[str, Any]:
     record = _read_json(path / "config.json")
     return record if isinstance(record, dict) else {}
 
 
 def _is_unstarted(path: Path) -> bool:
-    """Only what a run leaves that was killed before it had begun, and at least one file of it."""
-    names = {found.name for found in path.iterdir()}
+    """Return whether a folder contains only files of a run that was killed before it started, and at least one."""
+    names = {file.name for file in path.iterdir()}
     return bool(names) and names <= {".lock", "reward.json", ".reward.json.partial", ".config.json.partial"}
 
 
-def _remark(where: Path, missing: set[int]) -> None:
+def _warn_missing_steps(path: Path, missing: set[int], step: int) -> None:
     if missing:
-        shown = ", ".join(map(str, sorted(missing)[:10])) + (", …" if len(missing) > 10 else "")
-        print(f"note: {where}: holds no step {shown}, which the checkpoint comes after", file=sys.stderr)
+        numbers = ", ".join(map(str, sorted(missing)[:MAX_STEPS_SHOWN]))
+        more = ", …" if len(missing) > MAX_STEPS_SHOWN else ""
+        print(f"warning: {path}: no step {numbers}{more}, although the checkpoint is from step {step}", file=sys.stderr)
 
 
-def _differences(before: Any, now: Any, prefix: str = "") -> set[str]:
+def _changed_keys(before: Any, now: Any, prefix: str = "") -> set[str]:
+    """Return the dotted keys in which two nested objects differ."""
     if isinstance(before, dict) and isinstance(now, dict):
         keys = set(before) | set(now)
-        return {d for k in keys for d in _differences(before.get(k), now.get(k), f"{prefix}.{k}" if prefix else k)}
+        return {d for k in keys for d in _changed_keys(before.get(k), now.get(k), f"{prefix}.{k}" if prefix else k)}
     return set() if before == now else {prefix}
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this program runs from; None from an installed wheel."""
-    here = Path(__file__).parents[2]
-    if not (here / ".git").exists():
+    """Return the commit of the checkout this program runs from; None for an installed wheel."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
         return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(here), "rev-parse", "HEAD"],
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=True,
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip()
 
 
 def _version(package: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What an evaluation was made from, by hash: model, adapter, cases, and a narrative that must not be written down."""
+"""Hashes of what a run or an evaluation was made from: model, adapter, cases, and texts that must not be written."""
 
 import hashlib
 import json
@@ -21,22 +21,22 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def folder_sha256(folder: Path, patterns: Sequence[str]) -> str:
-    """Of the names and contents of the files that match, whatever else lies beside them."""
+    """Return the sha256 of the names and contents of the files in a folder that match one of the patterns."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return _sha256([[file.name, _file_sha256(file)] for file in files])
+    return _json_sha256([[file.name, _file_sha256(file)] for file in files])
 
 
 def cases_sha256(cases: Sequence[Case]) -> str:
-    """Of ids, texts, levels and tags, in their order.
+    """Return the sha256 of the ids, texts, levels and tags of the cases, in order.
 
     >>> cases_sha256([Case("a", "Cough.", 4)]) == cases_sha256([Case("a", "Cough.", 5)])
     False
     """
-    return _sha256([[case.id, case.text, case.esi, list(case.tags)] for case in cases])
+    return _json_sha256([[case.id, case.text, case.esi, list(case.tags)] for case in cases])
 
 
 def text_sha256(text: str) -> str:
-    """What stands for a narrative where the narrative must not stand: of its UTF-8.
+    """Return the sha256 of a text in UTF-8, which identifies a narrative without containing it.
 
     >>> text_sha256("Cough.")[:8]
     'f4cc7957'
@@ -44,8 +44,8 @@ def text_sha256(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def _sha256(content: object) -> str:
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+def _json_sha256(content: object) -> str:
+    return text_sha256(json.dumps(content))
 
 
 def _file_sha256(file: Path) -> str:

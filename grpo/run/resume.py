@@ -1,8 +1,7 @@
-"""A run's folder opened, and every rank brought to where rank 0 stands."""
+"""Open a run's folder, and bring every rank to the state of rank 0."""
 
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -10,74 +9,79 @@ from torch import Tensor
 
 from grpo.config import Source, resolve
 from grpo.run.checkpoint import Progress, latest_checkpoint, load_checkpoint
-from grpo.run.folder import Run, continue_run, is_started, start_run
+from grpo.run.folder import Run, has_started, rewind_run, start_run
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
-from grpo.run.setup import Setup, machine
+from grpo.run.setup import Setup, device_name
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import tell
+from grpo.runtime.terminal import print_unless_pipe_closed
 
-CHECKED_AT_ONCE = 1 << 24
-"""Entries of a tensor; a copy of them takes 128 MB."""
+CHECKSUM_CHUNK = 1 << 24
+"""Entries of a tensor summed at once; their 64-bit copy takes 128 MB."""
 
 
-def open_run(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
-    """The folder of a run that is started, or, where one was started before, continued from its last whole
-    checkpoint, which is put in place."""
-    if not is_started(out):
-        records = {"kernels": setup.check.record() if setup.check else None, **machine(setup)}
-        run = start_run(out, setup.config, source, setup.reward, inputs=inputs(setup), **records)
+def start_or_resume(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
+    """Create the run folder, or resume from the last undamaged checkpoint of the run in it: load it into the policy and
+    the optimizer and rewind the folder to its step."""
+    if not has_started(out):
+        device, kernels = device_name(setup.policy.device), setup.check.record() if setup.check else None
+        run = start_run(
+            out, setup.config, source, setup.reward, device=device, inputs=input_hashes(setup), kernels=kernels
+        )
         return run, Progress()
     checkpoint, damaged = latest_checkpoint(out / "checkpoints")
-    for line in damaged:
-        print(f"damaged   {line}", file=sys.stderr)
+    for path, damage in damaged:
+        print(
+            f"warning: checkpoint {path} is damaged ({damage})" + (f"; using {checkpoint.name}" if checkpoint else ""),
+            file=sys.stderr,
+        )
     progress = load_checkpoint(checkpoint, setup.policy, setup.optimizer) if checkpoint else Progress()
     if progress.step > setup.config.train.steps:
-        raise UserError(
-            f"{checkpoint}: beyond the {setup.config.train.steps} steps of this run (train.steps): not its own"
-        )
-    tell(f"resume    from {checkpoint or 'the start: no checkpoint was saved yet'}")
-    return continue_run(out, progress, setup.config, inputs(setup)), progress
+        raise UserError(f"{checkpoint}: is beyond the last step of this run, train.steps = {setup.config.train.steps}")
+    where = checkpoint or "step 0 (no checkpoint yet)"
+    print_unless_pipe_closed(f"resume    from {where}")
+    return rewind_run(out, progress, setup.config, input_hashes(setup)), progress
 
 
-def inputs(setup: Setup) -> dict[str, str]:
-    """What the config names and does not hold, by sha256: a resume with other contents is no continuation."""
+def input_hashes(setup: Setup) -> dict[str, str]:
+    """Return the sha256 of each file or folder named in the config, by key: a resume with other contents is refused."""
     config = setup.config
-    named = {f"evaluate.{kind}.{name}": name for kind in ("ends", "during") for name in getattr(config.evaluate, kind)}
+    sets = {f"evaluate.{kind}.{name}": name for kind in ("ends", "during") for name in getattr(config.evaluate, kind)}
     start = {"lora.warm_start": folder_sha256(resolve(config.lora.warm_start), ADAPTER_FILES)}
     return {
         "reward.set": setup.reward.sha256,
         "cases.train": cases_sha256(setup.cases),
-        **{key: cases_sha256(setup.sets[name]) for key, name in named.items()},
+        **{key: cases_sha256(setup.sets[name]) for key, name in sets.items()},
         **(start if config.lora.warm_start else {}),
     }
 
 
-def check_alike(setup: Setup) -> None:
-    """Raises `RankError` where a rank has other inputs than rank 0 or another base; of one that is sharded, what is
-    whole on every rank is compared."""
+def check_ranks_agree(setup: Setup) -> None:
+    """Raise `UserError` if a rank has other inputs or another base model than rank 0. Of a sharded base, the tensors
+    that are whole on every rank are compared."""
     policy = setup.policy
     if policy.ranks.size == 1:
-        return  # there is nobody to differ from, and inputs are read to be hashed
+        return  # nothing to compare, and hashing reads all inputs
     frozen = [p for p in policy.model.parameters() if not p.requires_grad and not hasattr(p, "to_local")]
-    policy.ranks.alike(inputs(setup) | {"model.name's weights": [checksum([p]) for p in frozen]})
+    policy.ranks.check_identical(input_hashes(setup) | {"model.name's weights": [bit_checksum([p]) for p in frozen]})
 
 
-def start_alike(setup: Setup, progress: Progress) -> Progress:
-    """Adapter, optimiser and progress of rank 0, which alone has read the run folder, on every rank."""
+def broadcast_start_state(setup: Setup, progress: Progress) -> Progress:
+    """Copy the adapter, the optimizer state and the progress of rank 0, which alone read the run folder, to all
+    ranks."""
     ranks, optimizer = setup.policy.ranks, setup.optimizer
     parameters = list(setup.policy.trainable().values())
-    ranks.copy_(parameters)
+    ranks.broadcast_(parameters)
     if ranks.told(bool(optimizer.state)):
         for p in parameters:
             if not optimizer.state[p]:
                 moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 optimizer.state[p] = {"step": torch.zeros(()), **moments}
-            ranks.copy_(optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
-    return Progress(**ranks.told(asdict(progress)))
+            ranks.broadcast_(optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
+    return ranks.told(progress)
 
 
-def checksum(tensors: Iterable[Tensor]) -> int:
-    """Of their bits, without a copy of a whole tensor: torch sums integers in a wider copy."""
+def bit_checksum(tensors: Iterable[Tensor]) -> int:
+    """Return the sum of the tensors' bits read as integers. Chunks bound the 64-bit copy that torch makes to sum."""
     integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = (tensor.detach().reshape(-1).view(integers[tensor.element_size()]) for tensor in tensors)
-    return sum(int(part.sum(dtype=torch.int64)) for whole in flat for part in whole.split(CHECKED_AT_ONCE))
+    return sum(int(part.sum(dtype=torch.int64)) for whole in flat for part in whole.split(CHECKSUM_CHUNK))

@@ -1,7 +1,7 @@
-"""Compare the kernels with plain PyTorch before a run relies on them, and fall back to what agrees.
+"""Compare the kernels with plain PyTorch before a run relies on them, and switch off those that differ.
 
-A wrong kernel is silent: rewards fall, and nothing fails. So two short prompts over eight rows, with a non-zero
-adapter, go through everything that can differ:
+A wrong kernel raises no error; the rewards just fall. So two short prompts with eight rows, under a non-zero adapter,
+are passed through everything that can differ:
 
     each Triton op                  against its plain namesake, on copies of the same buffers
     five tokens decoded with them   against plain ops: logits and buffers
@@ -10,8 +10,8 @@ adapter, go through everything that can differ:
     the adapter's gradient          against that of transformers' own modules
     the same through fla's scan     against the plain scan
 
-Where a kernel differs or raises, the plain one takes its place and one line says so. Where plain PyTorch does not agree
-with itself, nothing can be trusted, and the run stops.
+A kernel that differs or raises is replaced by the plain one, with one warning. If plain PyTorch does not agree with
+itself, no result can be trusted, and the run stops.
 """
 
 import contextlib
@@ -41,17 +41,18 @@ from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.types import Case, Prompt
 
 PROMPT_LENGTHS = (5, 67)
-"""On both sides of the prefill's grid of 64."""
+"""Below and above 64, the chunk length of the prefill."""
 ROWS = 8
 STEPS = 4
 """Forced tokens: the first is decoded eagerly, the second captured, and the graph replayed for the others."""
 NUDGE = 0.05
-"""Standard deviation of what is added to the adapter's B: a fresh adapter would hide its own path."""
+"""Standard deviation of the noise added to the adapter's B: a fresh adapter has no effect, so a fault of its products
+would not be seen."""
 
 
 ROUNDING: dict[torch.dtype, float] = {torch.float32: 2**-16, torch.bfloat16: 2**-9}
-"""Part of a number that one op may be off by. In bfloat16 it is the rounding of a result. In float32 that is 2⁻²⁴, and
-256 of them are allowed for sums in another order and other approximations of exp."""
+"""Relative error allowed per op. In bfloat16 it is the rounding of a result. In float32 that would be 2⁻²⁴; 256 times
+as much allows for sums in another order and other approximations of exp."""
 ROUNDINGS: dict[str, tuple[int, bool]] = {
     "op": (32, False),
     "triton": (12, True),
@@ -60,39 +61,39 @@ ROUNDINGS: dict[str, tuple[int, bool]] = {
     "gradient": (40, True),
     "fla": (40, True),
 }
-"""Roundings allowed in each comparison, and whether they add up over the layers, as the root of their number.
+"""Roundings allowed in each comparison, and whether they accumulate as the square root of the number of layers.
 
 One op: attention rounds scores before their exponential, which turns an absolute error into a relative one. Logits and
-buffers of two decoded runs: recurrent states keep errors from token to token. Gradients: errors go forward and back.
-Sound pieces measured on a CPU in bfloat16, in roundings per √layers: logprob 2.1, 1.4 and 1.5, gradient 16, 7 and 8
-with the tiny model of 4 layers and random ones of 8 and 32; less than 0.1 in float32. The faulty pieces of
-tests/run/test_self_check.py, with the tiny model, are at 12 and 60 or more.
+buffers of two decoded runs: recurrent states carry errors from token to token. Gradients: errors accumulate forward and
+backward. Measured on a CPU in bfloat16, in roundings per √layers, correct code has: logprob 2.1, 1.4 and 1.5, gradient
+16, 7 and 8 with the tiny model of 4 layers and random ones of 8 and 32; less than 0.1 in float32. The faults planted in
+tests/run/test_self_check.py, with the tiny model, give 12 and 60 or more.
 """
 
 DRIFT_BAND: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Nats; the largest difference between sampler and trainer that the dtype explains at temperature 1, for any token of a
-step. In bfloat16 a logit of 32 is known to 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. On the
-tiny model on a CPU, over 3,500 tokens a step, the largest were 0.03 in bfloat16 and 4e-6 in float32; with one decode
-op's output scaled by 0.7 in float32, 0.48."""
+"""Largest difference [nats] of a token between sampler and trainer that the dtype explains at temperature 1. A logit
+of 32 in bfloat16 has an error of 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. With the tiny
+model on a CPU, over 3,500 tokens per step, the largest were 0.03 in bfloat16 and 4e-6 in float32; with the output of
+one decode op scaled by 0.7 in float32, 0.48."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """The kernels that passed, the figures they passed with, and one line for each that did not."""
+    """The kernels that passed, the differences measured, and one warning for each kernel that did not pass."""
 
     kernels: Kernels
     figures: dict[str, float] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def record(self) -> dict[str, Any]:
-        """Return what ``config.json`` keeps; a figure that is not finite is None, since JSON has no NaN."""
+        """Return the record for ``config.json``; a non-finite difference is None, since JSON has no NaN."""
         finite = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
         return {**asdict(self.kernels), "differences": finite, "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Rows with their tokens given."""
+    """Prompts, and rows with given tokens."""
 
     prompts: tuple[Prompt, ...]
     owners: tuple[int, ...]
@@ -102,13 +103,13 @@ class Probe:
 
     @property
     def rows(self) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-        """Prompt and completion of each row, as a forward pass takes them."""
+        """Prompt and completion ids of each row, the arguments of a forward pass."""
         return [self.prompts[owner].ids for owner in self.owners], self.tokens.tolist()
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """What a decoder made of the probe."""
+    """Result of decoding the probe."""
 
     logits: Tensor
     """[ROWS, STEPS + 1, V] fp32."""
@@ -116,20 +117,20 @@ class Decoded:
 
 
 def with_checked_kernels(policy: Policy) -> Policy:
-    """Return the policy with the kernels that pass the check; print the others. Without CUDA nothing is checked."""
+    """Return the policy with the kernels that pass the check, which requires CUDA, and warn of the others."""
     check = check_on_cuda(policy)
     return policy if check is None else with_kernels(policy, check.kernels)
 
 
 def with_kernels(policy: Policy, kernels: Kernels) -> Policy:
-    """Return the policy with other kernels, also in transformers' layers, which fill the prompts' caches."""
+    """Return the policy with other kernels, also in transformers' layers, which fill the caches of prompts."""
     allow_fla_in_layers(kernels.fla)
     return replace(policy, kernels=kernels)
 
 
 @contextlib.contextmanager
 def fla_in_layers(allowed: bool) -> Iterator[None]:
-    """Inside, transformers' layers may call flash-linear-attention or may not; outside, what was chosen before."""
+    """Context that allows or forbids flash-linear-attention in transformers' layers."""
     before = allow_fla_in_layers(allowed)
     try:
         yield
@@ -138,7 +139,7 @@ def fla_in_layers(allowed: bool) -> Iterator[None]:
 
 
 def check_on_cuda(policy: Policy) -> SelfCheck | None:
-    """Run `self_check` and print its warnings; None without CUDA, where only plain PyTorch runs."""
+    """Run `self_check` and print its warnings; return None without CUDA, where only plain PyTorch runs."""
     if policy.device.type != "cuda":
         return None
     with memory_errors("self-check", LOADING):
@@ -149,8 +150,8 @@ def check_on_cuda(policy: Policy) -> SelfCheck | None:
 
 
 def self_check(policy: Policy) -> SelfCheck:
-    """Return which of the policy's kernels agree with plain PyTorch. The policy is left as it was, to the bit, and no
-    random state is used. A model that has no kernels here is not checked.
+    """Return which of the policy's kernels agree with plain PyTorch. The policy is restored bit for bit, and no global
+    random state is used. A model without kernels of ours is not checked.
 
     Raises:
         UserError: plain decoding differs from the trainer's forward pass, or that pass's gradient from
@@ -158,15 +159,15 @@ def self_check(policy: Policy) -> SelfCheck:
     """
     if not readable(policy):
         return SelfCheck(policy.kernels)
-    with as_for_decoding(policy), adapter_swapped(policy, nudged_adapter(policy)):
+    with evaluation_mode(policy), adapter_swapped(policy, nudged_adapter(policy)):
         figures: dict[str, float] = {}
         probe = make_probe(policy)
         check_plain(policy, probe, figures)
         kernels, warnings = policy.kernels, []
-        for name, instead, compare in FALLBACKS:
+        for name, fallback, compare in FALLBACKS:
             if fault := compare(replace(policy, kernels=kernels), probe, figures):
                 kernels = replace(kernels, **{name: False})
-                warnings.append(f"kernels   {instead}: {fault}")
+                warnings.append(f"warning: using {fallback}: {fault}")
         return SelfCheck(kernels, figures, tuple(warnings))
 
 
@@ -191,8 +192,8 @@ def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None
     ):
         if fault := fault_of(name, other, limit_of(name, policy), measure, figures):
             raise UserError(
-                f"self-check in plain torch: {fault}: sampler and trainer are not one policy, so nothing can be "
-                f'trained or evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
+                f"self-check in plain PyTorch: {fault}: sampler and trainer disagree, so nothing can be trained or "
+                f'evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
             )
 
 
@@ -212,8 +213,8 @@ def compare_triton(policy: Policy, probe: Probe, figures: dict[str, float]) -> s
         without = replace(eager, kernels=replace(eager.kernels, triton=False))
         return decoded_differences(decode_probe(eager, probe), decode_probe(without, probe))
 
-    return fault_of("op", "plain torch", limit_of("op", policy), each, figures) or fault_of(
-        "triton", "plain torch", limit_of("triton", policy), whole, figures
+    return fault_of("op", "plain PyTorch", limit_of("op", policy), each, figures) or fault_of(
+        "triton", "plain PyTorch", limit_of("triton", policy), whole, figures
     )
 
 
@@ -245,23 +246,23 @@ def compare_fla(policy: Policy, probe: Probe, figures: dict[str, float]) -> str 
 
 
 FALLBACKS: tuple[tuple[str, str, Callable[[Policy, Probe, dict[str, float]], str | None]], ...] = (
-    ("triton", "plain torch", compare_triton),
+    ("triton", "plain PyTorch", compare_triton),
     ("graphs", "no CUDA graphs", compare_graphs),
     ("fla", "no flash-linear-attention", compare_fla),
 )
-"""Field of `Kernels` that is switched off, what runs instead, and the comparison that decides."""
+"""Field of `Kernels` to switch off, its replacement, and the comparison that decides."""
 
 
 def fault_of(
     name: str, other: str, limit: float, measure: Callable[[], Mapping[str, float]], figures: dict[str, float]
 ) -> str | None:
-    """Record the largest of the measured differences as ``figures[name]``; return a sentence if it is beyond the limit
-    or if nothing could be measured."""
+    """Record the largest of the measured differences as ``figures[name]``; return a message if it exceeds the limit or
+    if measuring failed."""
     try:
         what, value = max(measure().items(), key=lambda pair: pair[1])
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # a kernel that does not compile, launch or capture: of many kinds
+    except Exception as error:  # failures to compile, launch or capture have many types
         figures[name] = math.inf
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     figures[name] = value
@@ -269,8 +270,8 @@ def fault_of(
 
 
 class ComparedOps:
-    """Run every op twice, on copies of its buffers, and record how far ``ops`` is from `grpo.qwen3_5.decode_ops`. The
-    plain result is returned, so that no op sees another one's error."""
+    """Run every op of ``ops`` and of `grpo.qwen3_5.decode_ops` on copies of the same buffers and record their
+    differences. Return the plain result, so that errors do not propagate to other ops."""
 
     def __init__(self, ops: Any) -> None:
         self._ops = ops
@@ -318,7 +319,7 @@ def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> Decoded:
 
 
 def written(decoder: decode.GraphDecoder) -> dict[str, Tensor]:
-    """Return copies of the decoder's buffers; columns that no row has written are zero."""
+    """Return copies of the decoder's buffers, with zeros in the columns that no row has written."""
     state = decoder.state
     seen = state.unseen == 0
     buffers = {"positions": state.positions.clone(), "mask": seen.clone()}
@@ -332,7 +333,7 @@ def written(decoder: decode.GraphDecoder) -> dict[str, Tensor]:
 
 
 def decoded_differences(actual: Decoded, expected: Decoded) -> dict[str, float]:
-    """Return the differences of logits and buffers by name."""
+    """Return the differences of logits and buffers, by name."""
     pairs = {"logits": (actual.logits, expected.logits)}
     pairs |= {name: (actual.buffers[name], buffer) for name, buffer in expected.buffers.items()}
     return {f"the decode step ({name})": difference(*pair) for name, pair in pairs.items()}
@@ -355,8 +356,8 @@ def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor,
 def gradient_differences(
     policy: Policy, probe: Probe, forward: Forward, other_policy: Policy, other: Forward
 ) -> dict[str, float]:
-    """Return ‖a − e‖/‖e‖ of the gradients of two passes by tensor. The norm of a tensor that is smaller than the
-    average one's is taken for that: what is left of a near cancellation is rounding."""
+    """Return ‖a − e‖/‖e‖ of the gradients of two passes for each tensor. If ‖e‖ is below the average norm, that is used
+    instead: the remainder of a near cancellation is rounding."""
     _, actual = train_probe(policy, probe, forward)
     _, expected = train_probe(other_policy, probe, other)
     norms = {name: float(gradient.norm()) for name, gradient in expected.items()}
@@ -369,8 +370,8 @@ def gradient_differences(
 
 
 def difference(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> float:
-    """Return the largest |actual − expected| as a part of the largest |expected|, or of ``scale``; infinite where
-    either is not finite.
+    """Return the largest |actual − expected| divided by the largest |expected|, or by ``scale``; infinite if either is
+    not finite.
 
     >>> difference(torch.tensor([1.0, 2.5]), torch.tensor([1.0, 2.0]))
     0.25
@@ -386,10 +387,10 @@ def difference(actual: Tensor, expected: Tensor, scale: Tensor | None = None) ->
 
 def limit_of(name: str, policy: Policy) -> float:
     """Return the largest difference that rounding explains, for the dtype and depth of the base. The operands of
-    flash-linear-attention are bfloat16 whatever the dtype."""
-    count, adds_up = ROUNDINGS[name]
+    flash-linear-attention are always bfloat16."""
+    count, accumulates = ROUNDINGS[name]
     dtype = torch.bfloat16 if name == "fla" else policy.head.weight.dtype
-    return count * ROUNDING[dtype] * (math.sqrt(len(policy.body.layers)) if adds_up else 1.0)
+    return count * ROUNDING[dtype] * (math.sqrt(len(policy.body.layers)) if accumulates else 1.0)
 
 
 def make_probe(policy: Policy) -> Probe:
@@ -416,8 +417,8 @@ def nudged_adapter(policy: Policy) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def as_for_decoding(policy: Policy) -> Iterator[None]:
-    """Inside, every module is in evaluation mode; outside, each is in the mode it was in."""
+def evaluation_mode(policy: Policy) -> Iterator[None]:
+    """Context in which every module is in evaluation mode; afterwards each returns to its previous mode."""
     modes = [(module, module.training) for module in policy.model.modules()]
     policy.model.eval()
     try:
@@ -428,26 +429,26 @@ def as_for_decoding(policy: Policy) -> Iterator[None]:
 
 
 def agree(policy: Policy, check: SelfCheck) -> SelfCheck:
-    """Return the check with the kernels that passed on every rank, so that all sample and train alike."""
-    choices: Sequence[Any] = policy.ranks.exchange(asdict(check.kernels))
+    """Return the check with the kernels that passed on every rank, so that all ranks use the same ones."""
+    choices: Sequence[dict[str, bool]] = policy.ranks.exchange(asdict(check.kernels))
     return replace(check, kernels=Kernels(**{name: all(c[name] for c in choices) for name in choices[0]}))
 
 
 class DriftWarning:
-    """Warns once, in one line, when sampler and trainer are further apart than the dtype explains."""
+    """Warns once if sampler and trainer differ by more than the dtype explains."""
 
     def __init__(self, dtype: torch.dtype, temperature: float) -> None:
         self._dtype, self._band = str(dtype).removeprefix("torch."), DRIFT_BAND[dtype] / min(1.0, temperature)
         self._done = False
 
-    def look(self, step: int, largest: float | None) -> None:
-        """Print the line if a step's ``sampler/max_abs_logprob_diff`` is beyond the band, or None: not finite."""
+    def warn_once(self, step: int, largest: float | None) -> None:
+        """Print the warning if ``sampler/max_abs_logprob_diff`` of a step exceeds the band or is None (not finite)."""
         if self._done or (largest is not None and largest <= self._band):
             return
         self._done = True
         difference = "is not finite" if largest is None else f"is {largest:.2g} nats for a token"
         print(
             f"warning: step {step}: the difference between sampler and trainer {difference}; {self._dtype} explains "
-            f'{self._band:.2g} at most (sampler/max_abs_logprob_diff). Try model.kernels = "plain"',
+            f'at most {self._band:.2g} (sampler/max_abs_logprob_diff). Try model.kernels = "plain"',
             file=sys.stderr,
         )

@@ -1,9 +1,8 @@
-"""All that a run is made of, loaded and checked before the first rollout; cheapest checks first."""
+"""Load and check everything a run needs before its first rollout; cheapest checks first."""
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,7 +13,6 @@ from grpo.policy.policy import Policy, adapter_copy, load_policy, missing_parts
 from grpo.preflight.checks import load_inputs, require_sound_reward, run_checks
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length
-from grpo.run.roofline import Costs, Rates, costs_of, measure_rates, weights_read
 from grpo.run.self_check import SelfCheck, agree, with_kernels
 from grpo.runtime.distributed import ALONE, Ranks
 from grpo.runtime.errors import UserError
@@ -26,7 +24,7 @@ from rewards import Reward
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """All that a run is made of, loaded and checked."""
+    """Everything a run needs, loaded and checked."""
 
     config: Config
     reward: Reward
@@ -36,9 +34,6 @@ class Setup:
     policy: Policy
     reference: dict[str, Tensor] | None
     optimizer: torch.optim.Optimizer
-    costs: Costs
-    """Of a token, and below of this device: how fast a step could be."""
-    rates: Rates
     check: SelfCheck | None = None
     """Which kernels passed; None if none was checked."""
 
@@ -53,12 +48,11 @@ def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
 
 @memory_errors("setup", LOADING)
 def build(config: Config, ranks: Ranks = ALONE) -> Setup:
-    """Everything a run needs, cheapest checks first: no weights are loaded while a file is missing or the reward is
-    unsound."""
+    """Return the setup of a config. No weights are loaded if a file is missing or the reward is unsound."""
     material = load_inputs(config)
     if faults := [*material.file_errors, *missing_parts(config.model, config.lora)]:
         raise UserError("\n       ".join(faults))
-    assert material.cases is not None  # else there were faults
+    assert material.cases is not None  # guaranteed without faults
     for line in material.dropped_rows if ranks.leads else ():
         print(f"warning: {visible(line)}", file=sys.stderr)
     require_sound_reward(config, run_checks(config, material))
@@ -73,8 +67,6 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
         eps=section.epsilon,
         weight_decay=section.weight_decay,
     )
-    base = policy.model.get_base_model()
-    costs = costs_of(base)
     return Setup(
         config=config,
         reward=material.reward,
@@ -84,14 +76,12 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
         policy=policy,
         reference=adapter_copy(policy) if config.loss.reference == "warm_start" else None,
         optimizer=optimizer,
-        costs=costs,
-        rates=measure_rates(policy.device, base.dtype, weights_read(costs)),
     )
 
 
 def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None:
-    """Raises `UserError` for a case whose prompt and token budget do not fit the context. A text has at least a byte
-    a token, so only those of many bytes are encoded to find out."""
+    """Raise `UserError` if a prompt and the token budget exceed the context. A token is at least one byte, so only
+    long texts are encoded to find out."""
     budget = max(config.rollout.max_new_tokens, config.evaluate.max_new_tokens)
     system = config.cases.system_prompt
     empty = render_prompt(policy.tokenizer, Case("empty", "", 1), system_prompt=system, thinking=False)
@@ -101,13 +91,8 @@ def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None
             check_length(policy, prompt, budget)
 
 
-def machine(setup: Setup) -> dict[str, Any]:
-    """What `start_run` is told about the device."""
-    return {"device": device_name(setup.policy.device), "rates": asdict(setup.rates)}
-
-
 def device_name(device: torch.device) -> str:
-    """For people: "cpu (2 threads)" or the name of the card."""
+    """Return the name of a device for people: "cpu (2 threads)" or the name of the card."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
@@ -115,8 +100,8 @@ def device_name(device: torch.device) -> str:
 
 
 def plan(setup: Setup) -> str:
-    """Return the batch arithmetic and the sizes of the run as lines of 80 columns, which only a long name or a reason
-    exceeds, for a person to check before it starts."""
+    """Return the sizes of the run and its batch arithmetic as lines of at most 80 columns, unless a name or a reason is
+    long."""
     config, policy = setup.config, setup.policy
     rows = config.rollout.prompts_per_step * config.rollout.group_size
     micro_batches = -(-rows // config.optim.micro_batch_size)

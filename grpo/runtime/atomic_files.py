@@ -1,10 +1,11 @@
-"""Files that are on the disk whole or not at all, whatever stops the program or the machine.
+"""Files that are on the disk completely or not at all, whatever stops the program or the machine.
 
-A file is written aside, synced and renamed into place, and then its folder is synced; a line is appended and synced.
-Where a file is written, no symlink is followed. What the disk refuses becomes one `DiskError`.
+A file is written beside its target, synced and renamed into place, and then its folder is synced; a line is appended
+and synced. No symlink is followed when writing. An error of the system becomes a `DiskError`.
 """
 
 import contextlib
+import errno
 import os
 import re
 import shutil
@@ -13,12 +14,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-FULL = {28, 122}
-"""ENOSPC and EDQUOT: what making room mends."""
+NO_SPACE_ERRNOS = {errno.ENOSPC, errno.EDQUOT}
 
 
 class DiskError(OSError):
-    """A file that could not be written. Names it, and what to do."""
+    """A file could not be written; names the file and what to do."""
 
     def __init__(self, path: Path, reason: str, number: int | None = None) -> None:
         super().__init__(number, reason, str(path))
@@ -28,20 +28,20 @@ class DiskError(OSError):
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Writes a file, readable by its owner alone, in place of the one that was there."""
-    aside = path.with_name(f".{path.name}.partial")
+    """Write or replace a file, readable by its owner only."""
+    staging = path.with_name(f".{path.name}.partial")
     with writing(path):
         try:
-            _write(aside, content, os.O_TRUNC)
-            os.replace(aside, path)
+            _write(staging, content, os.O_TRUNC)
+            os.replace(staging, path)
         except OSError:
-            discard(aside)
+            remove_if_present(staging)
             raise
-        sync(path.parent)
+        fsync_path(path.parent)
 
 
 def append_line(path: Path, line: str) -> None:
-    """Adds a line and its newline. What a full disk took of it is taken back."""
+    """Append a line and its newline. If the disk is full, remove the part that was written."""
     with writing(path):
         before = path.stat().st_size if path.exists() else None
         try:
@@ -50,48 +50,47 @@ def append_line(path: Path, line: str) -> None:
             if before is not None:
                 os.truncate(path, before)
             else:
-                discard(path)
+                remove_if_present(path)
             raise
         if before is None:
-            sync(path.parent)
+            fsync_path(path.parent)
 
 
 @contextlib.contextmanager
 def placed(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill. On leaving, all in it is synced and it takes the place of ``folder`` by a rename; after
-    an error nothing of it is left."""
-    aside, before = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
+    """Yield an empty folder to fill. At the end its files are synced and it replaces ``folder`` by a rename; after an
+    error it is removed."""
+    staging, previous = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
     make_folder(folder.parent)
     with writing(folder):
-        discard(aside)
-        aside.mkdir()
+        remove_if_present(staging)
+        staging.mkdir()
         try:
-            yield aside
-            for path in [*sorted(aside.rglob("*")), aside]:
-                sync(path)
-            discard(before)
+            yield staging
+            for path in [*sorted(staging.rglob("*")), staging]:
+                fsync_path(path)
+            remove_if_present(previous)
             if os.path.lexists(folder):
-                os.replace(folder, before)
-            os.replace(aside, folder)
+                os.replace(folder, previous)
+            os.replace(staging, folder)
         except BaseException:
-            discard(aside)
+            remove_if_present(staging)
             raise
-        sync(folder.parent)
-        discard(before)
+        fsync_path(folder.parent)
+        remove_if_present(previous)
 
 
 def make_folder(folder: Path) -> None:
-    """Makes the folder, readable by its owner alone, and those above it, where they are not there."""
+    """Create a folder, readable by its owner only, and the missing folders above it."""
     if not folder.is_dir():
         make_folder(folder.parent)
         with writing(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
-            sync(folder.parent)
+            fsync_path(folder.parent)
 
 
-def discard(path: Path) -> None:
-    """Takes away a file, a symlink (never what it points to), or a folder with all in it; or nothing. What cannot be
-    taken away stays."""
+def remove_if_present(path: Path) -> None:
+    """Remove a file, a symlink (never its target), or a folder with its contents. Errors are ignored."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -99,8 +98,8 @@ def discard(path: Path) -> None:
             path.unlink()
 
 
-def sync(path: Path) -> None:
-    """Waits until a file's content, or a folder's names, are on the disk."""
+def fsync_path(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         os.fsync(handle)
@@ -110,20 +109,25 @@ def sync(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """What the system refuses inside is a `DiskError` that names ``path``."""
+    """Context in which an error of the system becomes a `DiskError` that names ``path``."""
     try:
         yield
     except DiskError:
         raise
     except (OSError, SafetensorError) as error:
-        told = re.search(r"os error (\d+)", str(error))  # safetensors says the number in words alone
-        number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+        code = re.search(r"os error (\d+)", str(error))  # safetensors gives the number only in its message
+        number = error.errno if isinstance(error, OSError) else int(code[1]) if code else None
         reason = os.strerror(number) if number else str(error)
-        raise DiskError(path, reason + (_how_full(path.parent) if number in FULL else ""), number) from None
+        if number in NO_SPACE_ERRNOS:
+            free = ""
+            with contextlib.suppress(OSError):
+                free = f" ({shutil.disk_usage(path.parent).free:,} bytes free)"
+            reason += f"{free}: make room on the disk of {path.parent}"
+        raise DiskError(path, reason, number) from None
 
 
-def _write(path: Path, content: str | bytes, how: int) -> None:
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | how, 0o600)
+def _write(path: Path, content: str | bytes, flags: int) -> None:
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | flags, 0o600)
     try:
         rest = memoryview(content.encode("utf-8") if isinstance(content, str) else content)
         while rest:
@@ -131,10 +135,3 @@ def _write(path: Path, content: str | bytes, how: int) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _how_full(folder: Path) -> str:
-    free = ""
-    with contextlib.suppress(OSError):
-        free = f" ({shutil.disk_usage(folder).free:,} bytes free)"
-    return f"{free}: make room on the disk of {folder}"

@@ -1,4 +1,4 @@
-"""What every command line has in common: the parser with its example, and the errors a person can mend."""
+"""What all commands share: the parser with its examples, and the errors a user can fix."""
 
 import argparse
 import json
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import INPUT_ERRORS
-from grpo.runtime.terminal import error_lines, say_anyhow, visible
+from grpo.runtime.terminal import error_lines, say_anyhow
 
 
 def make_parser(command: str, description: str, *, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -30,7 +30,7 @@ def run_command(
 ) -> int:
     """Parse the arguments, call ``run`` with them and return its exit code.
 
-    Bad input (`INPUT_ERRORS`) is printed as one line and returns 2; with ``--json`` standard output gets it as
+    Bad input (`INPUT_ERRORS`) is printed with its notes and returns 2; with ``--json`` standard output gets it as
     ``{"error": …}``. A file that cannot be written returns 3 and Ctrl-C 130; any other exception is a bug and keeps its
     traceback. A reader that closes the pipe early, as ``head`` does, is not an error.
 
@@ -52,8 +52,9 @@ def run_command(
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except OSError as error:
-        plain = isinstance(error, DiskError) or error.filename is None
-        print(f"error: {visible(str(error) if plain else f'{error.filename}: {error.strerror}')}", file=sys.stderr)
+        if not isinstance(error, DiskError) and error.filename is not None:
+            error = OSError(f"{error.filename}: {error.strerror}")
+        print(error_lines(error), file=sys.stderr)
         return 3
     except KeyboardInterrupt:
         print(f"\ninterrupted{'; ' if if_interrupted else ''}{if_interrupted}", file=sys.stderr)

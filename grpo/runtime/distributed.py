@@ -1,54 +1,57 @@
-"""The processes of one run under ``torchrun``, and what they tell each other. Nothing is pickled: texts and numbers go
-as JSON, tensors as they are.
+"""The processes of one run under ``torchrun`` and the collectives between them.
 
-Every operation is called by all ranks in the same order, and with one rank it is the identity. So the loop has one
-path: what is a function of (seed, step) each rank computes for itself, its own groups it samples and trains, and
-everything else it is told here.
+All ranks call every operation in the same order, and with one rank each is the identity, so the loop has one path: what
+is a function of (seed, step) each rank computes for itself, it samples and trains its own groups, and receives
+everything else here. Objects are pickled by torch between the ranks of one run, which must trust each other.
 """
 
 import contextlib
-import json
+import copyreg
 import os
 import sys
+import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from pydantic import TypeAdapter
 from torch import Tensor
 
 from grpo.runtime.errors import UserError
-from grpo.runtime.interrupts import by_default
+from grpo.runtime.interrupts import default_handlers
 
 T = TypeVar("T")
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-"""What ``torchrun`` puts into the environment of each process."""
-LOOK_S = 0.0005
-"""Between two looks whether the others have answered: only there does Python hear a signal."""
+TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Environment variables that ``torchrun`` sets for each process."""
 
 WATCHDOG_S = 60.0
 """After a rank is lost by its timeout, NCCL's watchdog leaves the others so long to save the last step: it ends the
 process without a word. In a sharded layer, whose collectives are torch's own, it is the only limit."""
 
-HUSH_S = 2.0
-"""A rank that ends without a word leaves this to the one that speaks: ``torchrun`` ends the others 0.1 s after the
-first that ended."""
+QUIET_EXIT_DELAY_S = 2.0
+"""Seconds a silent rank waits before exiting, so that rank 0 can print the error: ``torchrun`` kills all ranks 0.1 s
+after the first exit."""
 
 
-class RankError(UserError):
-    """Processes that cannot be one run: says what to change."""
+def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
+    """Rebuild a read-only mapping such as `rewards.Score.parts`, whose class cannot be pickled by name."""
+    return MappingProxyType(mapping)
 
 
-class Elsewhere(RankError):
-    """What stops this rank, rank 0 has said already."""
+copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
+
+
+class Elsewhere(UserError):
+    """This rank must stop; rank 0 has already reported why."""
 
 
 class RankLost(RuntimeError):
-    """Another rank ended, or did not answer in time."""
+    """Another rank ended or did not respond in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,66 +61,64 @@ class Ranks:
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")  # noqa: RUF009 — a device is a value
-    """Where the tensors lie that ranks exchange: on CUDA the rank's own card."""
+    """Device of the tensors that ranks exchange: with CUDA the rank's own card."""
     timeout_s: float = float("inf")
-    """A rank that does not answer for so long is lost."""
+    """A rank that does not respond for this long is lost."""
 
     @property
     def leads(self) -> bool:
-        """Whether this rank writes and speaks for all."""
+        """Whether this is rank 0, which alone writes the run folder and prints."""
         return self.rank == 0
 
     def mine(self, count: int) -> range:
-        """Which of ``count`` things, prompts or cases, are this rank's: contiguous, as even as can be.
+        """Return which of ``count`` items (prompts, cases) belong to this rank: contiguous, as even as possible.
 
         >>> [list(Ranks(rank, 4).mine(6)) for rank in range(4)], list(Ranks(1, 4).mine(1))
         ([[0], [1, 2], [3], [4, 5]], [])
         """
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def gather(self, own: Sequence[T], kind: TypeAdapter[list[T]]) -> list[T]:
-        """What all ranks hold, in their order: things shared out by `mine` are in their own order again.
+    def gather(self, items: Sequence[T]) -> list[T]:
+        """Return the items of all ranks in rank order, which restores the order of items divided by `mine`."""
+        return [item for part in self.exchange(items) for item in part]
 
-        Args:
-            kind: what they are: dataclasses, tuples, numbers and texts.
-        """
-        if self.size == 1:
-            return list(own)
-        return kind.validate_python([one for part in self.exchange(list(own)) for one in part])
-
-    def exchange(self, value: Any) -> list[Any]:
-        """Every rank's value, by rank; with more than one rank as JSON reads it, a dataclass as its fields."""
-        if self.size == 1:
-            return [value]
-        return [json.loads(told) for told in self._swap(json.dumps(value, default=_plain).encode())]
+    def exchange(self, value: T) -> list[T]:
+        """Return the value of each rank, by rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            self._run(dist.all_gather_object, values, value)
+        return values
 
     def told(self, value: T) -> T:
-        """Rank 0's value, which is one of JSON."""
-        found: T = self.exchange(value)[0]
-        return found
+        """Return rank 0's value."""
+        return self.exchange(value)[0]
 
-    def alike(self, value: Mapping[str, Any]) -> None:
-        """All ranks hold the value of rank 0.
+    def error(self, message: str) -> UserError:
+        """Return the exception with which all ranks stop at once: only rank 0 prints the message."""
+        return UserError(message) if self.leads else Elsewhere(message)
+
+    def check_identical(self, value: Mapping[str, Any]) -> None:
+        """Check that all ranks have the same value as rank 0.
 
         Raises:
-            RankError: on rank 0, names every other rank and its keys, dotted where mappings lie in mappings.
+            UserError: on rank 0; names the other ranks and the keys that differ, dotted for nested mappings.
             Elsewhere: on the others.
         """
-        first, *others = self.exchange(_dotted(value))
-        apart: dict[str, list[int]] = {}
+        first, *others = self.exchange(_flatten(value))
+        ranks_of: dict[str, list[str]] = {}
         for rank, other in enumerate(others, 1):
             if keys := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
-                apart.setdefault(", ".join(keys), []).append(rank)
-        if apart:
-            told = "; ".join(f"rank {', '.join(map(str, those))}: another {keys}" for keys, those in apart.items())
-            raise (RankError if self.leads else Elsewhere)(f"not at one with rank 0: {told}")
+                ranks_of.setdefault(", ".join(keys), []).append(str(rank))
+        if ranks_of:
+            differences = (f"rank {', '.join(ranks)}: other {keys}" for keys, ranks in ranks_of.items())
+            raise self.error(f"the ranks differ from rank 0: {'; '.join(differences)}")
 
     @contextlib.contextmanager
-    def together(self, *faults: type[Exception]) -> Iterator[None]:
-        """All ranks come out of it, or none: what one of ``faults`` stops on one rank stops all.
+    def fail_together(self, *faults: type[Exception]) -> Iterator[None]:
+        """Context that all ranks leave normally, or none: if one of ``faults`` is raised on one rank, all stop.
 
         Raises:
-            RankError: on rank 0, says what stopped another.
+            UserError: on rank 0; the error of the other rank.
             Elsewhere: on the others.
         """
         fault = None
@@ -125,35 +126,23 @@ class Ranks:
             yield
         except faults as error:
             fault = error
-        told = self.exchange(None if fault is None else str(fault))
+        messages = self.exchange(None if fault is None else str(fault))
         if self.leads and fault is not None:
             raise fault
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise RankError(f"rank {rank}: {text}") if self.leads else Elsewhere(text)
+        for rank, message in enumerate(messages):
+            if message is not None:
+                raise self.error(f"rank {rank}: {message}")
 
     def sum_(self, flat: Tensor) -> None:
-        """Adds up [n] over the ranks, in place, to the same bits on every one of them: each sums its share of the n in
-        the order of the ranks and in float64, and rounds once. 2·(size − 1)/size of the bytes go out and come in, as
-        with any all-reduce."""
-        if self.size == 1:
-            return
-        share = -(-flat.numel() // self.size)
-        sent = flat.new_zeros(self.size * share)
-        sent[: flat.numel()] = flat
-        parts = torch.empty_like(sent)
-        with _answered():
-            self._wait(dist.all_to_all_single(parts, sent, async_op=True))
-        total = torch.zeros(share, dtype=torch.float64, device=flat.device)
-        for part in parts.view(self.size, share):
-            total += part
-        with _answered():
-            self._wait(dist.all_gather(list(sent.chunk(self.size)), total.to(flat.dtype), async_op=True))
-        flat.copy_(sent[: flat.numel()])
+        """Sum [n] over the ranks in place. Summed in float64 and rounded once, the result is the same on every rank."""
+        if self.size > 1:
+            total = flat.double()
+            self._run(dist.all_reduce, total)
+            flat.copy_(total)
 
     def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
-        """The gradients of all ranks added up, in place and in one flat `sum_`, and the sum of their losses []. Every
-        parameter has one."""
+        """Sum the gradients over the ranks in place, in one flat `sum_`; return the sum of the losses, []. Every
+        parameter must have a gradient."""
         if self.size == 1:
             return loss
         grads = [p.grad for p in parameters if p.grad is not None]
@@ -163,38 +152,41 @@ class Ranks:
             grad.copy_(total.view_as(grad))
         return flat[-1]
 
-    def copy_(self, tensors: Iterable[Tensor]) -> None:
-        """Puts rank 0's values into every rank's tensors."""
+    def broadcast_(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrite the tensors of every rank with those of rank 0."""
         if self.size == 1:
             return
-        with torch.no_grad(), _answered():
+        with torch.no_grad():
             for tensor in tensors:
-                there = tensor.detach().to(self.device).contiguous()
-                self._wait(dist.broadcast(there, 0, async_op=True))
-                tensor.copy_(there)
+                values = tensor.detach().to(self.device).contiguous()
+                self._run(dist.broadcast, values, 0)
+                tensor.copy_(values)
 
-    def _wait(self, work: dist.Work | None) -> None:
-        """Wait for the others, and on CUDA let the stream wait: raises what the collective met."""
-        assert work is not None  # None is for processes outside the group
-        deadline = time.monotonic() + self.timeout_s
-        while not work.is_completed():
-            if time.monotonic() > deadline:
-                raise RankLost("another rank did not answer within train.rank_timeout_s")
-            time.sleep(LOOK_S)
-        work.wait()
+    def _run(self, collective: Callable[..., object], *arguments: Any) -> None:
+        """Run a collective in a thread, so that signals are handled and the timeout applies while this rank waits."""
+        done: Future[None] = Future()
 
-    def _swap(self, payload: bytes) -> list[bytes]:
-        with _answered():
-            sizes = torch.zeros(self.size, dtype=torch.long, device=self.device)
-            length = torch.tensor([len(payload)], device=self.device)
-            self._wait(dist.all_gather(list(sizes.chunk(self.size)), length, async_op=True))
-            longest = int(sizes.max())
-            own = torch.zeros(longest, dtype=torch.uint8)
-            own[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8)
-            whole = torch.empty(self.size * longest, dtype=torch.uint8, device=self.device)
-            self._wait(dist.all_gather(list(whole.chunk(self.size)), own.to(self.device), async_op=True))
-        rows = whole.view(self.size, longest).cpu().numpy()
-        return [row[:size].tobytes() for row, size in zip(rows, sizes.tolist(), strict=True)]
+        def run() -> None:
+            try:
+                if self.device.type == "cuda":  # the current card is a property of the thread
+                    torch.cuda.set_device(self.device)
+                collective(*arguments)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                done.set_result(None)
+            except BaseException as error:
+                done.set_exception(error)
+
+        threading.Thread(target=run, daemon=True).start()
+        try:
+            done.result(self.timeout_s)
+        except TimeoutError:
+            raise RankLost(f"another rank did not respond within train.rank_timeout_s = {self.timeout_s:g} s") from None
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            text = _first_line(error)  # Gloo's begins with a line of its source
+            raise RankLost(f"another rank ended: {(text.partition('] ')[2] or text).partition('. ')[0]}") from None
 
 
 ALONE = Ranks()
@@ -203,37 +195,37 @@ ALONE = Ranks()
 
 @contextlib.contextmanager
 def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
-    """The ranks that ``torchrun`` started this process with; `ALONE` where it did not.
+    """Join the other ranks that ``torchrun`` started; `ALONE` without ``torchrun``.
 
     Args:
-        device: the config's: with CUDA each rank takes the card of its LOCAL_RANK and speaks NCCL, else Gloo.
-        timeout_s: a rank that does not answer for so long is lost.
+        device: ``model.device``; with CUDA each rank uses the card of its LOCAL_RANK and NCCL, else Gloo.
+        timeout_s: a rank that does not respond for this long is lost.
 
     Raises:
-        RankError: half an environment, or more ranks than cards.
+        UserError: the environment is incomplete, there are more ranks than cards, or the others cannot be reached.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
         yield ALONE
         return
-    rank, size, local, beside = _environment()
-    place = _place(device, size, local, beside)
+    rank, size, local_rank, local_size = _environment()
+    rank_device = _rank_device(device, size, local_rank, local_size)
     if size == 1:
-        yield Ranks(device=place)
+        yield Ranks(device=rank_device)
         return
     try:
-        with by_default():  # it waits for the others in C++, and nothing has begun that a signal could spoil
-            _connect(place, timeout_s)
+        with default_handlers():  # the rendezvous waits in C++, and no work is lost yet if a signal ends the process
+            _connect(rank_device, timeout_s)
     except RuntimeError as error:
-        raise RankError(
-            f"rank {rank} of {size} found no others at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}: "
-            f"{_first_line(error)}"
+        raise UserError(
+            f"rank {rank}/{size} could not reach the other ranks at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']}: {_first_line(error)}"
         ) from None
-    yield Ranks(rank, size, place, timeout_s)
-    dist.destroy_process_group()  # after an error the process ends, and the others see that
+    yield Ranks(rank, size, rank_device, timeout_s)
+    dist.destroy_process_group()  # after an error the process ends, and the others notice that
 
 
 def _connect(device: torch.device, timeout_s: float) -> None:
-    """Find the other ranks, see that each has a card of its own, and join them."""
+    """Find the other ranks, check that each has a card of its own, and create the process group."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout_s)))
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -248,49 +240,42 @@ def _connect(device: torch.device, timeout_s: float) -> None:
 
 
 def check_cards(store: dist.Store, rank: int, size: int, uuid: str) -> None:
-    """Refuse two ranks on one card, which NCCL does not support, before it is asked.
-
-    Args:
-        uuid: of this rank's card.
-    """
+    """Raise `UserError` if two ranks use the same card (given by its UUID), which NCCL does not support."""
     store.set(f"card of rank {rank}", uuid)
     ranks_of: dict[str, list[str]] = {}
     for other in range(size):
         ranks_of.setdefault(store.get(f"card of rank {other}").decode(), []).append(str(other))
     for card, ranks in ranks_of.items():
         if len(ranks) > 1:
-            raise RankError(
+            raise UserError(
                 f"ranks {', '.join(ranks)} use one CUDA device ({card}), and each needs its own: lower "
                 f'--nproc-per-node, give each process another CUDA_VISIBLE_DEVICES, or use model.device = "cpu"'
             )
 
 
-def expected() -> Ranks:
-    """This process before it has joined the others: for them the first on each host speaks."""
-    size, local = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
-    return Ranks(int(local), int(size)) if size.isdecimal() and local.isdecimal() and int(size) > 1 else ALONE
+def launched_world() -> Ranks:
+    """Return this process's place on its host before the ranks have joined; local rank 0 prints for all of them."""
+    size, local_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    if size.isdecimal() and local_rank.isdecimal() and int(size) > 1:
+        return Ranks(int(local_rank), int(size))
+    return ALONE
 
 
 def require_alone(program: str) -> None:
-    """Exits with 2, and one line a host, where ``torchrun`` started more than one process of a program that is one."""
-    ranks = expected()
+    """Exit with code 2 if ``torchrun`` started several processes of a program that supports only one."""
+    ranks = launched_world()
     if ranks.size == 1:
         return
     if ranks.leads:
-        print(f"error: {program} is one process, not {ranks.size}: start it with python -m {program}", file=sys.stderr)
+        print(f"error: {program} does not support torchrun: run it as a single process", file=sys.stderr)
     else:
-        hush()
+        time.sleep(QUIET_EXIT_DELAY_S)
     sys.exit(2)
 
 
-def hush() -> None:
-    """Before the end of a rank for which another speaks."""
-    time.sleep(HUSH_S)
-
-
 def leave(code: int) -> NoReturn:
-    """Ends the process. Python's own end joins torch's threads, and one that waits for a rank that hangs would keep the
-    process for the rest of the timeout; by then it was killed. So where the ranks did not part, it ends without."""
+    """End the process. If the process group still exists after an error, a thread may wait for a rank that hangs, and
+    Python's own exit would wait for that thread."""
     if dist.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
@@ -298,85 +283,61 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def launcher(ranks: Ranks) -> str:
-    """The start of a command line that starts as many ranks, up to the program's name."""
+def launch_prefix(ranks: Ranks) -> str:
+    """Return the start of a command line that starts as many ranks, up to the name of the program."""
     if ranks.size == 1:
         return "python -m"
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
-    hosts = f"--nnodes {ranks.size // beside} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
-    return f"torchrun {'--standalone' if beside == ranks.size else hosts} --nproc-per-node {beside} -m"
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    hosts = f"--nnodes {ranks.size // local_size} --rdzv-backend c10d --rdzv-endpoint HOST:PORT"
+    return f"torchrun {'--standalone' if local_size == ranks.size else hosts} --nproc-per-node {local_size} -m"
 
 
 def _environment() -> tuple[int, int, int, int]:
-    if missing := [name for name in TORCHRUN if name not in os.environ]:
-        raise RankError(
-            f"the environment names RANK or WORLD_SIZE, but not {', '.join(missing)}: start the ranks with "
-            f"`torchrun --nproc-per-node N -m grpo.train ...`, or unset RANK and WORLD_SIZE to run alone"
+    """Return RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE."""
+    if missing := [name for name in TORCHRUN_VARIABLES if name not in os.environ]:
+        raise UserError(
+            f"RANK or WORLD_SIZE is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: launch "
+            f"with `torchrun --nproc-per-node N -m grpo train ...`, or unset RANK and WORLD_SIZE to run one process"
         )
     try:
-        rank, size, local, beside = (int(os.environ[name]) for name in TORCHRUN[:4])
+        rank, size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
     except ValueError:
-        told = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN[:4])
-        raise RankError(f"not numbers: {told}: start the ranks with `torchrun`") from None
-    if not (0 <= rank < size and 0 <= local < beside <= size):
-        raise RankError(f"rank {rank} of {size}, {local} of {beside} on this host: start the ranks with `torchrun`")
-    return rank, size, local, beside
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
+        raise UserError(f"expected whole numbers, got {values}: launch with `torchrun`") from None
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        raise UserError(f"rank {rank}/{size}, local rank {local_rank}/{local_size}: launch with `torchrun`")
+    return rank, size, local_rank, local_size
 
 
-def _place(device: str, size: int, local: int, beside: int) -> torch.device:
-    """Of a rank: what the config's device means for it."""
+def _rank_device(device: str, size: int, local_rank: int, local_size: int) -> torch.device:
+    """Return the device that ``model.device`` means for one rank."""
     cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or (device == "auto" and not cards):
         return torch.device("cpu")
     if ":" in device and size > 1:
-        raise RankError(f'model.device = "{device}" is one card, but there are {size} ranks: use "cuda" or "auto"')
-    if beside > cards > 1 or not cards:
-        raise RankError(
-            f'model.device = "{device}": {beside} ranks on a host with {cards} CUDA device(s), and each needs one: '
+        raise UserError(f'model.device = "{device}" is one card, but there are {size} ranks: use "cuda" or "auto"')
+    if local_size > cards > 1 or not cards:
+        raise UserError(
+            f'model.device = "{device}": {local_size} ranks on a host with {cards} CUDA device(s), and each needs one: '
             f'lower --nproc-per-node, or use model.device = "cpu"'
         )
-    if ":" not in device:  # where each process sees one card, as SLURM arranges it, `check_cards` compares them
-        return torch.device("cuda", local if cards > 1 else 0)
-    if (place := torch.device(device)).index >= cards:
-        raise RankError(f'model.device = "{device}": this machine has {cards} CUDA device(s)')
-    return place
+    if ":" not in device:  # if each process sees one card, as SLURM arranges it, `check_cards` compares them
+        return torch.device("cuda", local_rank if cards > 1 else 0)
+    if (chosen := torch.device(device)).index >= cards:
+        raise UserError(f'model.device = "{device}": this machine has {cards} CUDA device(s)')
+    return chosen
 
 
-@contextlib.contextmanager
-def _answered() -> Iterator[None]:
-    try:
-        yield
-    except (torch.OutOfMemoryError, RankLost):
-        raise
-    except RuntimeError as error:
-        slow = "timed out" in str(error).lower() or "timeout" in str(error).lower()
-        what = "did not answer within train.rank_timeout_s" if slow else "ended"
-        raise RankLost(f"another rank {what}: {_reason(error)}") from None
-
-
-def _plain(value: Any) -> Any:
-    """A dataclass or a mapping as a dict: JSON knows all else that ranks tell each other."""
-    if is_dataclass(value):
-        return {field.name: getattr(value, field.name) for field in fields(value)}
-    return dict(value)
-
-
-def _dotted(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """
-    >>> _dotted({"torch": "2.9", "loss": {"beta": 0.1, "kl": "k3"}})
+    >>> _flatten({"torch": "2.9", "loss": {"beta": 0.1, "kl": "k3"}})
     {'torch': '2.9', 'loss.beta': 0.1, 'loss.kl': 'k3'}
     """
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for key, inner in value.items():
-        found |= _dotted(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return found
+        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
+    return flat
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0][:200]
-
-
-def _reason(error: Exception) -> str:
-    """Gloo's first sentence, without the line of its source."""
-    told = _first_line(error)
-    return (told.partition("] ")[2] or told).partition(". ")[0]

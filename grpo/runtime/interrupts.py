@@ -1,7 +1,8 @@
-"""Signals that ask a program to leave: SIGINT, SIGTERM, SIGHUP.
+"""Signals that ask a program to stop: SIGINT, SIGTERM and SIGHUP.
 
-The first one ends at once what may be ended at once, lets an update that has begun finish within `GRACE_S` seconds, and
-waits for whatever writes. A second one leaves at once: what is on the disk is whole at any moment.
+The first signal interrupts what may be interrupted at once, lets an update that has begun finish within `GRACE_S`
+seconds, and waits for files being written. A second one ends the process: the files on the disk are whole at any
+moment.
 """
 
 import contextlib
@@ -9,21 +10,24 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
+from typing import Any
 
 GRACE_S = 20.0
-"""Rented machines are taken back 30 s after SIGTERM or later; the rest is for the checkpoint."""
+"""Seconds an update may take after a signal. Preemptible machines are stopped 30 s after SIGTERM or later; the rest is
+for the checkpoint."""
 SAME_S = 1.0
-"""`timeout` and some schedulers send one request twice, to the process and to its group: that is one signal."""
+"""Signals within this many seconds of the first are duplicates: ``timeout`` and some schedulers send one request to the
+process and to its group."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(BaseException):
-    """A signal asked the program to leave. No error: nothing that handles errors may swallow it.
+    """A signal asked the program to stop. Not an error, so that no handler of errors swallows it.
 
     Args:
-        midway: raised inside `Stop.within_grace`: what had begun there is neither undone nor done.
+        midway: raised inside `Stop.within_grace`: what began there is neither undone nor done.
     """
 
     def __init__(self, number: int, *, midway: bool = False) -> None:
@@ -36,12 +40,12 @@ class Stopped(BaseException):
 
     @property
     def exit_code(self) -> int:
-        """The customary one: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
+        """The usual exit code: 130 for SIGINT, 143 for SIGTERM, 129 for SIGHUP."""
         return 128 + self.number
 
 
 class Stop:
-    """Whether a signal came, and what it may end."""
+    """Whether a signal was received, and what it may interrupt."""
 
     def __init__(self) -> None:
         self.requested: int | None = None
@@ -51,30 +55,30 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Inside, a signal raises `Stopped` between two operations; one that came before raises it right away."""
-        self.check()
+        """Context in which a signal raises `Stopped` between two operations; an earlier one raises it on entry."""
+        self.raise_if_requested()
         self._interruptible = True
         try:
-            self.check()  # one that came between the two lines above
+            self.raise_if_requested()  # received between the two lines above
             yield
         finally:
             self._interruptible = False
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Inside `at_once`: a signal waits for the end of this block, and then raises `Stopped`."""
+        """Context inside `at_once` that a signal does not interrupt: `Stopped` is raised at its end."""
         interruptible, self._interruptible = self._interruptible, False
         try:
             yield
         finally:
             self._interruptible = interruptible
         if interruptible:
-            self.check()
+            self.raise_if_requested()
 
     @contextlib.contextmanager
     def within_grace(self) -> Iterator[None]:
-        """As `deferred`, but `Stopped` is raised `GRACE_S` after the signal if the block takes longer. On other ranks
-        it has begun before this one looks, so a signal that came before leaves it its grace as well."""
+        """Like `deferred`, but `Stopped` is raised `GRACE_S` after the signal if the block takes longer. A signal
+        received before entering also starts the grace period, because other ranks may already be inside."""
         with self.deferred():
             self._timed = True
             try:
@@ -85,22 +89,23 @@ class Stop:
                 self._timed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def check(self) -> None:
-        """Raises `Stopped` if a signal came."""
+    def raise_if_requested(self) -> None:
+        """Raise `Stopped` if a signal was received."""
         if self.requested is not None:
             raise Stopped(self.requested)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if self.requested is not None and now - self._at < SAME_S:
-            return
+        now, name = time.monotonic(), signal.Signals(number).name
         if self.requested is not None:
-            _say(f"\n{signal.Signals(number).name} again: leaving at once\n")
+            if now - self._at < SAME_S:
+                return
+            _write_stderr(f"\nsecond {name}: quitting now\n")
             os._exit(128 + number)
         self.requested, self._at = number, now
         if self._interruptible:
-            self.check()
-        _say(f"\n{signal.Signals(number).name}: finishing what has begun; once more leaves at once\n")
+            self.raise_if_requested()
+        task = f"the current update (up to {GRACE_S:.0f} s)" if self._timed else "the current operation"
+        _write_stderr(f"\n{name}: finishing {task}; send it again to quit immediately\n")
         if self._timed:
             signal.setitimer(signal.ITIMER_REAL, GRACE_S)
 
@@ -111,32 +116,28 @@ class Stop:
 
 @contextlib.contextmanager
 def listening() -> Iterator[Stop]:
-    """Signals are heard inside, but for those that the caller's shell set to be ignored (nohup, a background job), and
-    handled as before outside. In a thread other than the main one nothing is heard."""
+    """Context that handles the signals, except those that are ignored already (nohup, a background job). In a thread
+    other than the main one no signal is handled."""
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
+    handlers: dict[int, Any] = dict.fromkeys(SIGNALS, stop._on_signal)
+    with _handlers(handlers | {signal.SIGALRM: stop._on_alarm}):
         yield stop
-        return
-    heard = {number: stop._on_signal for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
-    before = {
-        number: signal.signal(number, handler) for number, handler in {**heard, signal.SIGALRM: stop._on_alarm}.items()
-    }
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
-def by_default() -> Iterator[None]:
-    """Inside, a signal ends the process as if nobody listened: for a wait in which Python runs no handler. What is
-    ignored stays ignored."""
-    if threading.current_thread() is not threading.main_thread():
+def default_handlers() -> Iterator[None]:
+    """Context in which a signal ends the process: for a wait during which Python runs no handler."""
+    with _handlers(dict.fromkeys(SIGNALS, signal.SIG_DFL)):
         yield
-        return
-    heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, signal.SIG_DFL) for number in heard}
+
+
+@contextlib.contextmanager
+def _handlers(handlers: Mapping[int, Callable[[int, FrameType | None], Any] | signal.Handlers]) -> Iterator[None]:
+    """In the main thread, install handlers for signals that are not ignored; restore the previous ones at the end."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        listed = [n for n in handlers if n == signal.SIGALRM or signal.getsignal(n) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, handlers[number]) for number in listed}
     try:
         yield
     finally:
@@ -144,7 +145,7 @@ def by_default() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
-    """As a signal handler may: past Python's buffers, and where the terminal is gone not at all."""
+def _write_stderr(text: str) -> None:
+    """Write as a signal handler may: without Python's buffers, and ignoring a terminal that is gone."""
     with contextlib.suppress(OSError):
         os.write(2, text.encode())

@@ -1,6 +1,6 @@
-"""Text for a terminal: nothing in it is obeyed, and every line fits.
+"""Text for a terminal: control characters are escaped, and every line fits.
 
-Texts of models and cases can hold escape sequences, bidirectional overrides and letters two columns wide.
+Texts of models and cases can contain escape sequences, bidirectional overrides and letters two columns wide.
 """
 
 import codecs
@@ -11,49 +11,49 @@ import unicodedata
 from collections.abc import Iterator
 from typing import TextIO
 
-NARROWEST = 60
-"""Columns that a table is laid out for at the least."""
+MIN_WIDTH = 60
+"""Fewest columns that a table is laid out for."""
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 """Style → its SGR code."""
 STYLED = re.compile(r"\x1b\[\d*m")
-"""What `painted` adds."""
-
-
-SPELT = {
+"""The codes that `painted` adds."""
+ASCII_FALLBACKS = {
     "–": "-", "—": "-", "‑": "-", "−": "-", "…": "...", "→": "->", "↦": "->", "×": "x", "·": ".", "±": "+-", "≥": ">=",
     "≤": "<=", "≠": "!=", "≈": "~", "Σ": "sum ", "β": "beta", "μ": "mu", "σ": "sigma", "γ": "gamma", "ε": "epsilon",
     "π": "pi", "ρ": "rho", "√": "sqrt", "∞": "inf", "²": "^2", "½": "1/2", "°": " deg ", "†": "+", "‡": "++", "─": "-",
     "’": "'", "“": '"', "”": '"',
 }  # fmt: skip
-"""What this program's own texts use → how a terminal without it shows it."""
+"""Character in this program's messages → its replacement on a terminal whose encoding lacks it."""
 
 
 def say_anyhow() -> None:
-    """Makes standard output and error show what their encoding lacks as in `SPELT`, else as an escape: no command ends
-    in a `UnicodeEncodeError` halfway through what it has to say."""
-    codecs.register_error("grpo.spelt", _spelt)
+    """Let standard output and error replace characters that their encoding lacks, by `ASCII_FALLBACKS` or an escape,
+    instead of raising `UnicodeEncodeError` in the middle of a message."""
+    codecs.register_error("grpo.ascii", _to_ascii)
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="grpo.spelt")
+            reconfigure(errors="grpo.ascii")
 
 
-def _spelt(error: UnicodeError) -> tuple[str, int]:
+def _to_ascii(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = error.object[error.start : error.end]
-    return "".join(SPELT.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in text), error.end
+    replaced = (ASCII_FALLBACKS.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in text)
+    return "".join(replaced), error.end
 
 
-def tell(text: str) -> None:
-    """Prints a text, if anybody still reads it: `| head` closes the pipe, and a run is not to end by that."""
+def print_unless_pipe_closed(text: str, stream: TextIO | None = None) -> None:
+    """Print a text to standard output, or to ``stream``; from then on nothing if the reader has closed the pipe."""
+    stream = stream or sys.stdout
     try:
-        print(text, flush=True)
+        print(text, file=stream, flush=True)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def visible(text: str) -> str:
-    r"""The text with everything that a terminal would obey, or not show, as an escape.
+    r"""Return the text with control and invisible characters as escapes.
 
     >>> visible("ESI\x1b[2J 2\n\u202e")
     'ESI\\x1b[2J 2\\n\\u202e'
@@ -62,7 +62,7 @@ def visible(text: str) -> str:
 
 
 def columns(text: str) -> int:
-    """How many columns a text takes that `visible` has passed: two for wide letters, none for combining marks.
+    """Return the columns that a text from `visible` occupies: two for a wide letter, none for a combining mark.
 
     >>> columns("ESI 2"), columns("日本"), columns("é")
     (5, 4, 1)
@@ -71,25 +71,24 @@ def columns(text: str) -> int:
 
 
 def fit(text: str, width: int) -> str:
-    """The text cut to a width, with an ellipsis where something is missing, and padded to it.
+    """Return the text padded to a width, or truncated to it with an ellipsis.
 
     >>> fit("severe_pain_missed", 8), fit("ok", 4)
     ('severe_…', 'ok  ')
     """
     if columns(text) > width:
-        kept, used = "", 0
+        start, used = "", 0
         for c in text:
             if used + _columns(c) > width - 1:
                 break
-            kept, used = kept + c, used + _columns(c)
-        text = kept + "…"
+            start, used = start + c, used + _columns(c)
+        text = start + "…"
     return text + " " * (width - columns(text))
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
-    r"""The lines of a text, each made `visible` and broken at blanks (or anywhere, if there are none) to fit a width.
-
-    Its own line breaks stay; a carriage return is shown.
+    r"""Yield the lines of a text, each made `visible` and broken at spaces (or anywhere, if there are none) to fit a
+    width. Line breaks of the text are kept; a carriage return is shown as an escape.
 
     >>> list(wrap("Chest pain,\nBP 120/58", 8))
     ['Chest', 'pain,', 'BP', '120/58']
@@ -107,28 +106,29 @@ def wrap(text: str, width: int) -> Iterator[str]:
 
 
 def error_lines(error: Exception) -> str:
-    """An error for a person: what it quotes is not obeyed."""
-    return "error: " + "\n".join(visible(line) for line in str(error).splitlines())
+    """Return the message of an error with control characters escaped, and its notes on lines of their own."""
+    lines = [*str(error).splitlines(), *(f"       {note}" for note in getattr(error, "__notes__", ()))]
+    return "error: " + "\n".join(visible(line) for line in lines)
 
 
 def screen_width(stream: TextIO) -> int:
-    """Columns of the terminal behind a stream, at least `NARROWEST`; 80 for anything that is no terminal. ``COLUMNS``
-    in the environment has the last word, as for a pipe into a pager."""
-    if (asked := os.environ.get("COLUMNS", "")).isdecimal() and int(asked):
-        return max(NARROWEST, int(asked))
+    """Return the columns of the terminal behind a stream, at least `MIN_WIDTH`, or 80 without a terminal. The
+    environment variable ``COLUMNS`` takes precedence, as for a pipe into a pager."""
+    if (width := os.environ.get("COLUMNS", "")).isdecimal() and int(width):
+        return max(MIN_WIDTH, int(width))
     try:
-        return max(NARROWEST, os.get_terminal_size(stream.fileno()).columns or 80) if stream.isatty() else 80
-    except (OSError, ValueError):  # a stream without a file, or a terminal that knows no size
+        return max(MIN_WIDTH, os.get_terminal_size(stream.fileno())[0] or 80) if stream.isatty() else 80
+    except (OSError, ValueError):  # a stream without a file, or a terminal without a size
         return 80
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """A terminal that has not been asked for plain text (https://no-color.org)."""
+    """Return whether a stream is a terminal with colors that ``NO_COLOR`` (https://no-color.org) does not disable."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def painted(text: str, style: str, *, colour: bool) -> str:
-    """The text in one of `STYLES`; as it is without colour or style.
+    """Return the text in one of `STYLES`, or unchanged without a style or color.
 
     >>> painted("clipped", "red", colour=False)
     'clipped'
@@ -137,7 +137,7 @@ def painted(text: str, style: str, *, colour: bool) -> str:
 
 
 def _end(line: str, start: int, width: int) -> int:
-    """Where the part of a line that begins at ``start`` and fits ends: at least one character, if there is one."""
+    """Return where the longest part of a line that begins at ``start`` and fits ends; at least one character."""
     used = 0
     for i in range(start, len(line)):
         used += _columns(line[i])

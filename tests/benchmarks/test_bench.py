@@ -51,10 +51,10 @@ def test_it_times_the_loop_and_leaves_everything_as_it_was(
 ) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
-    before = (dict(ENGINES), loop.cost, loop.score_groups, updating.reference_logprobs)
+    before = (dict(ENGINES), loop.timing_metrics, loop.score_groups, updating.reference_logprobs)
     more = ["--steps", "2", "--against", "generate", "--json", "figures.json"]
     assert main([str(root / "configs" / "tiny.toml"), *with_set([*few, "optim.warmup_steps=1"]), *more]) == 0
-    assert before == (dict(ENGINES), loop.cost, loop.score_groups, updating.reference_logprobs)
+    assert before == (dict(ENGINES), loop.timing_metrics, loop.score_groups, updating.reference_logprobs)
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"], "the run folder is gone"
 
     found = json.loads((tmp_path / "figures.json").read_text())

@@ -380,8 +380,8 @@ def a_line_short(name: str) -> Callable[[Path], None]:
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "another config": (
         written("config.json", lambda text: text.replace('"learning_rate": ', '"learning_rate": 1')),
-        "…was started with other values of optim.learning_rate: resume with the config and --set it has, or start a "
-        "new run with --out; or delete ",
+        "…was started with a different optim.learning_rate. Resume with the original config and --set, or use --out to "
+        "start a new run; or delete ",
     ),
     "no evaluations": (gone("eval.json"), "ValueError: it holds no evaluations"),
     "no answers": (gone("eval"), "FileNotFoundError: "),

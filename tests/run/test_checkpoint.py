@@ -15,7 +15,15 @@ from safetensors.torch import load_file
 from grpo.config import Checkpoint
 from grpo.policy.policy import Policy, adapter_copy
 from grpo.run import checkpoint as checkpoint_module
-from grpo.run.checkpoint import FILES, Progress, damage, latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from grpo.run.checkpoint import (
+    CHECKPOINT_FILES,
+    Progress,
+    delete_old_checkpoints,
+    find_damage,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import UserError
 from tests.support.faults import DAMAGES
@@ -67,8 +75,8 @@ def test_what_is_loaded_is_what_was_saved(policy: Policy, make_policy: Callable[
 
 def test_no_pickle_and_all_files_are_in_the_manifest(folder: Path) -> None:
     found = {str(p.relative_to(folder / "step_000002")) for p in (folder / "step_000002").rglob("*") if p.is_file()}
-    assert found == {*FILES, "manifest.json"}
-    assert set(json.loads((folder / "step_000002" / "manifest.json").read_text())["files"]) == set(FILES)
+    assert found == {*CHECKPOINT_FILES, "manifest.json"}
+    assert set(json.loads((folder / "step_000002" / "manifest.json").read_text())["files"]) == set(CHECKPOINT_FILES)
     for name in found:
         load_file(folder / "step_000002" / name) if name.endswith("s") else json.loads(
             (folder / "step_000002" / name).read_text()
@@ -76,14 +84,14 @@ def test_no_pickle_and_all_files_are_in_the_manifest(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("how", DAMAGES)
-@pytest.mark.parametrize("name", ["manifest.json", *FILES])
+@pytest.mark.parametrize("name", ["manifest.json", *CHECKPOINT_FILES])
 def test_whatever_was_not_written_like_that_is_named_and_the_one_before_is_used(
     policy: Policy, folder: Path, name: str, how: str
 ) -> None:
     DAMAGES[how](folder / "step_000002" / name, random.Random(name))
     path, told = latest_checkpoint(folder)
     assert path == folder / "step_000001" and len(told) == 1
-    assert f"step_000002: {name}" in told[0] and told[0].endswith("not used")
+    assert told[0][0].name == "step_000002" and told[0][1].startswith(name)
     with pytest.raises(UserError, match=name):
         load_checkpoint(folder / "step_000002", policy, adamw(policy))
 
@@ -98,9 +106,9 @@ def test_every_flipped_bit_of_the_small_files_is_seen(folder: Path) -> None:
             (path / name).write_bytes(flipped)
             # a newline that became another blank in the manifest changes nothing that it says
             same = name == "manifest.json" and _parsed(bytes(flipped)) == json.loads(content)
-            assert (damage(path) is None) == same, (name, bit)
+            assert (find_damage(path) is None) == same, (name, bit)
         (path / name).write_bytes(content)
-    assert damage(path) is None
+    assert find_damage(path) is None
 
 
 def _parsed(content: bytes) -> object:
@@ -117,7 +125,7 @@ def _parsed(content: bytes) -> object:
 )  # fmt: skip
 def test_a_manifest_of_anything_is_no_more_than_damage(folder: Path, manifest: str) -> None:
     (folder / "step_000002" / "manifest.json").write_text(manifest)
-    assert "manifest.json" in (damage(folder / "step_000002") or "")
+    assert "manifest.json" in (find_damage(folder / "step_000002") or "")
 
 
 def test_where_none_is_whole_nothing_is_guessed(folder: Path) -> None:
@@ -202,9 +210,9 @@ def _refuse(patch: pytest.MonkeyPatch, name: str) -> None:
 def test_what_a_crash_left_half_written_or_half_dropped_is_cleared(policy: Policy, folder: Path) -> None:
     for name in (".step_000003.partial", ".step_000001.dropped", ".step_000002.replaced"):
         shutil.copytree(folder / "step_000001" / "adapter", folder / name)
-    prune(folder, step=2, section=EVERY)
+    delete_old_checkpoints(folder, step=2, section=EVERY)
     assert steps(folder) == [1, 2]
-    prune(folder / "nowhere", step=2, section=EVERY)
+    delete_old_checkpoints(folder / "nowhere", step=2, section=EVERY)
 
 
 def test_a_file_where_checkpoints_should_be_is_refused(policy: Policy, folder: Path, tmp_path: Path) -> None:
@@ -213,4 +221,4 @@ def test_a_file_where_checkpoints_should_be_is_refused(policy: Policy, folder: P
         latest_checkpoint(tmp_path / "file")
     (folder / "step_000003").write_text("no folder")
     path, told = latest_checkpoint(folder)
-    assert path == folder / "step_000002" and told == (f"{folder / 'step_000003'}: is no folder: not used",)
+    assert path == folder / "step_000002" and told == ((folder / "step_000003", "is not a folder"),)

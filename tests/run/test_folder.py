@@ -20,10 +20,10 @@ from grpo.run.folder import (
     Run,
     add_metrics,
     check_folder,
-    continue_run,
     evaluations,
-    is_started,
-    locked,
+    exclusive_lock,
+    has_started,
+    rewind_run,
 )
 from grpo.run.folder import start_run as start
 from grpo.runtime.errors import UserError
@@ -48,19 +48,20 @@ def run(made: tuple[Config, Source], tmp_path: Path) -> Run:
 
 
 def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: Run) -> None:
-    with locked(run.path):
+    with exclusive_lock(run.path):
         held = subprocess.run(
             [sys.executable, "-c", "import sys, pathlib, grpo.run.folder as r\n"
-             "try:\n  r.locked(pathlib.Path(sys.argv[1])).__enter__()\nexcept r.UserError as e: print(e)", run.path],
+             "try:\n  r.exclusive_lock(pathlib.Path(sys.argv[1])).__enter__()\n"
+             "except r.UserError as e: print(e)", run.path],
             capture_output=True, encoding="utf-8", check=True,
         )  # fmt: skip
         assert f"in use by process {os.getpid()} on " in held.stdout
-        with pytest.raises(UserError, match="in use by"), locked(run.path):
+        with pytest.raises(UserError, match="in use by"), exclusive_lock(run.path):
             pass
-    with locked(run.path):
+    with exclusive_lock(run.path):
         pass  # the file of before blocks nobody
     (run.path / ".lock").write_text("process 1 on another machine\n")
-    with locked(run.path):
+    with exclusive_lock(run.path):
         assert (run.path / ".lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
@@ -68,7 +69,7 @@ def test_a_run_that_is_going_on_can_be_read(tmp_path_factory: pytest.TempPathFac
     run = tmp_path / "run"
     shutil.copytree(recorded(tmp_path_factory.getbasetemp(), "plain"), run)
     shutil.rmtree(run / "adapter")
-    with locked(run):
+    with exclusive_lock(run):
         assert replay([str(run)]) == 0
         assert inspect([str(run), "--step", "2"]) == 0
         assert report([str(run), "--out", str(tmp_path / "report.html")]) == 0
@@ -78,17 +79,17 @@ def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run:
     config, source = made
     for leaves in ((), ("reward.json",), ("reward.json", ".config.json.partial")):
         folder = tmp_path / "".join(leaves) / "x"
-        with locked(folder):
+        with exclusive_lock(folder):
             for name in leaves:
                 (folder / name).write_text("{")
-            assert not is_started(folder)
+            assert not has_started(folder)
             check_folder(folder, config, resume=False)
             check_folder(folder, config, resume=True)
             start(folder, config, source, load_reward(config.reward.set), device="cpu")
-            assert is_started(folder) and json.loads((folder / "reward.json").read_text())
+            assert has_started(folder) and json.loads((folder / "reward.json").read_text())
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").touch()
-    for resume, says in ((False, "never overwritten"), (True, "no run to resume here")):
+    for resume, says in ((False, "already exists"), (True, "no run to resume here")):
         with pytest.raises(UserError, match=says):
             check_folder(tmp_path / "mine", config, resume=resume)
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
@@ -113,7 +114,7 @@ def test_a_symlink_out_of_the_folder_is_refused(
     outside.mkdir()
     (run.path / name).parent.mkdir(exist_ok=True)
     (run.path / name).symlink_to(outside)
-    with pytest.raises(UserError, match=f"{name}: a symlink"):
+    with pytest.raises(UserError, match=f"{name}: is a symlink"):
         check_folder(run.path, made[0], resume=True)
     assert not any(outside.iterdir())
 
@@ -136,7 +137,7 @@ def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, Sour
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
     folder.chmod(0o755)
-    continue_run(folder, Progress(0), config)
+    rewind_run(folder, Progress(0), config)
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
 
 
@@ -152,28 +153,28 @@ def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
     (run.path / "eval" / ".step_000004_t_on.jsonl.partial").touch()
     (run.path / "eval" / "notes.txt").touch()
     config = made[0]
-    continue_run(
+    rewind_run(
         run.path, Progress(3), config.model_copy(update={"ledger": config.ledger.model_copy(update={"every": 0})})
     )
     assert ((run.path / "eval.json").read_bytes(), run.metrics.read_bytes()) == before
     assert "note" not in capsys.readouterr().err
-    continue_run(run.path, Progress(2), made[0])
+    rewind_run(run.path, Progress(2), made[0])
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
     assert [record["step"] for record in json.loads((run.path / "eval.json").read_text())] == [1, 2]
     assert sorted(os.listdir(run.path / "eval")) == ["notes.txt", "step_000001_t_on.jsonl", "step_000002_t_on.jsonl"]
-    assert f"{run.ledger}: holds no step 1, 2" in capsys.readouterr().err, "what is gone is said"
+    assert f"{run.ledger}: no step 1, 2, although the checkpoint is from step 2" in capsys.readouterr().err
 
 
 def test_a_resume_with_other_contents_is_refused(made: tuple[Config, Source], run: Run) -> None:
-    continue_run(run.path, Progress(0), made[0], INPUTS)
-    with pytest.raises(UserError, match=r"what cases\.train names has changed since the run was started"):
-        continue_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
+    rewind_run(run.path, Progress(0), made[0], INPUTS)
+    with pytest.raises(UserError, match=r"the file behind cases\.train has changed since the run started"):
+        rewind_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
 def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run, content: str) -> None:
     (run.path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read|other values of"):
+    with pytest.raises(UserError, match=r"config\.json: cannot be read|a different config"):
         check_folder(run.path, made[0], resume=True)
 
 
@@ -211,7 +212,7 @@ def test_records_of_anything_are_one_error_and_nothing_is_touched(
         path.write_text(content)
     before = {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
     with pytest.raises(UserError) as told:
-        continue_run(run.path, Progress(0), made[0], INPUTS)
+        rewind_run(run.path, Progress(0), made[0], INPUTS)
     assert says in str(told.value)
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
@@ -241,5 +242,5 @@ def test_a_line_of_metrics_that_says_no_step_is_cut_off(made: tuple[Config, Sour
     before = run.metrics.read_bytes()
     with run.metrics.open("ab") as file:
         file.write(line.encode("latin-1") + b"\n")
-    continue_run(run.path, Progress(1), made[0], INPUTS)
+    rewind_run(run.path, Progress(1), made[0], INPUTS)
     assert run.metrics.read_bytes() == before

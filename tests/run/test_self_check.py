@@ -272,7 +272,7 @@ def test_a_triton_op_at_fault_gives_way_to_plain_torch(
     check = self_check(policy)
     assert check.kernels == Kernels(triton=False)
     (line,) = check.warnings
-    assert line.startswith("kernels   plain torch: ") and f"the Triton op {name} " in line and "\n" not in line
+    assert line.startswith("warning: using plain PyTorch: ") and f"the Triton op {name} " in line and "\n" not in line
     json.dumps(check.record(), allow_nan=False)
 
 
@@ -284,7 +284,7 @@ def test_a_graph_at_fault_gives_way_to_eager_steps(
     check = self_check(policy)
     assert check.kernels == Kernels(graphs=False)
     (line,) = check.warnings
-    assert line.startswith("kernels   no CUDA graphs: ") and "\n" not in line
+    assert line.startswith("warning: using no CUDA graphs: ") and "\n" not in line
 
 
 @pytest.mark.parametrize("fault", [scaled_scan, lost_state, scaled_gradient, endless, raising])
@@ -295,7 +295,7 @@ def test_fla_at_fault_gives_way_to_the_plain_scan(
     check = self_check(policy)
     assert check.kernels == Kernels(fla=False)
     (line,) = check.warnings
-    assert line.startswith("kernels   no flash-linear-attention: ") and "\n" not in line
+    assert line.startswith("warning: using no flash-linear-attention: ") and "\n" not in line
 
 
 def test_fla_at_fault_in_transformers_layers_gives_way_too(
@@ -327,7 +327,7 @@ def test_plain_decoding_at_fault_stops(
     policy: Policy, name: str, fault: Callable[[Op], Op], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(plain, name, fault(getattr(plain, name)))
-    with pytest.raises(UserError, match=r"plain torch: (a log-probability .* by .* \(limit|RuntimeError: no kernel)"):
+    with pytest.raises(UserError, match=r"plain PyTorch: (a log-probability .* by .* \(limit|RuntimeError: no kernel)"):
         self_check(policy)
 
 
@@ -336,7 +336,7 @@ def test_a_forward_pass_at_fault_stops(
     policy: Policy, fault: Callable[[Op], Op], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(gated_delta.SCANS, "plain", fault(gated_delta.chunked_scan))
-    with pytest.raises(UserError, match="self-check in plain torch: (a log-probability|RuntimeError)"):
+    with pytest.raises(UserError, match="self-check in plain PyTorch: (a log-probability|RuntimeError)"):
         self_check(policy)
 
 
@@ -355,7 +355,7 @@ def test_a_gradient_at_fault_stops(
         monkeypatch.setitem(where, name, fault(where[name]))
     else:
         monkeypatch.setattr(where, name, fault(getattr(where, name)))
-    with pytest.raises(UserError, match="self-check in plain torch: (the gradient of|RuntimeError)"):
+    with pytest.raises(UserError, match="self-check in plain PyTorch: (the gradient of|RuntimeError)"):
         self_check(policy)
 
 
@@ -435,7 +435,7 @@ def test_a_check_that_fails_stops_the_run_before_it_begins(
     monkeypatch.setattr(train_module, "check_on_cuda", self_check)
     assert run(world, tmp_path / "run") == 2
     error = capsys.readouterr().err
-    assert "error: self-check in plain torch: a log-probability" in error and "Traceback" not in error
+    assert "error: self-check in plain PyTorch: a log-probability" in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
 
@@ -469,12 +469,12 @@ def test_the_largest_difference_is_logged_and_warned_of_once(
 @pytest.mark.parametrize("largest", [0.51, None])
 def test_the_band_is_the_dtypes(largest: float | None, capsys: pytest.CaptureFixture[str]) -> None:
     drift = DriftWarning(torch.bfloat16, temperature=1.0)
-    drift.look(1, 0.49)
+    drift.warn_once(1, 0.49)
     assert not capsys.readouterr().err
-    drift.look(2, largest), drift.look(3, largest)
+    drift.warn_once(2, largest), drift.warn_once(3, largest)
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: step 2: ") and "bfloat16 explains 0.5" in line
-    DriftWarning(torch.bfloat16, temperature=0.5).look(1, 0.9)
+    assert line.startswith("warning: step 2: ") and "bfloat16 explains at most 0.5" in line
+    DriftWarning(torch.bfloat16, temperature=0.5).warn_once(1, 0.9)
     assert not capsys.readouterr().err, "logits divided by 0.5 differ by twice as much"
 
 
@@ -506,11 +506,11 @@ def test_a_card_takes_what_is_chosen_and_installed(monkeypatch: pytest.MonkeyPat
 def test_on_a_card_the_check_is_run_and_its_lines_are_printed(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check = SelfCheck(Kernels(graphs=False), {"graphs": 1.0}, ("kernels   no CUDA graphs: a reason",))
+    check = SelfCheck(Kernels(graphs=False), {"graphs": 1.0}, ("warning: using no CUDA graphs: a reason",))
     monkeypatch.setattr(module, "self_check", lambda policy: check)
     on_card = replace(load("float32"), device=torch.device("cuda:0"))
     assert check_on_cuda(on_card) == check and module.with_checked_kernels(on_card).kernels == check.kernels
-    assert capsys.readouterr().err == "kernels   no CUDA graphs: a reason\n" * 2
+    assert capsys.readouterr().err == "warning: using no CUDA graphs: a reason\n" * 2
 
 
 @pytest.mark.parametrize("command", ["evaluate", "triage"])

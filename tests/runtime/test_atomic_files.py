@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.runtime.atomic_files import DiskError, append_line, discard, make_folder, placed, write_whole
+from grpo.runtime.atomic_files import DiskError, append_line, make_folder, placed, remove_if_present, write_whole
 
 
 @pytest.fixture
@@ -104,7 +104,7 @@ def test_no_symlink_is_written_through(tmp_path: Path) -> None:
     (inside / ".f.partial").symlink_to(tmp_path / "elsewhere")
     with placed(inside / "f") as aside:
         (aside / "x").write_text("ours")
-    discard(inside / "nothing")
+    remove_if_present(inside / "nothing")
     assert outside.read_text() == "mine" and (tmp_path / "elsewhere" / "x").read_text() == ""
     assert (inside / "f" / "x").read_text() == "ours"
 

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from grpo.runtime import interrupts as stop_module
-from grpo.runtime.interrupts import SIGNALS, Stopped, by_default, listening
+from grpo.runtime.interrupts import SIGNALS, Stopped, default_handlers, listening
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -43,7 +43,7 @@ def test_what_has_begun_has_its_grace_and_no_more(monkeypatch: pytest.MonkeyPatc
             send()
             time.sleep(0.05)
         with pytest.raises(Stopped):
-            stop.check()
+            stop.raise_if_requested()
     monkeypatch.setattr(stop_module, "GRACE_S", 0.05)
     started = time.monotonic()
     with pytest.raises(Stopped) as told, listening() as stop, stop.within_grace():
@@ -100,7 +100,7 @@ def test_where_python_runs_no_handler_a_signal_ends_the_process() -> None:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     before = {number: signal.getsignal(number) for number in SIGNALS}
     try:
-        with by_default():
+        with default_handlers():
             assert [signal.getsignal(number) for number in SIGNALS[:2]] == [signal.SIG_DFL] * 2
             assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
         assert before == {number: signal.getsignal(number) for number in SIGNALS}

@@ -18,8 +18,7 @@ from grpo import train as loop
 from grpo.commands import replay
 from grpo.config import EMBEDDED
 from grpo.qwen3_5 import decode
-from grpo.run import setup
-from grpo.run.checkpoint import damage
+from grpo.run.checkpoint import find_damage
 from grpo.runtime.out_of_memory import OutOfMemory, memory_errors
 from tests.support import ranked
 from tests.support.recorded_runs import TINY, recorded
@@ -123,10 +122,10 @@ def test_training_keeps_the_last_step_and_goes_on_from_it(
     keys = {"rollout: ": "rollout.group_size, rollout.prompts_per_step", "evaluation: ": "evaluate.batch_size"}[says]
     assert error.startswith(f"error: {says}out of memory on the device (2.00 GiB more): lower {keys} or ")
     if not kept:
-        assert "no step is kept yet" in error
+        assert "No step is saved yet" in error
         return
-    assert not damage(tmp_path / "run" / "checkpoints" / f"step_{kept:06d}")
-    assert f"kept up to step_{kept:06d}; go on with: python -m grpo.train" in error and "--resume" in error
+    assert not find_damage(tmp_path / "run" / "checkpoints" / f"step_{kept:06d}")
+    assert f"step_{kept:06d} is saved. Resume with: python -m grpo train" in error and "--resume" in error
     assert loop.main([*command(overrides), *out, "--resume"]) == 0
     assert loop.main([*command(overrides), "--out", str(tmp_path / "whole")]) == 0
     adapters = [(tmp_path / run / "adapter" / "adapter_model.safetensors").read_bytes() for run in ("run", "whole")]
@@ -160,11 +159,11 @@ def test_on_two_ranks_there_is_one_error_and_the_step_is_kept(overrides: list[st
     argv = [*command(overrides, "evaluate.during={}"), "--out", str(tmp_path / "run")]
     assert ranked.on_ranks(2, ranked.train_otherwise, argv, [], fault, log=tmp_path) == [2, 2]
     said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
-    assert "error: rank 1: " in only_error(said[0]) and "kept up to step_000001" in said[0] and "lower " in said[0]
-    assert "error" not in said[1] and not damage(tmp_path / "run" / "checkpoints" / "step_000001")
+    assert "error: rank 1: " in only_error(said[0]) and "step_000001 is saved" in said[0] and "lower " in said[0]
+    assert "error" not in said[1] and not find_damage(tmp_path / "run" / "checkpoints" / "step_000001")
 
 
-@pytest.mark.parametrize("place", ["from_pretrained", "adapter", "head", "rates"])
+@pytest.mark.parametrize("place", ["from_pretrained", "adapter", "head"])
 def test_a_model_that_does_not_fit_is_said_before_the_folder_is_made(
     overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Pytest, place: str
 ) -> None:
@@ -177,7 +176,6 @@ def test_a_model_that_does_not_fit_is_said_before_the_folder_is_made(
         "from_pretrained": (transformers.AutoModelForCausalLM, "from_pretrained"),
         "adapter": (peft.PeftModel, "from_pretrained"),
         "head": (grpo.policy.policy, "_check_head"),
-        "rates": (setup, "measure_rates"),
     }[place]
     full(monkeypatch, owner, name)
     assert loop.main([*command(overrides), "--out", str(tmp_path / "run")]) == 2

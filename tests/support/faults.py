@@ -463,7 +463,7 @@ class Campaign:
         section = self.world.setup.config
         last = (section.train.steps - 1) // section.checkpoint.every * section.checkpoint.every
         stopped, before_last = self._stopped_after(last), f"step_{last - section.checkpoint.every:06d}"
-        names = ("manifest.json", *checkpoint_module.FILES)
+        names = ("manifest.json", *checkpoint_module.CHECKPOINT_FILES)
         every = [(name, how) for name in names for how in DAMAGES]
         chosen = [every[i % len(every)] for i in self.random.sample(range(attempts), attempts)]
         equal = 0
@@ -472,9 +472,10 @@ class Campaign:
             shutil.copytree(stopped, out)
             DAMAGES[how](out / "checkpoints" / f"step_{last:06d}" / name, self.random)
             equal += self.judge(out, what)
-            told = [line for line in self.world.log().splitlines() if line.startswith(("damaged ", "resume "))]
+            prefixes = ("warning: checkpoint ", "resume ")
+            told = [line for line in self.world.log().splitlines() if line.startswith(prefixes)]
             # a flipped bit of the manifest may sit in what it says of another file
-            named = f"step_{last:06d}: {'' if (name, how) == ('manifest.json', 'flipped') else name}"
+            named = f"step_{last:06d} is damaged ({'' if (name, how) == ('manifest.json', 'flipped') else name}"
             self.expect(len(told) == 2 and named in told[0] and before_last in told[1], f"{what}: not named")
         out = self.out()
         shutil.copytree(stopped, out)
@@ -543,7 +544,7 @@ def second_run(campaign: Campaign, out: Path) -> None:
     before = tree(out)
     for more in ((), ("--resume",)):
         code = world.child(out, None, *more)
-        refused_by = "already there" if not more else f"in use by process {first}"
+        refused_by = "already exists" if not more else f"in use by process {first}"
         campaign.expect(code == 2 and refused_by in world.log(), f"second run {more}: exit code {code}")
     campaign.expect(tree(out) == before, "second run: something was touched")
     os.kill(first, signal.SIGKILL)
@@ -568,9 +569,9 @@ def hung_update(campaign: Campaign, out: Path) -> None:
             time.sleep(stop_module.SAME_S + 0.2)
             os.kill(pid, signal.SIGTERM)
         _, status = os.waitpid(pid, 0)
-        code, told = os.waitstatus_to_exitcode(status), "leaving at once" in world.log()
+        code, told = os.waitstatus_to_exitcode(status), "quitting now" in world.log()
         campaign.expect(code == 128 + signal.SIGTERM and told == again, f"hung update, again={again}: exit code {code}")
-        campaign.expect(again or "go on with: python -m grpo.train" in world.log(), "hung update: no word how to go on")
+        campaign.expect(again or "Resume with: python -m grpo train" in world.log(), "hung update: no hint")
     campaign.judge(out, "hung update")
 
 

@@ -33,7 +33,14 @@ from grpo.policy.adapter_files import read_config, read_pairs, scaling
 from grpo.policy.policy import Policy, load_policy
 from grpo.report.model_card import model_card
 from grpo.report.page import make_report
-from grpo.run.checkpoint import FILES, MANIFEST, Progress, latest_checkpoint, load_checkpoint, save_checkpoint
+from grpo.run.checkpoint import (
+    CHECKPOINT_FILES,
+    MANIFEST,
+    Progress,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from grpo.run.folder import Run, evaluations
 from grpo.run.ledger import read_step
 from grpo.runtime.errors import INPUT_ERRORS, UserError
@@ -444,7 +451,7 @@ def _policy() -> tuple[Policy, torch.optim.Optimizer]:
     return policy, optimizer
 
 
-CHECKPOINT = (*FILES, MANIFEST)
+CHECKPOINT = (*CHECKPOINT_FILES, MANIFEST)
 
 
 @functools.cache

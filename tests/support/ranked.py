@@ -182,14 +182,15 @@ def train_and_leave(argv: list[str], fault: str) -> None:
 
 
 def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
-    """What `Ranks.sum_` makes of each rank's values, and what a rank is told that is not alike."""
+    """Return the sum of each rank's values, and the error for values that differ."""
     with joined("cpu", timeout_s=60) as ranks:
         flat = torch.tensor(values[ranks.rank])
         ranks.sum_(flat)
-        ranks.alike({"same": {"on": "all"}})
+        ranks.check_identical({"same": {"on": "all"}})
         try:
-            ranks.alike({"torch": "2", "rollout": {"n": min(ranks.rank, 1), "t": 1.0}, "base": [ranks.rank == 3]})
-        except ranks_module.RankError as error:
+            rollout_section = {"n": min(ranks.rank, 1), "t": 1.0}
+            ranks.check_identical({"torch": "2", "rollout": rollout_section, "base": [ranks.rank == 3]})
+        except ranks_module.UserError as error:
             return flat.tolist(), type(error).__name__, str(error)
         return flat.tolist(), "", ""
 
@@ -211,8 +212,8 @@ def hang(seconds: float) -> str:
 class _Patched:
     """A planted fault: an attribute replaced while it is entered."""
 
-    def __init__(self, where: Any = None, name: str = "", make: Callable[[Any], Any] | None = None) -> None:
-        self._where, self._name, self._make = where, name, make
+    def __init__(self, where: Any = None, true: Any = None, make: Callable[[Any], Any] | None = None) -> None:
+        self._where, self._name, self._make = where, getattr(true, "__name__", ""), make
 
     def __enter__(self) -> None:
         if self._make:
@@ -300,12 +301,12 @@ def _drifting(true: Any) -> Any:
 
 
 def _dies_at_the_checkpoint(true: Any) -> Any:
-    def alike(ranks: Ranks, value: Any) -> None:
+    def check_identical(ranks: Ranks, value: Any) -> None:
         if "adapter" in value:
             os._exit(1)
         true(ranks, value)
 
-    return alike
+    return check_identical
 
 
 def _full_in(call: int) -> Callable[[Any], Any]:
@@ -327,18 +328,20 @@ def _full_in(call: int) -> Callable[[Any], Any]:
 
 FAULTS: dict[str, Callable[[], _Patched]] = {
     "": _Patched,
-    "summed twice": lambda: _Patched(Ranks, "sum_", _summed_twice),
-    "divided by the ranks": lambda: _Patched(Ranks, "sum_", _averaged),
-    "gradients not summed": lambda: _Patched(Ranks, "sum_gradients", _unshared),
-    "a row forgotten": lambda: _Patched(update_module, "own_rows", _last_rows_forgotten),
-    "every rank trains all rows": lambda: _Patched(update_module, "own_rows", _all_rows_everywhere),
-    "stopped in the second rollout": lambda: _Patched(train_module, "prompts_for_step", _stops_in(1)),
-    "signalled before the second update": lambda: _Patched(train_module, "make_batch", _signalled_before_update(2)),
-    "another base": lambda: _Patched(setup, "load_policy", _one_weight_off),
-    "another adapter": lambda: _Patched(train_module, "update", _drifting),
-    "full in the second rollout": lambda: _Patched(rollout_module, "rollout", _full_in(2)),
-    "full in the second update": lambda: _Patched(update_module, "backward", _full_in(2)),
-    "dies at the checkpoint": lambda: _Patched(Ranks, "alike", _dies_at_the_checkpoint),
+    "summed twice": lambda: _Patched(Ranks, Ranks.sum_, _summed_twice),
+    "divided by the ranks": lambda: _Patched(Ranks, Ranks.sum_, _averaged),
+    "gradients not summed": lambda: _Patched(Ranks, Ranks.sum_gradients, _unshared),
+    "a row forgotten": lambda: _Patched(update_module, update_module.own_rows, _last_rows_forgotten),
+    "every rank trains all rows": lambda: _Patched(update_module, update_module.own_rows, _all_rows_everywhere),
+    "stopped in the second rollout": lambda: _Patched(train_module, train_module.prompts_for_step, _stops_in(1)),
+    "signalled before the second update": lambda: _Patched(
+        train_module, train_module.make_batch, _signalled_before_update(2)
+    ),
+    "another base": lambda: _Patched(setup, setup.load_policy, _one_weight_off),
+    "another adapter": lambda: _Patched(train_module, train_module.update, _drifting),
+    "full in the second rollout": lambda: _Patched(rollout_module, rollout_module.rollout, _full_in(2)),
+    "full in the second update": lambda: _Patched(update_module, update_module.backward, _full_in(2)),
+    "dies at the checkpoint": lambda: _Patched(Ranks, Ranks.check_identical, _dies_at_the_checkpoint),
 }
 WRONG_SUMS = tuple(FAULTS)[:6]
 """Those that spoil a gradient; the others are for one rank of a run."""

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+import benchmarks.roofline as roofline
 import grpo.engine.sampling as sampling_module
 import grpo.policy.policy as policy_module
-import grpo.run.roofline as roofline
 import grpo.train as train_module
 import grpo.update as update_module
 from benchmarks.bench import main as bench
@@ -265,7 +265,6 @@ def test_replay_with_the_model(run: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def train_on_own_card(argv: list[str]) -> tuple[int, list[str], int]:
     """A rank: its exit code, the backends it asked for, and its current card."""
-    roofline.MATMUL_SIZE["cuda"], roofline.MOST_BYTES["cuda"] = 128, 1 << 20
     with simulated_card(index=int(os.environ["LOCAL_RANK"]), cards=2) as card:
         return train(argv), card.backends, card.current
 

@@ -1,14 +1,15 @@
-"""How fast a step could be: what it must read over the bandwidth, what it must multiply over the matmul rate.
+"""Lower bounds on the time of a step: bytes to read / bandwidth and FLOPs / matmul rate, whichever takes longer.
 
-Decoding reads all weights and every row's state for each token; the rest multiplies. For B rows and P + t tokens seen
+Decoding reads all weights and the state of every row for each token; the other phases multiply. For B rows, a prompt of
+P tokens and t completion tokens so far:
 
-    a token      max((w·(body + head + lora) + B·(2·state + (P + t)·kv)) / bandwidth, B·2·(body + head + lora) / rate)
+    per token    max((w·(body + head + lora) + B·(2·state + (P + t)·kv)) / bandwidth, B·2·(body + head + lora) / rate)
     forward      tokens · (2·body + 2·lora + scan + attention) + completion tokens · 2·head             over rate
     train        tokens · (4·body + 6·lora + 3.5·(scan + attention)) + completion tokens · 4·head       over rate
 
-with w bytes a weight. Frozen weights need no gradient of their own: 4·body, not 6. Activations, logits and the
-optimiser move bytes too and nothing overlaps fully, so no program reaches 1. Not counted, because it could be saved:
-the second forward pass of gradient checkpointing, a prompt's passes for every completion of it instead of once, and
+with w bytes per weight. Frozen weights need no gradient: 4·body, not 6. Activations, logits and the optimizer move
+bytes too and nothing overlaps fully, so no program reaches the bound. Not counted, because they can be avoided: the
+second forward pass of gradient checkpointing, passes over a prompt for each of its completions instead of once, and
 forward passes for old log-probabilities.
 """
 
@@ -23,56 +24,57 @@ from torch import nn
 
 from grpo.config import Config
 from grpo.loss import silent_rows
+from grpo.policy.policy import Policy
 from grpo.types import Step
 
 SCAN_FLOPS = 8
-"""Of the gated delta rule, a token and number of its state: decay, read with the key, write, read with the query."""
+"""FLOPs of the gated delta rule per token and element of its state: decay, read by key, write, read by query."""
 MEASURE_SECONDS = 0.12
 MOST_BYTES = {"cpu": 1 << 26, "cuda": 1 << 31}
 MATMUL_SIZE = {"cpu": 384, "cuda": 8192}
 REPEATS = 16
-"""Copies of a drawn strip that a measured matrix is made of: drawing all of it would take longer than measuring."""
+"""Copies of a random strip that form the measured matrix: drawing all of it would take longer than measuring."""
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Layers of softmax attention that see equally far."""
+    """Softmax attention layers with the same window."""
 
     window: int | None
-    """Tokens back; None sees all."""
+    """Tokens attended to; None is all."""
     kv_bytes: int
-    """Keys and values of a row, a token."""
+    """Bytes of keys and values per row and token, all layers."""
     flops: int
-    """A token and token seen, forward."""
+    """Forward FLOPs per token and attended token, all layers."""
 
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What a token costs this model, on any machine.
+    """Cost per token of a model, on any machine.
 
     Example, Qwen3.5-9B in bfloat16: body 6.92e9, head 1.02e9, state 51.9e6, one `Attention` with 32 KiB a token.
     """
 
     body: int
-    """Parameters of the decoder's linear layers, all read for a token. The embedding is only looked up."""
+    """Parameters of the decoder's linear layers, all read for each token. The embedding is only indexed."""
     head: int
     lora: int
     weight_bytes: int
     state_bytes: int
-    """Of a row's recurrent states, whatever its length; read and written for a token."""
+    """Bytes of a row's recurrent states, at any length; read and written for each token."""
     scan: int
-    """FLOPs of the recurrences, a token, forward."""
+    """Forward FLOPs of the recurrences per token."""
     attentions: tuple[Attention, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """Of a device, as measured."""
+    """Measured rates of a device."""
 
     bandwidth: float
-    """Bytes a second."""
+    """Bytes per second."""
     matmul: float
-    """FLOPs a second of large products in the model's dtype."""
+    """FLOPs per second of large matrix products in the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,14 +87,14 @@ class Work:
     prompts: tuple[int, ...]
     owners: tuple[int, ...]
     lengths: tuple[int, ...]
-    """Completion tokens a row."""
+    """Completion tokens of each row."""
     trained: tuple[bool, ...]
-    """Rows that need a backward pass; the others only need log-probabilities."""
+    """Whether each row needs a backward pass; the others only need log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
 class Floor:
-    """Seconds that no program can do without, by phase."""
+    """Least possible seconds of each phase."""
 
     prefill: float
     decode: float
@@ -115,15 +117,15 @@ class Floor:
 def step_floor(
     costs: Costs, rates: Rates, work: Work, *, reference: bool, inner_epochs: int = 1, dropped: Sequence[int] = ()
 ) -> Floor:
-    """The floor of one step.
+    """Return the floor of one step.
 
     Args:
         reference: whether reference log-probabilities are computed.
         inner_epochs: μ.
-        dropped: lengths of rows that were sampled and left out; their prompts are not counted.
+        dropped: lengths of rows that were sampled and replaced; their prompts are not counted.
 
-    A model that is nothing but a head of 5 weights of 2 bytes, 10 bytes and 100 FLOPs a second: its second token reads
-    10 bytes. The first comes with the prefill. Two tokens are scored and trained with 4·5 FLOPs each:
+    A model that is only a head of 5 weights of 2 bytes, on a device with 10 bytes and 100 FLOPs per second: the second
+    token reads 10 bytes, the first comes with the prefill. Two tokens are trained with 4·5 FLOPs each:
 
     >>> floor = step_floor(Costs(0, 5, 0, 2, 0, 0, ()), Rates(10.0, 100.0), Work((3,), (0,), (2,), (True,)),
     ...                    reference=False)
@@ -143,7 +145,8 @@ def step_floor(
 
 
 def decode_floor(costs: Costs, rates: Rates, prompts: Sequence[int], lengths: Sequence[int]) -> float:
-    """Seconds to decode rows of those completion lengths together, each behind its prompt, every token after its first.
+    """Return the least seconds to decode rows of the given prompt and completion lengths together, without their first
+    tokens.
 
     >>> decode_floor(Costs(10, 0, 0, 1, 0, 0, ()), Rates(10.0, 1e9), [4, 4], [3, 2])
     2.0
@@ -154,21 +157,24 @@ def decode_floor(costs: Costs, rates: Rates, prompts: Sequence[int], lengths: Se
     moved = np.full(len(steps), float(weights_read(costs)))
     flops = alive.sum(0) * float(2 * (costs.body + costs.head + costs.lora) + costs.scan)
     moved += alive.sum(0) * 2.0 * costs.state_bytes
-    for one in costs.attentions:
-        columns = (np.minimum(context, one.window or context) * alive).sum(0)
-        moved += columns * one.kv_bytes
-        flops += columns * one.flops
+    for attention in costs.attentions:
+        columns = (np.minimum(context, attention.window or context) * alive).sum(0)
+        moved += columns * attention.kv_bytes
+        flops += columns * attention.flops
     return float(np.maximum(moved / rates.bandwidth, flops / rates.matmul).sum())
 
 
 def weights_read(costs: Costs) -> int:
-    """Bytes of weights behind one token."""
+    """Return the bytes of weights read per token."""
     return costs.weight_bytes * (costs.body + costs.head + costs.lora)
 
 
 def shared_flops(costs: Costs, work: Work, kinds: Mapping[bool, Callable[[Costs, int, int], float]]) -> float:
-    """Of passes over all rows, each prompt once: as the first of ``kinds`` for the rows that are trained (and for the
-    prompts of such rows), as the other for the rest."""
+    """Return the FLOPs of one pass over all rows, with each prompt counted once.
+
+    Args:
+        kinds: whether a row is trained → FLOPs of its pass; a prompt counts as trained if any of its rows is.
+    """
     flops = 0.0
     for b, prompt in enumerate(work.prompts):
         rows = [i for i, owner in enumerate(work.owners) if owner == b]
@@ -181,12 +187,12 @@ def shared_flops(costs: Costs, work: Work, kinds: Mapping[bool, Callable[[Costs,
 
 
 def forward_flops(costs: Costs, tokens: int, scored: int) -> float:
-    """Of a sequence of ``tokens``, whose last ``scored`` go through the head as well."""
+    """Return the FLOPs of a forward pass over ``tokens``, of which the last ``scored`` also go through the head."""
     return 2 * (tokens * (costs.body + costs.lora) + scored * costs.head) + _mixing_flops(costs, tokens)
 
 
 def train_flops(costs: Costs, tokens: int, scored: int) -> float:
-    """Forward and backward of the same."""
+    """Return the FLOPs of the forward and backward pass over the same tokens."""
     linear = tokens * (4 * costs.body + 6 * costs.lora) + 4 * scored * costs.head
     return linear + 3.5 * _mixing_flops(costs, tokens)
 
@@ -197,7 +203,7 @@ def _mixing_flops(costs: Costs, tokens: int) -> float:
 
 
 def columns_seen(tokens: int, window: int | None) -> int:
-    """Of causal attention, Σ over positions.
+    """Return the attended tokens of causal attention, summed over positions.
 
     >>> columns_seen(4, None), columns_seen(4, 2)
     (10, 7)
@@ -207,34 +213,35 @@ def columns_seen(tokens: int, window: int | None) -> int:
 
 
 def work_of(step: Step, config: Config) -> Work:
-    """The tokens of a step that was taken. Rows that cannot move the policy need no backward pass."""
+    """Return the work of a recorded step. Rows without a gradient need no backward pass."""
     groups = step.groups
     silent = silent_rows(step.batch.advantages, step.batch.token_weights, beta=config.loss.beta).tolist()
     return Work(
         prompts=tuple(len(group.prompt.ids) for group in groups),
         owners=tuple(b for b, group in enumerate(groups) for _ in group.completions),
         lengths=tuple(len(completion.ids) for group in groups for completion in group.completions),
-        trained=tuple(not one for one in silent),
+        trained=tuple(not row for row in silent),
     )
 
 
 def floor_of(step: Step, config: Config, costs: Costs, rates: Rates) -> Floor:
-    """`step_floor` of a step that was taken."""
+    """Return the floor of a recorded step."""
     return step_floor(
         costs,
         rates,
         work_of(step, config),
         reference=config.loss.beta > 0,
         inner_epochs=config.optim.inner_epochs,
-        dropped=[length for one in step.dropped for length in one.lengths],
+        dropped=[length for group in step.dropped for length in group.lengths],
     )
 
 
 def costs_of(base: Any) -> Costs:
-    """Of a causal language model of transformers, adapters of PEFT inside it or not; the meta device will do.
+    """Return the costs of a causal language model of transformers, with or without PEFT adapters, on any device
+    including meta.
 
-    Counted are linear layers, softmax attention by ``layer_types``, and the states of Gated DeltaNet. Another kind of
-    recurrence, and experts that are not `torch.nn.Linear`, are left out: the floor is then lower than it could be.
+    Linear layers, softmax attention by ``layer_types`` and the states of Gated DeltaNet are counted. Other recurrences,
+    and experts that are not `torch.nn.Linear`, are not, so their floor is too low.
     """
     linear = {name: m.weight for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)}
     lora = sum(w.numel() for name, w in linear.items() if ".lora_" in name)
@@ -268,7 +275,8 @@ def _attention(config: Any, layers: int, window: int | None, width: int) -> Atte
 
 
 def _delta(config: Any, layers: int, width: int) -> tuple[int, int]:
-    """(bytes of state a row, FLOPs a token) of Gated DeltaNet: fp32 states, convolutions in the model's dtype."""
+    """Return the bytes of state per row and the FLOPs per token of Gated DeltaNet, with fp32 states and convolutions in
+    the model's dtype."""
     if not layers:
         return 0, 0
     numbers = config.linear_num_value_heads * config.linear_key_head_dim * config.linear_value_head_dim
@@ -282,11 +290,10 @@ def _delta(config: Any, layers: int, width: int) -> tuple[int, int]:
 
 
 def measure_rates(device: torch.device, dtype: torch.dtype, size: int) -> Rates:
-    """What the device does now, in about half a second: the best of a few copies, sums and products.
+    """Measure a device in about half a second; return the best of a few copies, sums and products.
 
     Args:
-        size: bytes that the model reads for a token: on a CPU a small model lives in the caches, and so must what
-            measures them.
+        size: bytes that the model reads per token: a small model is in a CPU's caches, so the measurement must be too.
     """
     kind = "cuda" if device.type == "cuda" else "cpu"
     free = torch.cuda.mem_get_info(device)[0] if kind == "cuda" else MOST_BYTES["cpu"] * 8
@@ -302,8 +309,15 @@ def measure_rates(device: torch.device, dtype: torch.dtype, size: int) -> Rates:
     return Rates(max(copied, read), 2 * edge**3 / _best(lambda: matrix @ matrix, device))
 
 
+def limits_of(policy: Policy) -> tuple[Costs, Rates]:
+    """Return the costs per token of a policy and the measured rates of its device."""
+    base = policy.model.get_base_model()
+    costs = costs_of(base)
+    return costs, measure_rates(policy.device, base.dtype, weights_read(costs))
+
+
 def _best(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of the runs that `MEASURE_SECONDS` allow, after one to warm up."""
+    """Return the seconds of the fastest run within `MEASURE_SECONDS`, after one to warm up."""
     run()
     best, until = float("inf"), now(device) + MEASURE_SECONDS
     while True:
@@ -316,7 +330,7 @@ def _best(run: Callable[[], object], device: torch.device) -> float:
 
 
 def now(device: torch.device) -> float:
-    """Seconds of a monotonic clock, the device having finished what it was given."""
+    """Return the seconds of a monotonic clock after all work on the device has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

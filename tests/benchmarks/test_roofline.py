@@ -9,11 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Gemma2Config, LlamaConfig, Qwen3Config
 
-from grpo.config import load_config
-from grpo.policy.memory_plan import RANDOM, frozen_parameters
-from grpo.policy.policy import Policy
-from grpo.policy.random_model import random_base
-from grpo.run.roofline import (
+from benchmarks.roofline import (
     Attention,
     Costs,
     Rates,
@@ -27,6 +23,10 @@ from grpo.run.roofline import (
     train_flops,
     weights_read,
 )
+from grpo.config import load_config
+from grpo.policy.memory_plan import RANDOM, frozen_parameters
+from grpo.policy.policy import Policy
+from grpo.policy.random_model import random_base
 
 META = torch.device("meta")
 V49 = Work((200,), (0,) * 8, (1024,) * 8, (True,) * 8)
