@@ -1,7 +1,7 @@
-"""A base of random weights in a true shape, made on the device in seconds: what a step costs, without the weights.
+"""Build a base with random weights in the shape of a real model, to measure what a step costs without its files.
 
-It says nothing. So that a reward still has something to tell apart, its tokenizer ends every text with an answer line
-whose level is a checksum of the ids.
+Such a model generates noise. So that rewards still differ, its tokenizer ends each decoded text with an answer whose
+level is a checksum of the ids.
 """
 
 from collections.abc import Sequence
@@ -16,29 +16,28 @@ from grpo.policy.memory_plan import RANDOM, Shape
 SEED = 0
 
 
-class RandomTokenizer(PreTrainedTokenizerFast):
-    """The embedded tokenizer. Ids above its vocabulary, nearly all of a larger one, decode to nothing."""
+class AnsweringTokenizer(PreTrainedTokenizerFast):
+    """The embedded tokenizer, with an answer after each text. Ids above its vocabulary decode to nothing."""
 
     def decode(self, token_ids: Any, *arguments: Any, **options: Any) -> Any:
-        """What the embedded vocabulary makes of the ids, and ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; of each list,
-        where they are several."""
+        """Return the decoded text, followed by ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; a list for lists of ids."""
         if len(token_ids) and isinstance(token_ids[0], list | tuple):
             return [self.decode(ids, *arguments, **options) for ids in token_ids]
-        said = super().decode(token_ids, *arguments, **options)
-        return f"{said}</think>\nANSWER: ESI {checksum(token_ids)}"
+        text = super().decode(token_ids, *arguments, **options)
+        return f"{text}</think>\nANSWER: ESI {level_from_ids(token_ids)}"
 
 
-def checksum(ids: Sequence[int]) -> int:
-    """A level from 1 to 5.
+def level_from_ids(ids: Sequence[int]) -> int:
+    """Return a level from 1 to 5.
 
-    >>> checksum([3, 4]), checksum([])
+    >>> level_from_ids([3, 4]), level_from_ids([])
     (3, 1)
     """
     return 1 + sum(ids) % 5
 
 
 def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model of ``random:NAME`` and its tokenizer; the same weights every time on one kind of device."""
+    """Return the model ``random:NAME`` and its tokenizer. The weights are always the same on one type of device."""
     tokenizer = random_tokenizer()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -54,12 +53,12 @@ def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple
 
 
 def random_tokenizer() -> Any:
-    """The embedded tokenizer, with answers."""
-    return RandomTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
+    """Return the tokenizer of all random models."""
+    return AnsweringTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
 
 
 def text_config(shape: Shape) -> Qwen3_5TextConfig:
-    """The published model's configuration with the sizes of ``shape``; every k-th layer attends, the last one too."""
+    """Return the configuration for a shape; every k-th layer is full attention, including the last."""
     every = shape.num_hidden_layers // shape.full_attention_layers
     kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(shape.num_hidden_layers)]
     return Qwen3_5TextConfig(
