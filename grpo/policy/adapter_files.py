@@ -110,7 +110,7 @@ def check_lora_tensors(folder: Path, config: Mapping[str, Any]) -> None:
             _check_pair(f"{path}: {module}", a, b, _rank(config, module))
 
 
-def load_adapter(base: Any, folder: Path, *, device: torch.device, trainable: bool = False) -> Any:
+def load_adapter(base: Any, folder: Path, *, device: torch.device, is_trainable: bool = False) -> Any:
     """Return a `peft.PeftModel` of the base with an adapter on it, after checking that names and shapes match exactly:
     PEFT ignores superfluous tensors and leaves absent ones at their initial values.
 
@@ -129,7 +129,7 @@ def load_adapter(base: Any, folder: Path, *, device: torch.device, trainable: bo
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             # low_cpu_mem_usage: on the meta device first, where a rank that the config claims takes no memory
             wrapped = PeftModel.from_pretrained(
-                base, str(folder), is_trainable=trainable, torch_device=str(device), low_cpu_mem_usage=True
+                base, str(folder), is_trainable=is_trainable, torch_device=str(device), low_cpu_mem_usage=True
             )
         in_file = {key: header.shape for key, header in declared(path).items()}
     except (torch.OutOfMemoryError, torch.AcceleratorError):

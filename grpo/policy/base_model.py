@@ -106,9 +106,9 @@ def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
     if name in RANDOM:
-        from grpo.policy.random_model import random_tokenizer
+        from grpo.policy.random_model import load_random_tokenizer
 
-        return random_tokenizer()
+        return load_random_tokenizer()
     with loading_errors(name) as source:
         tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
@@ -121,9 +121,9 @@ def context_of(name: str) -> int:
     from transformers import AutoConfig
 
     if name in RANDOM:
-        from grpo.policy.random_model import text_config
+        from grpo.policy.random_model import qwen3_5_config
 
-        return int(text_config(RANDOM[name]).max_position_embeddings)
+        return int(qwen3_5_config(RANDOM[name]).max_position_embeddings)
     with loading_errors(name) as source:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     return int(config.get_text_config().max_position_embeddings)

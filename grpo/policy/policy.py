@@ -112,7 +112,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
         folder = resolve(lora.warm_start)
         check_adapter(folder, lora, model.name)
         try:
-            wrapped = load_adapter(base, folder, device=here, trainable=True)
+            wrapped = load_adapter(base, folder, device=here, is_trainable=True)
         except UserError as error:
             raise UserError(f"lora.warm_start: {error}") from None
         _set_dropout(wrapped, lora.dropout)

@@ -5,6 +5,7 @@ level is a checksum of the ids.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -38,13 +39,13 @@ def level_from_ids(ids: Sequence[int]) -> int:
 
 def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the model ``random:NAME`` and its tokenizer. The weights are always the same on one type of device."""
-    tokenizer = random_tokenizer()
+    tokenizer = load_random_tokenizer()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(SEED)
         with torch.device(device):
-            model = Qwen3_5ForCausalLM(text_config(RANDOM[name]))
+            model = Qwen3_5ForCausalLM(qwen3_5_config(RANDOM[name]))
     finally:
         torch.set_default_dtype(before)
     model.config.dtype = dtype
@@ -52,28 +53,14 @@ def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple
     return model, tokenizer
 
 
-def random_tokenizer() -> Any:
+def load_random_tokenizer() -> Any:
     """Return the tokenizer of all random models."""
     return AnsweringTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
 
 
-def text_config(shape: Shape) -> Qwen3_5TextConfig:
+def qwen3_5_config(shape: Shape) -> Qwen3_5TextConfig:
     """Return the configuration for a shape; every k-th layer is full attention, including the last."""
     every = shape.num_hidden_layers // shape.full_attention_layers
     kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(shape.num_hidden_layers)]
-    return Qwen3_5TextConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        layer_types=kinds,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        linear_num_key_heads=shape.linear_num_key_heads,
-        linear_num_value_heads=shape.linear_num_value_heads,
-        linear_key_head_dim=shape.linear_key_head_dim,
-        linear_value_head_dim=shape.linear_value_head_dim,
-        linear_conv_kernel_dim=shape.linear_conv_kernel_dim,
-        tie_word_embeddings=shape.tie_word_embeddings,
-    )
+    sizes = {name: size for name, size in asdict(shape).items() if name != "full_attention_layers"}
+    return Qwen3_5TextConfig(layer_types=kinds, **sizes)
