@@ -62,14 +62,18 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
         refuse_adapter(name)
         tokenizer = load_tokenizer(name)
         with loading_errors(name) as source:
-            base = load_weights(AutoModelForCausalLM, source, device=device, dtype=dtype)
+            base, _ = load_weights(AutoModelForCausalLM, source, device=device, dtype=dtype)
     guard_optional_kernels(base)
     return base.requires_grad_(False), tokenizer
 
 
-def load_weights(model_class: Any, source: str, *, device: torch.device, dtype: torch.dtype | str) -> Any:
-    """Return a model of a transformers class with the weights of ``source``, a folder or hub id; to be called inside
-    `loading_errors`. Unlike transformers, refuse files that lack a weight instead of drawing it at random."""
+def load_weights(
+    model_class: Any, source: str, *, device: torch.device, dtype: torch.dtype | str
+) -> tuple[Any, set[str]]:
+    """Return a model of a transformers class with the weights of ``source``, a folder or hub id, and the tensors of the
+    files that it does not use, except those that its class ignores on purpose. To be called inside `loading_errors`.
+
+    Unlike transformers, refuse files that lack a weight instead of drawing it at random."""
     from transformers.utils import logging
 
     # PEFT still calls what transformers 6 will rename; not actionable for users
@@ -87,7 +91,7 @@ def load_weights(model_class: Any, source: str, *, device: torch.device, dtype: 
     )
     if missing := sorted(info["missing_keys"]):
         raise UserError(f"no weights for {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
-    return model
+    return model, set(info["unexpected_keys"])
 
 
 def prepare_cuda(device: torch.device) -> None:

@@ -192,7 +192,11 @@ def test_tensors_that_the_class_does_not_load_and_their_dtypes_are_kept(
         shutil.copy(random_base / name, base)
     base_config(dtype="bfloat16")(adapter, base)
     mixed = {key: value + 1e-4 if "norm" in key else value.bfloat16() for key, value in weights(base).items()}
-    save_file(mixed | {"mtp.fc.weight": torch.ones(3, 2)}, base / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        mixed | {"mtp.fc.weight": torch.ones(3, 2), "extra": torch.ones(2)},
+        base / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     merge(adapter, tmp_path / "out", base=str(base), check=False)
     before, after = weights(base), weights(tmp_path / "out")
     assert before.keys() == after.keys()

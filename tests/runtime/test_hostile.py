@@ -588,7 +588,7 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
         (lambda b: (b / "tokenizer.json").write_text("{}"), "cannot be loaded"),
         (lambda b: ((b / "tokenizer.json").unlink(), os.mkfifo(b / "tokenizer.json")), "json is not a regular file"),
         (lambda b: (b / "model.safetensors").write_bytes(packed(TWICE)), "an object contains a key twice"),
-        (lambda b: put(b / "config.json", "attn_implementation", "some/kernel"), r"remote code \(attn_implementation\)"),
+        (lambda b: put(b / "config.json", "attn_implementation", "some/kernel"), r"code \(attn_implementation\)"),
         (lambda b: put(b / "config.json", "text_config", {"auto_map": {"a": "b"}}), r"remote code \(auto_map\)"),
         (lambda b: put(b / "config.json", "hidden_size", -1), "cannot be loaded"),
         (lambda b: put(b / "config.json", "hidden_size", "x"), "cannot be loaded"),
