@@ -1,4 +1,4 @@
-"""Base and tokenizer: found on this machine, looked through, loaded. Nothing is downloaded, nothing of them is run."""
+"""Load a base model and its tokenizer from this machine: nothing is downloaded, and no code of theirs is run."""
 
 import argparse
 import contextlib
@@ -19,7 +19,7 @@ from grpo.runtime.free_memory import free_bytes
 from grpo.runtime.tensor_files import declared
 from rewards.safe_files import MEBIBYTE, Unreadable, is_regular, read_json
 
-# read when transformers is first imported: nothing is downloaded, asked for or told, whatever a model's files say
+# read when transformers is first imported: no downloads, no telemetry, no kernels from the hub, whatever a model sets
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
@@ -31,28 +31,24 @@ from grpo.runtime.errors import UserError
 LOAD_ERRORS = (
     OSError, SafetensorError, StrictDataclassError, ValueError, KeyError, TypeError, AttributeError, RuntimeError,
 )  # fmt: skip
-"""What transformers and the libraries below it raise over a model's files."""
+"""Exceptions that transformers and its dependencies raise for invalid model files."""
 DEVICE_ERRORS = (torch.OutOfMemoryError, torch.AcceleratorError)
-"""RuntimeErrors that are the device's and say nothing of a file."""
+"""RuntimeErrors caused by the device, not by a file."""
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-MOST_TOKENIZER = 256 * MEBIBYTE
+PICKLE_GLOBS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+MAX_JSON_BYTES = 256 * MEBIBYTE
+"""Size limit of a model's JSON files; a tokenizer.json takes about 20 MB."""
 
 
 def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The frozen base and its tokenizer, from files on this machine: nothing is ever downloaded.
+    """Return the frozen base and its tokenizer.
 
     A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in `RANDOM`
-    reads no weights at all.
+    reads no weights.
     """
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    # PEFT still calls what transformers 6 will rename; nothing a user could act on
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start; `plan` says what matters
-    logging.disable_progress_bar()
     if device.type == "cuda":
         prepare_cuda(device)
     if name in RANDOM:
@@ -60,33 +56,49 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
 
         need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
         if need > free:
-            raise UserError(
-                f"model.name = {name!r}: {need:,} bytes of weights do not fit the {free:,} that {device} has free"
-            )
-
+            raise UserError(f"model.name = {name!r}: needs {need:,} bytes for its weights; {device} has {free:,} free")
         base, tokenizer = random_base(name, device=device, dtype=dtype)
-        guard_optional_kernels(base)
-        return base.requires_grad_(False), tokenizer
-    refuse_adapter(name)
-    tokenizer = load_tokenizer(name)
-    with _loading(name) as where:
-        base = AutoModelForCausalLM.from_pretrained(
-            where,
-            dtype=dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            use_safetensors=True,
-            device_map={"": device},  # not into the host's memory first, where each rank would hold 18 GB
-        )
+    else:
+        refuse_adapter(name)
+        tokenizer = load_tokenizer(name)
+        with loading_errors(name) as source:
+            base, _ = load_weights(AutoModelForCausalLM, source, device=device, dtype=dtype)
     guard_optional_kernels(base)
     return base.requires_grad_(False), tokenizer
 
 
+def load_weights(
+    model_class: Any, source: str, *, device: torch.device, dtype: torch.dtype | str
+) -> tuple[Any, set[str]]:
+    """Return a model of a transformers class with the weights of ``source``, a folder or hub id, and the tensors of the
+    files that it does not use, except those that its class ignores on purpose. To be called inside `loading_errors`.
+
+    Unlike transformers, refuse files that lack a weight instead of drawing it at random."""
+    from transformers.utils import logging
+
+    # PEFT still calls what transformers 6 will rename; not actionable for users
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
+    logging.set_verbosity_error()  # its notes on missing fused kernels repeat on every start
+    logging.disable_progress_bar()
+    model, info = model_class.from_pretrained(
+        source,
+        dtype=dtype,
+        local_files_only=True,
+        trust_remote_code=False,
+        use_safetensors=True,
+        device_map={"": device},  # directly: in host memory, every rank would hold a copy of its own first
+        output_loading_info=True,
+    )
+    if missing := sorted(info["missing_keys"]):
+        raise UserError(f"no weights for {len(missing)} tensors of {type(model).__name__}, first {missing[0]}")
+    return model, set(info["unexpected_keys"])
+
+
 def prepare_cuda(device: torch.device) -> None:
-    """Make a card the current one and set what the recipe's numbers depend on."""
-    torch.cuda.set_device(device)  # graphs are captured, and Triton launches, on the current device alone
-    # On sm_90 torch >= 2.11 asks cuDNN's attention first. It builds a plan for every new shape, which is every step
-    # here, and with an explicit mask its gradient is NaN at lengths of 64 mod 128 (pytorch#196678).
+    """Make a CUDA device the current one, and disable kernels that are slow or imprecise for this program."""
+    torch.cuda.set_device(device)  # CUDA graphs and Triton use the current device only
+    # On sm_90, torch >= 2.11 prefers cuDNN attention. It builds a plan for each new shape, which here is every step,
+    # and with an explicit mask its gradient is NaN at lengths of 64 mod 128 (pytorch#196678).
     torch.backends.cuda.enable_cudnn_sdp(False)
     # Split-K products would round their partial sums to half precision.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
@@ -94,134 +106,151 @@ def prepare_cuda(device: torch.device) -> None:
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a base, from files on this machine."""
+    """Return the tokenizer of a base; it must have a chat template."""
     from transformers import AutoTokenizer
 
     if name in RANDOM:
-        from grpo.policy.random_model import random_tokenizer
+        from grpo.policy.random_model import load_random_tokenizer
 
-        return random_tokenizer()
-    with _loading(name) as where:
-        tokenizer = AutoTokenizer.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        return load_random_tokenizer()
+    with loading_errors(name) as source:
+        tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     if tokenizer.chat_template is None:
         raise UserError(f"model.name = {name!r}: its tokenizer has no chat template, so no prompt can be rendered")
     return tokenizer
 
 
 def context_of(name: str) -> int:
-    """Positions a base was made for, by its config alone."""
+    """Return the context length of a base, from its config alone."""
     from transformers import AutoConfig
 
     if name in RANDOM:
-        from grpo.policy.random_model import text_config
+        from grpo.policy.random_model import qwen3_5_config
 
-        return int(text_config(RANDOM[name]).max_position_embeddings)
-    with _loading(name) as where:
-        config = AutoConfig.from_pretrained(where, local_files_only=True, trust_remote_code=False)
+        return int(qwen3_5_config(RANDOM[name]).max_position_embeddings)
+    with loading_errors(name) as source:
+        config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     return int(config.get_text_config().max_position_embeddings)
 
 
-def found_at(name: str) -> str:
-    """What the loaders are given for a model's name: its folder where there is one, else the name, for the cache."""
+def local_path_or_name(name: str) -> str:
+    """Return the folder of a model if it exists; else its name, which the loaders look up in the hub's local cache."""
     folder = resolve(name)
     return str(folder) if os.path.exists(folder) else name
 
 
-def not_here(name: str) -> str:
-    """Why a name is no model on this machine, and what to do."""
+def model_folder(name: str) -> Path:
+    """Return the folder with a base's files on this machine."""
+    from transformers.utils import cached_file
+
+    with loading_errors(name) as source:
+        return Path(str(cached_file(source, "config.json", local_files_only=True))).parent
+
+
+def missing_model_message(name: str) -> str:
+    """Return why a name is not a model on this machine, and what to do."""
     if name.startswith("random:"):
-        return f"model.name = {name!r}: no such random model; there are {', '.join(RANDOM)}"
+        return f"model.name = {name!r}: no such random model; choose from {', '.join(RANDOM)}"
     if resolve(name).is_dir():
-        return f"model.name = {name!r}: holds no config.json, so it is no model"
+        return f"model.name = {name!r}: not a model: the folder has no config.json"
     if not HUB_ID.fullmatch(name):
         return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
     return (
         f"model.name = {name!r}: not on this machine, and this program downloads nothing. Fetch it once with "
-        f"`hf download {name}`, or set model.name to a folder that holds config.json, tokenizer and safetensors"
+        f"`hf download {name}`, or set model.name to a folder with config.json, tokenizer and safetensors"
     )
 
 
 @contextlib.contextmanager
-def _loading(name: str) -> Iterator[str]:
-    """What the loaders are to be given, once nothing in it is what they would obey (see `check_base`)."""
+def loading_errors(name: str) -> Iterator[str]:
+    """Check a model's folder with `check_base`, provide what to pass to the loaders, and turn their errors into
+    UserErrors."""
     from transformers.utils import cached_file
 
-    where = found_at(name)
+    source = local_path_or_name(name)
     try:
-        found = cached_file(where, "config.json", local_files_only=True)
-        if found is not None:
-            check_base(Path(str(found)).parent)
-        yield where
+        config = cached_file(source, "config.json", local_files_only=True)
+        if config is not None:
+            check_base(Path(str(config)).parent)
+        yield source
     except DEVICE_ERRORS:
         raise
     except LOAD_ERRORS as error:
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        here = resolve(name)
-        if not is_regular(here / "config.json") and (here.is_dir() or isinstance(error, OSError)):
-            raise UserError(f"{not_here(name)} ({said})") from None
-        raise UserError(f"model.name = {name!r}: its files cannot be loaded: {said}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        folder = resolve(name)
+        if not is_regular(folder / "config.json") and (folder.is_dir() or isinstance(error, OSError)):
+            raise UserError(f"{missing_model_message(name)} ({reason})") from None
+        raise UserError(f"model.name = {name!r}: its files cannot be loaded: {reason}") from None
 
 
 def refuse_adapter(name: str) -> None:
-    """transformers would load an adapter's base, put the adapter on it, and say nothing of either."""
+    """Raise UserError if a model is an adapter: transformers would silently load its base with the adapter on it."""
     from transformers.utils import cached_file
 
     try:
-        found = cached_file(found_at(name), "adapter_config.json", local_files_only=True)
+        config = cached_file(local_path_or_name(name), "adapter_config.json", local_files_only=True)
     except (OSError, ValueError):
-        found = None
-    if found is None:
         return
-    raise UserError(
-        f"model.name = {name!r}: holds an adapter (adapter_config.json), and a model is expected here: name its base, "
-        f"and the adapter as lora.warm_start or --adapter"
-    )
+    if config is not None:
+        raise UserError(
+            f"model.name = {name!r}: is an adapter (adapter_config.json); expected a model. Pass its base here, and "
+            f"the adapter as lora.warm_start or --adapter"
+        )
 
 
 def check_base(folder: Path) -> None:
-    """What the libraries would obey, wait for or unpickle in a model's folder is refused before they see it.
+    """Check a model's folder before a library opens it: no pickles, no remote code, no pipes, no oversized or deeply
+    nested JSON, no invalid safetensors header, no index that refers to files elsewhere.
 
     Raises:
         UserError: names the file.
     """
     for file in folder.glob("*"):
         if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model") and not is_regular(file):
-            raise UserError(f"{file.name} is no file")
-    if not any(folder.glob("*.safetensors")) and any(any(folder.glob(kind)) for kind in PICKLES):
-        raise UserError("pickles (.bin) can run code and are never opened: have the model saved as safetensors")
+            raise UserError(f"{file.name} is not a regular file")
+    if not any(folder.glob("*.safetensors")) and any(any(folder.glob(pattern)) for pattern in PICKLE_GLOBS):
+        raise UserError("pickles (.bin) can run code and are never opened; save the model as safetensors")
     file = folder
     try:
         for file in sorted(folder.glob("*.json")):
-            table = read_json(file, most=MOST_TOKENIZER, foreign=True)
-            if isinstance(table, dict) and (named := _names_code(table)):
-                raise UserError(f"{file.name}: {named} asks for code, which no model brings along here")
+            table = read_json(file, most=MAX_JSON_BYTES, foreign=True)
+            if isinstance(table, dict) and (key := _remote_code_key(table)):
+                raise UserError(f"{file.name}: requests remote code ({key}), which is never run here")
+            if file.name.endswith(".index.json") and isinstance(table, dict):
+                _check_index(file, table.get("weight_map"))
         for file in sorted(folder.glob("*.safetensors")):
             declared(file)
     except Unreadable as error:
         raise UserError(f"{file.name}: {error}") from None
 
 
-def _names_code(table: Mapping[str, Any]) -> str:
-    """The key of a config that would have a library load code: its own, or a kernel of the hub."""
+def _check_index(file: Path, weight_map: object) -> None:
+    files = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name for name in files):
+        raise UserError(f"{file.name}: weight_map must give a file of the same folder for each tensor")
+
+
+def _remote_code_key(table: Mapping[str, Any]) -> str:
+    """Return the key of a config that would make a library load code (its own, or a kernel of the hub), or ""."""
     if table.get("auto_map"):
         return "auto_map"
     for key, value in table.items():
         if key.endswith("attn_implementation") and "/" in str(value):
             return key
-        if isinstance(value, dict) and key.endswith("_config") and (inner := _names_code(value)):
+        if isinstance(value, dict) and key.endswith("_config") and (inner := _remote_code_key(value)):
             return inner
     return ""
 
 
 def pick_device(name: str, *, cards: int | None = None) -> torch.device:
-    """Return the device that ``model.device`` names: ``auto`` is the current CUDA device where there is one, else the
-    CPU. A CUDA device always comes with its index: `torch.cuda.set_device` refuses one without.
+    """Return the device for ``model.device``: ``auto`` is the current CUDA device if there is one, else the CPU. A CUDA
+    device always has an index, which `torch.cuda.set_device` requires.
 
     Args:
-        cards: CUDA devices of this machine; None asks torch.
+        cards: number of CUDA devices; None asks torch.
 
     Raises:
-        UserError: this machine has no such device.
+        UserError: no such device on this machine.
     """
     if cards is None:
         cards = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -238,23 +267,19 @@ def pick_device(name: str, *, cards: int | None = None) -> torch.device:
 
 
 def device_option(name: str) -> str:
-    """Return the value of a ``--device`` option.
-
-    Raises:
-        ArgumentTypeError: it names no device.
-    """
+    """Parse a ``--device`` option: auto, cpu, cuda or cuda:N."""
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", name):
         raise argparse.ArgumentTypeError(f"{name!r}: expected auto, cpu, cuda or cuda:N")
     return name
 
 
 def card_name(device: torch.device) -> str:
-    """Return the model of a CUDA card, or "cpu"."""
+    """Return the name of a CUDA device's hardware, or "cpu"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """``auto`` is bfloat16 on CUDA and float32 on a CPU."""
+    """Return the dtype for ``model.dtype``: ``auto`` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return DTYPES[name]

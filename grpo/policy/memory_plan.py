@@ -1,7 +1,7 @@
-"""What a config asks of the machine, from shapes alone: parameters, tokens, completions, bytes. Imports no torch.
+"""Estimate what a run needs from shapes alone: parameters, tokens, completions, bytes. Imports no torch.
 
-Every byte count is an estimate: a formula over the model's shape, with one measured constant for each kind of device
-(`ACTIVATION_BYTES`). Fragmentation, the libraries' own workspace and a display's share are not in it.
+Byte counts are formulas over the model's shape with one measured constant per type of device (`ACTIVATION_BYTES`).
+Memory fragmentation and the libraries' workspaces are not included.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,25 +11,25 @@ from grpo.config import Config, resolve
 from rewards.safe_files import Unreadable, is_regular, read_json
 
 KNOWN_HUB_SHAPES = ("Qwen/Qwen3.5-9B",)
-"""Hub ids whose shape is `Shape`'s defaults, so that a plan needs none of their files."""
-SHAPED = ("qwen3_5", "qwen3_5_text")
-"""Values of ``model_type`` in config.json whose parameters `projections` knows how to count."""
+"""Hub ids with the default shape of `Shape`: their files are not needed for a plan."""
+COUNTABLE_MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
+"""Values of ``model_type`` in config.json that `linear_modules` supports."""
 
 CHUNK_TOKENS = 1024
-"""Completion tokens whose logits are alive at a time in the update; `grpo.logprobs.token_logprobs` has the same."""
+"""Completion tokens per chunk of logits in the update, as in `grpo.logprobs.token_logprobs`."""
 ACTIVATION_BYTES = {"cpu": 30, "cuda": 12}
-"""Saved for backward by `grpo.qwen3_5` in plain torch, a token, a layer and a unit of hidden + feed-forward width.
-Measured on small Qwen3.5 shapes on a CPU: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32 in
-both). Counted on the 9B's shapes as on CUDA, where scans are computed again (`benchmarks/on_paper.py`): 12."""
+"""Bytes that `grpo.qwen3_5` saves for the backward pass per token, layer, and unit of hidden + feed-forward width.
+Measured with small Qwen3.5 shapes on a CPU: 27-30 in float32, 19-22 in bfloat16 (norms and the delta rule are float32
+in both). Counted for the 9B on CUDA, where scans are recomputed (`benchmarks/on_paper.py`): 12."""
 BYTES_PER_TOKEN = 3
-"""Of English triage text, cautiously: real tokenizers need fewer tokens, a plan needs none of their files."""
-UNSEEN_NARRATIVE = 600
-"""Bytes taken for the longest narrative when there are no cases to look at."""
+"""Of English triage text, a low estimate: real tokenizers give fewer tokens."""
+DEFAULT_NARRATIVE_BYTES = 600
+"""Assumed for the longest narrative if no cases are available."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The sizes in a Qwen3.5 config.json, under its own keys. The defaults are Qwen3.5-9B's."""
+    """Sizes of a Qwen3.5 model, named as in config.json. The defaults are those of Qwen3.5-9B."""
 
     vocab_size: int = 248_320
     hidden_size: int = 4096
@@ -53,7 +53,7 @@ class Shape:
 
     @property
     def key_width(self) -> int:
-        """Of a Gated DeltaNet layer, all heads together."""
+        """Width of the keys of a Gated DeltaNet layer, all heads together."""
         return self.linear_num_key_heads * self.linear_key_head_dim
 
     @property
@@ -77,15 +77,15 @@ RANDOM: dict[str, Shape] = {
         linear_value_head_dim=32,
     ),
 }
-"""Values of ``model.name`` that make random weights of a shape (`grpo.policy.random_model`): the whole 9B, and its
-vocabulary of 248,320 on a body small enough for two CPU cores."""
+"""Values of ``model.name`` for random weights (`grpo.policy.random_model`): the 9B, and a decoder small enough for two
+CPU cores with the vocabulary of the 9B."""
 
 
 @dataclass(frozen=True, slots=True)
-class Estimate:
+class MemoryEstimate:
     """One line of the memory plan.
 
-    Example: ``Estimate("KV cache", "rollout", 322_961_408, "rows · tokens · 2 · layers · heads · head_dim · bytes")``
+    Example: ``MemoryEstimate("KV cache", "rollout", 322_961_408, "32 rows × 616 tokens × 16,384 B")``
     """
 
     part: str
@@ -97,7 +97,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do and need, before any weight is read."""
+    """Size of a run and its estimated memory, computed without reading any weights."""
 
     prompts: int
     group_size: int
@@ -105,17 +105,17 @@ class Plan:
     inner_epochs: int
     steps: int
     tokens_a_step: int
-    """At most: every completion as long as the budget, and every refill round drawn in full."""
+    """Upper bound per step: each completion uses the whole budget, each refill round is full."""
     frozen: int | None
-    """Parameters of the base; None where the model's shape cannot be read."""
+    """Parameters of the base; None if its shape is unknown."""
     trained: int | None
     modules: int | None
-    """Linear layers that carry an adapter."""
-    memory: tuple[Estimate, ...]
+    """Number of adapted linear layers."""
+    memory: tuple[MemoryEstimate, ...]
 
     @property
     def rows(self) -> int:
-        """Completions a step."""
+        """Completions per step."""
         return self.prompts * self.group_size
 
     @property
@@ -123,15 +123,14 @@ class Plan:
         return self.steps * self.rows
 
     def peak(self, phase: str) -> int:
-        """Bytes alive together in a phase, by estimate."""
+        """Return the estimated peak of a phase [bytes]."""
         return sum(line.bytes for line in self.memory if line.phase in (phase, "both"))
 
 
 def read_shape(name: str) -> Shape | None:
-    """The shape behind ``model.name``: of `RANDOM`, of a known hub id, or of a folder's config.json.
+    """Return the shape for ``model.name``: from `RANDOM`, for a known hub id, or from a folder's config.json.
 
-    None for what is neither, for another architecture, and for a file that does not hold what it should: whether the
-    model can be loaded is for the loader to say.
+    None if it is unknown, for other architectures, and for invalid files: the loader will report those.
 
     >>> read_shape("Qwen/Qwen3.5-9B") == Shape()
     True
@@ -151,7 +150,7 @@ def read_shape(name: str) -> Shape | None:
 def _shape(table: Mapping[str, object]) -> Shape | None:
     text = table.get("text_config")
     table = text if isinstance(text, dict) else table
-    if table.get("model_type") not in SHAPED or table.get("attention_bias"):
+    if table.get("model_type") not in COUNTABLE_MODEL_TYPES or table.get("attention_bias"):
         return None
     sizes = {f.name: table[f.name] for f in fields(Shape) if type(table.get(f.name)) in (int, bool)}
     layers = table.get("layer_types")
@@ -160,10 +159,10 @@ def _shape(table: Mapping[str, object]) -> Shape | None:
     return Shape(**sizes)  # type: ignore[arg-type]
 
 
-def projections(shape: Shape) -> dict[str, tuple[int, int, int]]:
-    """Every kind of linear layer by its module name: (how many, input width, output width).
+def linear_modules(shape: Shape) -> dict[str, tuple[int, int, int]]:
+    """Return module name → (number of layers, input width, output width).
 
-    >>> projections(Shape())["q_proj"]
+    >>> linear_modules(Shape())["q_proj"]
     (8, 4096, 8192)
     """
     hidden, heads, head = shape.hidden_size, shape.num_attention_heads, shape.head_dim
@@ -186,12 +185,14 @@ def projections(shape: Shape) -> dict[str, tuple[int, int, int]]:
 
 
 def frozen_parameters(shape: Shape) -> int:
-    """Parameters of the text model: Σ in·out over its linear layers, convolutions, norms, embedding and head.
+    """Return the parameters of the text model: Σ in·out over its linear layers, convolutions, norms, embedding, head.
 
     >>> round(frozen_parameters(Shape()) / 1e9, 3)
     8.954
     """
-    linear = sum(count * wide * high for count, wide, high in projections(shape).values())
+    linear = sum(
+        count * in_features * out_features for count, in_features, out_features in linear_modules(shape).values()
+    )
     convolution = (2 * shape.key_width + shape.value_width) * shape.linear_conv_kernel_dim
     deltas = convolution + 2 * shape.linear_num_value_heads + shape.linear_value_head_dim
     norms = shape.full_attention_layers * 2 * shape.head_dim + (2 * shape.num_hidden_layers + 1) * shape.hidden_size
@@ -200,27 +201,27 @@ def frozen_parameters(shape: Shape) -> int:
 
 
 def lora_parameters(shape: Shape, targets: Sequence[str], r: int) -> tuple[int, int]:
-    """(parameters, adapted layers) of a LoRA adapter: Σ r·(in + out) over the targets.
+    """Return (parameters, adapted layers) of a LoRA adapter: Σ r·(in + out) over the targets.
 
     >>> lora_parameters(Shape(), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 32)
     (58195968, 128)
     """
-    adapted = [sizes for name, sizes in projections(shape).items() if name in targets]
-    return sum(count * r * (wide + high) for count, wide, high in adapted), sum(count for count, _, _ in adapted)
+    adapted = [sizes for name, sizes in linear_modules(shape).items() if name in targets]
+    return sum(count * r * (in_features + out_features) for count, in_features, out_features in adapted), sum(
+        count for count, _, _ in adapted
+    )
 
 
 def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None) -> Plan:
-    """The batch arithmetic of a config, and `memory_plan` where the model's shape is known.
+    """Return the size of a run, with `estimate_memory` if the model's shape is known.
 
     Args:
-        config: the run.
-        shape: of its base, or None.
-        longest_narrative: bytes of UTF-8 of the longest case; None when no case was seen.
+        longest_narrative: UTF-8 bytes of the longest case; None if no case is available.
     """
     rollout = config.rollout
     rows = rollout.prompts_per_step * rollout.group_size
     trained, modules = lora_parameters(shape, config.lora.target_modules, config.lora.r) if shape else (None, None)
-    narrative = UNSEEN_NARRATIVE if longest_narrative is None else longest_narrative
+    narrative = DEFAULT_NARRATIVE_BYTES if longest_narrative is None else longest_narrative
     prompt = -(-(len(config.cases.system_prompt.encode()) + narrative) // BYTES_PER_TOKEN)
     return Plan(
         prompts=rollout.prompts_per_step,
@@ -232,28 +233,28 @@ def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None
         frozen=frozen_parameters(shape) if shape else None,
         trained=trained,
         modules=modules,
-        memory=memory_plan(config, shape, prompt) if shape else (),
+        memory=estimate_memory(config, shape, prompt) if shape else (),
     )
 
 
-def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estimate, ...]:
-    """Bytes by part, each an estimate, for prompts of ``prompt_tokens`` and completions of the whole budget.
+def estimate_memory(config: Config, shape: Shape, prompt_tokens: int) -> tuple[MemoryEstimate, ...]:
+    """Return estimated bytes by part, for prompts of ``prompt_tokens`` and completions that use the whole budget.
 
-    With w bytes a weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
-    R the rows decoded together (a step's, or an evaluation's batch, whichever needs more), m rows a micro-batch (one if
-    ``micro_batch_tokens`` is "auto", which takes more where memory is free), S = prompt + budget tokens, V the
-    vocabulary, and a = `ACTIVATION_BYTES`:
+    With w bytes per weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
+    R rows decoded together (of a step or an evaluation batch, whichever needs more), m rows per micro-batch (one if
+    ``micro_batch_tokens`` is "auto", which uses more if memory is free), S = prompt + budget tokens, V the vocabulary
+    size, and a = `ACTIVATION_BYTES`:
 
         base            w · parameters
         adapter         4 · (weight + gradient + two moments), + 4 for a warm-start reference;  fp32
         KV cache        R · S · w · 2 · full layers · KV heads · head_dim
         DeltaNet state  R · linear layers · (4 · value heads · key dim · value dim + w · convolution width · kernel)
-        sampler         R · V · (w + 20):      the last logits, their fp32 logprobs, two fp64 arrays to draw from
+        sampler         R · V · (w + 20):      the last logits, their fp32 logprobs, two fp64 arrays for drawing
         activations     m · S · layers · a · (hidden + ffn);   with gradient checkpointing
-                        m · S · (layers · w · hidden + a · (hidden + ffn)): each layer's input, and one layer whole
+                        m · S · (layers · w · hidden + a · (hidden + ffn)): each layer's input, and one complete layer
         logits          min(1024, m · budget) · V · (w + 8):   one chunk, its fp32 logprobs and its gradient
 
-    For Qwen3.5-9B in bfloat16 a row costs 32 KiB of KV a token and 52 MB of state, whatever its length.
+    For Qwen3.5-9B in bfloat16 a row costs 32 KiB of KV per token and 52 MB of state at any length.
     """
     rollout, width = config.rollout, _weight_bytes(config)
     trained, _ = lora_parameters(shape, config.lora.target_modules, config.lora.r)
@@ -270,25 +271,29 @@ def memory_plan(config: Config, shape: Shape, prompt_tokens: int) -> tuple[Estim
     micro, bound = config.optim.micro_batch_size, config.optim.micro_batch_tokens
     if bound is not None:
         micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
-    more = ", more where memory is free" if bound == "auto" else ""
+    more = ", more if memory is free" if bound == "auto" else ""
     device = "cpu" if config.model.device == "cpu" else "cuda"
     layer = ACTIVATION_BYTES[device] * (shape.hidden_size + shape.intermediate_size)
     if config.model.gradient_checkpointing:
-        saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one layer whole"
+        saved, how = shape.num_hidden_layers * width * shape.hidden_size + layer, "layer inputs and one complete layer"
     else:
-        saved, how = shape.num_hidden_layers * layer, "every layer whole"
+        saved, how = shape.num_hidden_layers * layer, "all layers"
     copies = 5 if config.loss.reference == "warm_start" else 4
-    held = "weight, gradient, two moments" + (", reference" if copies == 5 else "")
+    tensors = "weight, gradient, two moments" + (", reference" if copies == 5 else "")
     chunk = min(CHUNK_TOKENS, micro * rollout.max_new_tokens)
     seen = prompt_tokens + budget
     return (
-        Estimate("base weights", "both", width * frozen_parameters(shape), f"{width} B a parameter"),
-        Estimate("adapter", "both", 4 * copies * trained, f"{copies} fp32 copies: {held}"),
-        Estimate("KV cache", "rollout", rows * seen * kv, f"{rows} rows × {seen:,} tokens × {kv:,} B"),
-        Estimate("DeltaNet state", "rollout", rows * state, f"{rows} rows × {state:,} B"),
-        Estimate("sampler", "rollout", rows * shape.vocab_size * (width + 20), f"{rows} rows of logits, drawn in fp64"),
-        Estimate("activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}{more}"),
-        Estimate("logits", "update", chunk * shape.vocab_size * (width + 8), f"one chunk of {chunk:,} tokens"),
+        MemoryEstimate("base weights", "both", width * frozen_parameters(shape), f"{width} B per parameter"),
+        MemoryEstimate("adapter", "both", 4 * copies * trained, f"{copies} fp32 copies: {tensors}"),
+        MemoryEstimate("KV cache", "rollout", rows * seen * kv, f"{rows} rows × {seen:,} tokens × {kv:,} B"),
+        MemoryEstimate("DeltaNet state", "rollout", rows * state, f"{rows} rows × {state:,} B"),
+        MemoryEstimate(
+            "sampler", "rollout", rows * shape.vocab_size * (width + 20), f"{rows} rows of logits, sampled in fp64"
+        ),
+        MemoryEstimate(
+            "activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}{more}"
+        ),
+        MemoryEstimate("logits", "update", chunk * shape.vocab_size * (width + 8), f"one chunk of {chunk:,} tokens"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Which kernels of packages that need not be installed are used, and on which device."""
+"""Restrict the kernels of optional packages to devices and versions on which they are correct."""
 
 import functools
 import inspect
@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 MIN_FLA = (0, 6)
-"""Of flash-linear-attention. 0.4.0 computes wrong values on Hopper cards with a newer Triton, 0.5.1 raises in the
+"""Minimum version of flash-linear-attention. 0.4.0 is wrong on Hopper GPUs with recent Triton, 0.5.1 raises in the
 backward pass (issues 640, 913, 984 and 999 of fla-org/flash-linear-attention)."""
 DELTA_RULES = ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule")
 CONVOLUTIONS = ("causal_conv1d_fn", "causal_conv1d_update")
@@ -21,8 +21,8 @@ _fla_in_layers = True
 
 @functools.cache
 def has_fla() -> bool:
-    """Return whether flash-linear-attention, the extra ``fast``, is installed in a version that computes right. An
-    older one is reported once and ignored."""
+    """Return whether flash-linear-attention (the extra ``fast``) is installed in a correct version. An older one is
+    reported once and ignored."""
     for package in ("fla-core", "flash-linear-attention"):  # the kernels moved from the second to the first
         try:
             installed = version(package)
@@ -32,24 +32,24 @@ def has_fla() -> bool:
         if numbers and (int(numbers[1]), int(numbers[2])) >= MIN_FLA:
             return True
         wanted = ".".join(map(str, MIN_FLA))
-        print(f"kernels   {package} {installed} is not used: at least {wanted} is needed", file=sys.stderr)
+        print(f"kernels   {package} {installed} is not used: version {wanted} or later is required", file=sys.stderr)
         return False
     return False
 
 
 def allow_fla_in_layers(allowed: bool) -> bool:
-    """Choose whether transformers' layers may call flash-linear-attention at all, in this process; return what was
-    chosen before. They are chosen by name in their module, so the choice cannot be a model's."""
+    """Set whether transformers' layers may call flash-linear-attention in this process; return the previous setting.
+    Layers look the kernels up in their module, so the setting cannot belong to a model."""
     global _fla_in_layers
     before, _fla_in_layers = _fla_in_layers, allowed
     return before
 
 
 def guard_optional_kernels(model: nn.Module) -> None:
-    """Let the layers of a transformers model call optional kernels for CUDA tensors alone, and those of
-    flash-linear-attention only where `has_fla` and `allow_fla_in_layers` allow it.
+    """Make the layers of a transformers model use optional kernels for CUDA tensors only, and those of
+    flash-linear-attention only if `has_fla` and `allow_fla_in_layers` allow it.
 
-    transformers chooses them when it is imported, by what is installed, whatever the device: they raise on a CPU.
+    transformers selects them on import if they are installed, regardless of the device: on a CPU they raise.
     """
     for modeling in {sys.modules[type(module).__module__] for module in model.modules()}:
         for name in (*DELTA_RULES, *CONVOLUTIONS):

@@ -1,7 +1,7 @@
-"""The policy: a frozen base with a LoRA adapter, checked against each other, and the reference it is held to.
+"""The policy: a frozen base with a LoRA adapter.
 
-The reference is never a second model. It is the base with the adapter disabled, or the same weights with the adapter's
-tensors swapped for those it started from.
+The reference is never a second model: it is the base with the adapter disabled, or the base with the adapter's initial
+tensors swapped in.
 """
 
 import contextlib
@@ -12,17 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from grpo.config import Lora, Model, resolve
-from grpo.policy.adapter_files import read_config, readable, refuse_merged_twice
+from grpo.policy.adapter_files import (
+    check_lora_tensors,
+    check_not_merged_already,
+    check_same_base,
+    load_adapter,
+    read_adapter_config,
+)
 from grpo.policy.base_model import (
-    DEVICE_ERRORS,
-    HUB_ID,
-    found_at,
     load_base,
-    not_here,
+    local_path_or_name,
+    missing_model_message,
     pick_device,
     pick_dtype,
     refuse_adapter,
@@ -33,29 +36,27 @@ from grpo.prompts import encode, end_ids
 from grpo.runtime.distributed import ALONE, Ranks
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
-from grpo.runtime.tensor_files import declared
 from rewards.safe_files import clipped, is_regular
 
-ODD_BUT_EXACT = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
-"""Keys of an adapter's config that are not trained or run here, but that a merge takes exactly as PEFT does."""
+MERGE_ONLY_KEYS = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
+"""Keys of an adapter's config that are not supported in training, but that `grpo merge` handles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Kernels:
-    """Which kernels run on CUDA beside torch's own, each only where it is available. `grpo.run.self_check` switches off
-    those that fail."""
+    """Optional kernels to use on CUDA if they are available. `grpo.run.self_check` disables those that fail."""
 
     triton: bool = True
     """Decode with `grpo.qwen3_5.decode_ops_triton` instead of `grpo.qwen3_5.decode_ops`."""
     graphs: bool = True
     """Replay the decode step as a CUDA graph."""
     fla: bool = True
-    """Train through the scan of flash-linear-attention instead of `grpo.qwen3_5.gated_delta_scan`'s."""
+    """Train with the scan of flash-linear-attention instead of `grpo.qwen3_5.gated_delta_scan`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """The trainable model and what is needed to speak with it."""
+    """The trainable model with its tokenizer and device."""
 
     model: Any
     """`peft.PeftModel` around the frozen base."""
@@ -63,9 +64,9 @@ class Policy:
     end_ids: tuple[int, ...]
     device: torch.device
     context: int
-    """Positions the base was made for."""
+    """Context length of the base [tokens]."""
     ranks: Ranks = ALONE
-    """Who else holds this policy."""
+    """The processes that train this policy together."""
     sharded: bool = False
     """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
     call of it is made by all ranks together."""
@@ -79,7 +80,7 @@ class Policy:
 
     @property
     def body(self) -> Any:
-        """The decoder without its head, adapter layers included: ids → last hidden states."""
+        """The decoder with its adapter layers, without the head: ids → last hidden states."""
         return self.model.get_base_model().base_model
 
     @property
@@ -88,21 +89,19 @@ class Policy:
         return self.model.get_base_model().get_output_embeddings()
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The adapter's tensors by name, in a fixed order. fp32 masters."""
+        """Return the adapter's fp32 parameters by name, in a fixed order."""
         return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
 
 @memory_errors("loading the model", LOADING)
 def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) -> Policy:
-    """Base + adapter on their device, ready to sample and to train. With ``model.shard`` and more than one rank, the
-    base is read into the host's memory, and each rank's device gets its part.
+    """Load base and adapter onto their device, ready to sample and to train. With ``model.shard`` and more than one
+    rank, the base is read into the host's memory, and each rank's device gets its part.
 
     Raises:
-        UserError: the base is not on this machine, the adapter belongs to another base, disagrees with ``[lora]``,
-            or is loaded without any effect on the logits.
+        UserError: the base is not on this machine, or the adapter belongs to another base, contradicts ``[lora]``, or
+            has no effect on the model.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-
     allow_fla_in_layers(model.kernels == "auto")
     device = pick_device(model.device) if ranks.device.type == "cpu" else ranks.device
     shard = model.shard and ranks.size > 1
@@ -112,25 +111,13 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     if lora.warm_start:
         folder = resolve(lora.warm_start)
         check_adapter(folder, lora, model.name)
-        with _named(folder, "adapter"):
-            declared(folder / "adapter_model.safetensors")
-        with _named(folder, "adapter"):
-            # PEFT's own choice would be "cuda", which safetensors takes for card 0, whatever the base lies on
-            wrapped = PeftModel.from_pretrained(base, str(folder), is_trainable=True, torch_device=str(here))
-        _check_tensors(folder, wrapped)
+        try:
+            wrapped = load_adapter(base, folder, device=here, is_trainable=True)
+        except UserError as error:
+            raise UserError(f"lora.warm_start: {error}") from None
         _set_dropout(wrapped, lora.dropout)
     else:
-        wrapped = get_peft_model(
-            base,
-            LoraConfig(
-                r=lora.r,
-                lora_alpha=lora.alpha,
-                lora_dropout=lora.dropout,
-                target_modules=list(lora.target_modules),
-                task_type="CAUSAL_LM",
-            ),
-        )
-        init_adapter(wrapped, seed)
+        wrapped = _fresh_adapter(base, lora, seed)
     if model.gradient_checkpointing:
         base.gradient_checkpointing_enable({"use_reentrant": False})
     wrapped.eval()
@@ -150,15 +137,29 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     return spread(policy, device) if shard else policy
 
 
-@torch.no_grad()
-def init_adapter(wrapped: Any, seed: int) -> None:
-    """Draw every A from U(-1/√i, 1/√i), i its input width, as PEFT does, but on the CPU and in fp32: PEFT's own draw is
-    rounded to the base's dtype. A seed gives the same adapter on every device and base dtype. B stays zero."""
+def _fresh_adapter(base: Any, lora: Lora, seed: int) -> Any:
+    """Wrap the base with a new adapter: A ~ U(-1/√i, 1/√i) for input width i, as in PEFT, and B = 0. It is drawn on the
+    CPU in fp32, so that a seed gives the same adapter on every device and for every dtype of the base; PEFT would round
+    it to that dtype."""
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(
+        base,
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=list(lora.target_modules),
+            task_type="CAUSAL_LM",
+        ),
+    )
     generator = torch.Generator().manual_seed(seed)
-    for name, p in sorted(wrapped.named_parameters()):
-        if ".lora_A." in name:
-            bound = p.shape[1] ** -0.5
-            p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    with torch.no_grad():
+        for name, p in sorted(wrapped.named_parameters()):
+            if ".lora_A." in name:
+                bound = p.shape[1] ** -0.5
+                p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
+    return wrapped
 
 
 def spread(policy: Policy, device: torch.device) -> Policy:
@@ -185,55 +186,55 @@ def spread(policy: Policy, device: torch.device) -> Policy:
 
 
 def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
-    """One line for each part of the policy that is not on this machine: looked up, not loaded."""
+    """Return one message for each part of the policy that is not on this machine, without loading anything."""
     from transformers.utils import cached_file
 
-    faults = []
+    messages = []
     try:
         refuse_adapter(model.name)
-        if model.name not in RANDOM and not cached_file(found_at(model.name), "config.json", local_files_only=True):
-            faults.append(not_here(model.name))
+        source = local_path_or_name(model.name)
+        if model.name not in RANDOM and not cached_file(source, "config.json", local_files_only=True):
+            messages.append(missing_model_message(model.name))
     except UserError as error:
-        faults.append(str(error))
+        messages.append(str(error))
     except (OSError, ValueError):
-        faults.append(not_here(model.name))
-    if lora.warm_start and not is_regular(resolve(lora.warm_start) / "adapter_config.json"):
-        faults.append(
-            f"lora.warm_start: {resolve(lora.warm_start) / 'adapter_config.json'}: cannot be read: no such file"
-        )
-    return tuple(faults)
+        messages.append(missing_model_message(model.name))
+    path = resolve(lora.warm_start) / "adapter_config.json"
+    if lora.warm_start and not is_regular(path):
+        messages.append(f"lora.warm_start: {path}: cannot be read: no such file")
+    return tuple(messages)
 
 
 @contextlib.contextmanager
 def adapter_swapped(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
-    """Inside, the model speaks as the reference: with ``tensors`` in the adapter's place, or, for None, as the bare
-    base. Outside, the adapter holds the very bits it held before."""
+    """Context in which the policy is the reference: the adapter contains ``tensors``, or is disabled if None. On exit
+    the adapter is restored bit for bit."""
     if tensors is None:
         with policy.model.disable_adapter():
             yield
         return
-    own = {name: p.detach().clone() for name, p in policy.trainable().items()}
+    trained = adapter_copy(policy)
     _copy_in(policy, tensors)
     try:
         yield
     finally:
-        _copy_in(policy, own)
+        _copy_in(policy, trained)
 
 
 def adapter_copy(policy: Policy) -> dict[str, Tensor]:
-    """The adapter's tensors as they are now."""
+    """Return a copy of the adapter's tensors."""
     return {name: p.detach().clone() for name, p in policy.trainable().items()}
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
-    """Writes the adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
+    """Write the adapter in PEFT's layout: ``adapter_config.json`` and ``adapter_model.safetensors``."""
     # "auto" would ask the hub whether the vocabulary grew; `lm_head` and embeddings are never trained here
     policy.model.save_pretrained(str(folder), save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty card: the run writes its own
-    config = folder / "adapter_config.json"
-    told = json.loads(config.read_text(encoding="utf-8"))
-    told["target_modules"] = sorted(told["target_modules"])  # PEFT holds a set: in another order in every process
-    config.write_text(json.dumps(told, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's empty model card; the run writes one of its own
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["target_modules"] = sorted(config["target_modules"])  # a set in PEFT, ordered differently in each process
+    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
@@ -243,7 +244,7 @@ def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _set_dropout(wrapped: Any, p: float) -> None:
-    """The config's dropout, whatever the warm start was trained with."""
+    """Set the dropout of the config, whatever the warm start was trained with."""
     for name, module in wrapped.named_modules():
         if name.endswith("lora_dropout"):
             for key in module:
@@ -251,113 +252,71 @@ def _set_dropout(wrapped: Any, p: float) -> None:
 
 
 def _check_targets(base: Any, lora: Lora) -> None:
-    """Every target names a linear layer of the decoder: a typo would silently train less than the config says."""
+    """Check that each target is a linear layer of the decoder: PEFT would silently ignore a typo."""
     linear = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)}
     if unknown := sorted(set(lora.target_modules) - linear):
         raise UserError(
             f"lora.target_modules: {', '.join(unknown)}: no such linear layer in the decoder (`lm_head` is never "
-            f"adapted); it has {', '.join(sorted(linear))}"
+            f"adapted); choose from {', '.join(sorted(linear))}"
         )
 
 
 def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_start") -> None:
-    """Refuses an adapter that is not what ``[lora]`` says, is more than plain LoRA of one rank, was made for another
-    base, or is in the base's weights already. Reads its config and the names and shapes of its tensors, and the
-    tensors themselves where the base is a merged one.
+    """Check that an adapter is plain LoRA of one rank, matches ``[lora]`` and the base, and is not merged into it.
 
     Args:
-        key: what named it, for the message.
+        key: the config key or option that the adapter comes from, for the message.
 
     Raises:
-        UserError: says which, and what to do.
+        UserError: the first problem found, and what to do.
     """
     path = folder / "adapter_config.json"
     try:
-        found = read_config(folder)
+        config = read_adapter_config(folder)
+        targets = config.get("target_modules")
+        if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
+            targets = sorted(targets)
+        recorded = {**config, "target_modules": targets}
+        expected = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
+        for name, value in expected.items():
+            if recorded.get(name) != value:
+                raise UserError(f"{path}: {name} is {clipped(recorded.get(name))}, but {value!r} in [lora]")
+        check_same_base(path, config, base)
+        unsupported = {name for name in (*MERGE_ONLY_KEYS, "layers_pattern", "exclude_modules") if config.get(name)}
+        if unsupported:
+            advice = "; convert it to full weights with `grpo merge`" if unsupported <= {*MERGE_ONLY_KEYS} else ""
+            raise UserError(
+                f"{path}: {', '.join(sorted(unsupported))}: only plain LoRA of one rank is supported{advice}"
+            )
+        check_lora_tensors(folder, config)
+        check_not_merged_already(base, folder)
     except UserError as error:
         raise UserError(f"{key}: {error}") from None
-    weights = folder / "adapter_model.safetensors"
-    if not is_regular(weights):
-        raise UserError(f"{key}: {weights}: cannot be read: no such file")
-    wanted = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
-    targets = found.get("target_modules")
-    if isinstance(targets, list) and all(isinstance(target, str) for target in targets):
-        targets = sorted(targets)
-    there = {**found, "target_modules": targets}
-    for name, value in wanted.items():
-        if there.get(name) != value:
-            raise UserError(f"{key}: {path}: {name} is {clipped(there.get(name))}, [lora] says {value!r}")
-    own = found.get("base_model_name_or_path")
-    if isinstance(own, str) and HUB_ID.fullmatch(own) and HUB_ID.fullmatch(base) and own != base:
-        raise UserError(f"{key}: {path}: made for the base {own}, model.name says {base}")
-    if odd := [name for name in (*ODD_BUT_EXACT, "layers_pattern", "exclude_modules") if found.get(name)]:
-        way_out = "; `python -m grpo merge` makes full weights of it, which are" if {*odd} <= {*ODD_BUT_EXACT} else ""
-        raise UserError(f"{key}: {path}: {', '.join(odd)}: only plain LoRA of one rank is trained or run here{way_out}")
-    try:
-        _check_rank(folder / "adapter_model.safetensors", lora.r)
-        refuse_merged_twice(base, folder)
-    except UserError as error:
-        raise UserError(f"{key}: {error}") from None
-
-
-def _check_rank(path: Path, r: int) -> None:
-    """The file's own rank, by its header: PEFT makes the tensors that the config asks for before it reads the file."""
-    with readable(path) as file:
-        for name in file.keys():  # noqa: SIM118 (no mapping)
-            shape = file.get_slice(name).get_shape()
-            if ".lora_A." in name and list(shape)[:1] != [r]:
-                raise UserError(f"{path}: {name} has shape {tuple(shape)}, r is {r}")
-
-
-def _check_tensors(folder: Path, wrapped: Any) -> None:
-    """Every LoRA tensor of the model must come from the file, and every tensor of the file must have its place."""
-    path = folder / "adapter_model.safetensors"
-    with _named(folder, "adapter"):
-        shapes = {key: told.shape for key, told in declared(path).items()}
-    expected = {n.replace(".default.", "."): tuple(p.shape) for n, p in wrapped.named_parameters() if "lora_" in n}
-    if wrong := sorted(set(shapes) ^ set(expected)) or [k for k in expected if shapes[k] != expected[k]]:
-        raise UserError(
-            f"lora.warm_start: {path}: made for another base: {len(wrong)} tensors differ in name or "
-            f"shape, first {clipped(wrong[0])[1:-1]}"
-        )
-
-
-@contextlib.contextmanager
-def _named(folder: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except DEVICE_ERRORS:
-        raise
-    except (OSError, SafetensorError, RuntimeError, ValueError, KeyError) as error:
-        raise UserError(
-            f"lora.warm_start: {what} {folder}: cannot be loaded on this base: {_first_line(error)}"
-        ) from None
 
 
 @torch.no_grad()
 def _check_head(policy: Policy) -> None:
-    """Sampling and loss know a model as body and head. One that caps or scales the head's products is another."""
+    """Check that logits = head(hidden states), as sampling and loss assume."""
     ids = torch.tensor([encode(policy.tokenizer, "ESI")], device=policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits
-    ours = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.allclose(logits, ours.to(logits.dtype), rtol=1e-2, atol=1e-2):
-        kind = type(policy.model.get_base_model()).__name__
+    products = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.allclose(logits, products.to(logits.dtype), rtol=1e-2, atol=1e-2):
         raise UserError(
-            f"{kind}: its logits are not the products of its head: a softcapping or a scale stands between, which "
-            f"training here does not know. Turn it off in the model's config.json, or take another base"
+            f"{type(policy.model.get_base_model()).__name__}: logits ≠ lm_head(hidden states): the model applies "
+            f"softcapping or scaling after the head, which is not supported. Disable it in config.json, or use another "
+            f"base"
         )
 
 
 @torch.no_grad()
 def _check_effect(policy: Policy, folder: Path) -> None:
-    """An adapter can load without an error and without an effect, when its module names match nothing that runs."""
+    """Check that a loaded adapter changes the hidden states."""
     ids = torch.tensor([encode(policy.tokenizer, "ESI triage: chest pain, 120/58.")], device=policy.device)
-    with_adapter = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+    adapted = policy.body(input_ids=ids, use_cache=False).last_hidden_state
     with policy.model.disable_adapter():
-        without = policy.body(input_ids=ids, use_cache=False).last_hidden_state
-    if torch.equal(with_adapter, without):
-        raise UserError(f"lora.warm_start: {folder}: loads, but changes nothing: its weights are zero or not connected")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+        plain = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+    if torch.equal(adapted, plain):
+        raise UserError(
+            f"lora.warm_start: {folder}: the adapter has no effect on the model: its weights are zero or its module "
+            f"names do not match"
+        )

@@ -1,10 +1,11 @@
-"""A base of random weights in a true shape, made on the device in seconds: what a step costs, without the weights.
+"""Build a base with random weights in the shape of a real model, to measure what a step costs without its files.
 
-It says nothing. So that a reward still has something to tell apart, its tokenizer ends every text with an answer line
-whose level is a checksum of the ids.
+Such a model generates noise. So that rewards still differ, its tokenizer ends each decoded text with an answer whose
+level is a checksum of the ids.
 """
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,36 +17,35 @@ from grpo.policy.memory_plan import RANDOM, Shape
 SEED = 0
 
 
-class RandomTokenizer(PreTrainedTokenizerFast):
-    """The embedded tokenizer. Ids above its vocabulary, nearly all of a larger one, decode to nothing."""
+class AnsweringTokenizer(PreTrainedTokenizerFast):
+    """The embedded tokenizer, with an answer after each text. Ids above its vocabulary decode to nothing."""
 
     def decode(self, token_ids: Any, *arguments: Any, **options: Any) -> Any:
-        """What the embedded vocabulary makes of the ids, and ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; of each list,
-        where they are several."""
+        """Return the decoded text, followed by ``ANSWER: ESI n`` with n = 1 + Σ ids mod 5; a list for lists of ids."""
         if len(token_ids) and isinstance(token_ids[0], list | tuple):
             return [self.decode(ids, *arguments, **options) for ids in token_ids]
-        said = super().decode(token_ids, *arguments, **options)
-        return f"{said}</think>\nANSWER: ESI {checksum(token_ids)}"
+        text = super().decode(token_ids, *arguments, **options)
+        return f"{text}</think>\nANSWER: ESI {level_from_ids(token_ids)}"
 
 
-def checksum(ids: Sequence[int]) -> int:
-    """A level from 1 to 5.
+def level_from_ids(ids: Sequence[int]) -> int:
+    """Return a level from 1 to 5.
 
-    >>> checksum([3, 4]), checksum([])
+    >>> level_from_ids([3, 4]), level_from_ids([])
     (3, 1)
     """
     return 1 + sum(ids) % 5
 
 
 def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The model of ``random:NAME`` and its tokenizer; the same weights every time on one kind of device."""
-    tokenizer = random_tokenizer()
+    """Return the model ``random:NAME`` and its tokenizer. The weights are always the same on one type of device."""
+    tokenizer = load_random_tokenizer()
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         torch.manual_seed(SEED)
         with torch.device(device):
-            model = Qwen3_5ForCausalLM(text_config(RANDOM[name]))
+            model = Qwen3_5ForCausalLM(qwen3_5_config(RANDOM[name]))
     finally:
         torch.set_default_dtype(before)
     model.config.dtype = dtype
@@ -53,28 +53,14 @@ def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple
     return model, tokenizer
 
 
-def random_tokenizer() -> Any:
-    """The embedded tokenizer, with answers."""
-    return RandomTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
+def load_random_tokenizer() -> Any:
+    """Return the tokenizer of all random models."""
+    return AnsweringTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
 
 
-def text_config(shape: Shape) -> Qwen3_5TextConfig:
-    """The published model's configuration with the sizes of ``shape``; every k-th layer attends, the last one too."""
+def qwen3_5_config(shape: Shape) -> Qwen3_5TextConfig:
+    """Return the configuration for a shape; every k-th layer is full attention, including the last."""
     every = shape.num_hidden_layers // shape.full_attention_layers
     kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(shape.num_hidden_layers)]
-    return Qwen3_5TextConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        layer_types=kinds,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        head_dim=shape.head_dim,
-        linear_num_key_heads=shape.linear_num_key_heads,
-        linear_num_value_heads=shape.linear_num_value_heads,
-        linear_key_head_dim=shape.linear_key_head_dim,
-        linear_value_head_dim=shape.linear_value_head_dim,
-        linear_conv_kernel_dim=shape.linear_conv_kernel_dim,
-        tie_word_embeddings=shape.tie_word_embeddings,
-    )
+    sizes = {name: size for name, size in asdict(shape).items() if name != "full_attention_layers"}
+    return Qwen3_5TextConfig(layer_types=kinds, **sizes)

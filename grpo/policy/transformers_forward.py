@@ -1,4 +1,4 @@
-"""The forward pass of any causal language model, through its own modules."""
+"""The forward pass of any causal language model, through its transformers modules."""
 
 from collections.abc import Sequence
 
@@ -11,9 +11,9 @@ from grpo.policy.policy import Policy
 def predicting_states_by_modules(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
-    """The hidden states [M,H] that predict the M completion tokens, row after row; differentiable in the adapter.
+    """Return the hidden states [M,H] that predict the M completion tokens, row by row; differentiable in the adapter.
 
-    Prompt and completion are one right-padded sequence: padding on the right is never seen by a causal model, so no
+    Prompt and completion form one right-padded sequence. A causal model never attends to padding on the right, so no
     mask is needed.
     """
     joined = join(prompt_ids, completion_ids, pad_id=0)

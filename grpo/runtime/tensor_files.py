@@ -1,7 +1,7 @@
-"""Safetensors files that nobody vouches for: their header is held against the file before a tensor is read.
+"""Read safetensors files from untrusted sources: the header is checked before a tensor is read.
 
-The library refuses offsets that overlap, leave holes or leave the file. Here is refused what it lets pass or waits for:
-a pipe, a name that stands twice (the last would win), shapes of a thousand sides.
+The library itself rejects offsets that overlap, leave gaps, or exceed the file. This module also rejects what the
+library accepts or waits for: pipes, duplicate names (the last would win), and shapes of a thousand dimensions.
 """
 
 import contextlib
@@ -15,55 +15,55 @@ from safetensors import SafetensorError, safe_open
 
 from rewards.safe_files import MEBIBYTE, Unreadable, open_regular, parse_json
 
-MOST_HEADER = 32 * MEBIBYTE
-"""Bytes; a header takes about 100 a tensor."""
-MOST_SIDES = 8
+MAX_HEADER_BYTES = 32 * MEBIBYTE
+"""A header takes about 100 bytes per tensor."""
+MAX_DIMS = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Declared:
-    """What a header says of one tensor."""
+class TensorHeader:
+    """Dtype and shape of a tensor in a file."""
 
     dtype: str
-    """In the format's own words: "F32", "BF16"."""
+    """As the format writes it: "F32", "BF16"."""
     shape: tuple[int, ...]
 
 
-def declared(path: Path) -> dict[str, Declared]:
-    """Name → dtype and shape, in the file's order; nothing but the header is read.
+def declared(path: Path) -> dict[str, TensorHeader]:
+    """Return name → header, in the file's order, without reading any tensor.
 
     Raises:
-        Unreadable: no safetensors file, or one whose header cannot be true.
+        Unreadable: not a safetensors file, or an invalid header.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MOST_HEADER):
-            raise Unreadable(f"cannot be read: no safetensors file: {size:,} bytes, its header {length:,}")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise Unreadable(f"cannot be read: not safetensors: {size:,} bytes, with a header of {length:,}")
         try:
             header = parse_json(file.read(length))
         except Unreadable as error:
             raise Unreadable(f"cannot be read: its safetensors header is {error}") from None
     if not isinstance(header, dict):
-        raise Unreadable("cannot be read: no safetensors file: its header is no JSON object")
-    return {name: _declared(told) for name, told in header.items() if name != "__metadata__"}
+        raise Unreadable("cannot be read: not safetensors: its header is not a JSON object")
+    return {name: _tensor_header(name, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
-def _declared(told: Any) -> Declared:
-    dtype, shape = (told.get("dtype"), told.get("shape")) if isinstance(told, dict) else (None, None)
-    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > MOST_SIDES:
-        raise Unreadable("cannot be read: its safetensors header gives a tensor no dtype or no shape")
-    if not all(type(side) is int and side >= 0 for side in shape):
-        raise Unreadable("cannot be read: its safetensors header gives a tensor a shape that is none")
-    return Declared(dtype, tuple(shape))
+def _tensor_header(name: str, entry: Any) -> TensorHeader:
+    dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise Unreadable(f"cannot be read: its safetensors header has no valid dtype or shape for {name!r:.80}")
+    if not all(type(size) is int and size >= 0 for size in shape):
+        raise Unreadable(f"cannot be read: its safetensors header has an invalid shape for {name!r:.80}")
+    return TensorHeader(dtype, tuple(shape))
 
 
 @contextlib.contextmanager
 def open_tensors(path: Path) -> Iterator[Any]:
-    """The library's open file, its tensors not yet read, as torch's.
+    """Open a file with safetensors, for torch, after checking its header.
 
     Raises:
-        Unreadable: as `declared`; and for whatever the library refuses, also inside.
+        Unreadable: as `declared`, or the library rejects the file, also inside the context.
     """
     declared(path)
     try:

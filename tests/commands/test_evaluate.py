@@ -529,7 +529,7 @@ def test_no_adapter_is_put_on_twice(
     assert read(warm_start / "out") == before
     capsys.readouterr()
     said = refusal(capsys, EMBEDDED / "v46", *cases)
-    assert "holds an adapter" in said and "name its base" in said
+    assert "is an adapter" in said and "Pass its base" in said
     for line in (
         [tmp_path / "merged", "--max-new-tokens", 88, "--adapter", "embedded:v46"],
         [TINY, "--set", f"model.name={tmp_path / 'merged'}"],

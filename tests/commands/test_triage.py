@@ -159,7 +159,7 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
         (["--adapter", str(tmp_path / "none")], "adapter_config.json: cannot be read"),
         (["--model", DEFAULT_MODEL, "--adapter", ""], "adapter_config.json: cannot be read"),
         (["--model", ""], "model.name"),
-        (["--model", str(EMBEDDED / "v46")], "holds an adapter"),
+        (["--model", str(EMBEDDED / "v46")], "is an adapter"),
         (["--model", "embedded:base", "--adapter", str(rslora)], "use_rslora: only plain LoRA of one rank"),
         (["--model", str(tmp_path / "merged"), "--adapter", "embedded:v46"], "v46 is merged into it already"),
     ):

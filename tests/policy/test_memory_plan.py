@@ -15,13 +15,13 @@ from grpo.micro_batch_limit import kept_bytes
 from grpo.policy.memory_plan import (
     ACTIVATION_BYTES,
     CHUNK_TOKENS,
-    Estimate,
+    MemoryEstimate,
     Shape,
+    estimate_memory,
     frozen_parameters,
+    linear_modules,
     lora_parameters,
     make_plan,
-    memory_plan,
-    projections,
     read_shape,
 )
 from grpo.policy.policy import Policy
@@ -33,7 +33,7 @@ def config(name: str, *overrides: str) -> Config:
     return load_config(CONFIGS / f"{name}.toml", overrides)[0]
 
 
-def by_part(lines: tuple[Estimate, ...]) -> dict[str, int]:
+def by_part(lines: tuple[MemoryEstimate, ...]) -> dict[str, int]:
     return {line.part: line.bytes for line in lines}
 
 
@@ -51,7 +51,7 @@ def test_the_counts_are_those_of_the_real_modules(make_policy: Callable[..., Pol
         for name, module in policy.model.get_base_model().named_modules()
         if hasattr(module, "in_features") and "layers" in name and "lora" not in name and "base_layer" not in name
     }
-    assert {name: sizes[1:] for name, sizes in projections(shape).items()} == widths
+    assert {name: sizes[1:] for name, sizes in linear_modules(shape).items()} == widths
 
 
 def test_qwen35_9b_has_the_published_counts() -> None:
@@ -115,13 +115,13 @@ def test_cache_bytes_are_what_a_cache_holds(make_policy: Callable[..., Policy], 
     assert shape is not None
     run = config("tiny", "rollout.prompts_per_step=1", "rollout.group_size=3", "optim.micro_batch_size=3",
                  "rollout.max_new_tokens=40", "evaluate.batch_size=1", "evaluate.max_new_tokens=1")  # fmt: skip
-    lines = by_part(memory_plan(run, shape, 24))
+    lines = by_part(estimate_memory(run, shape, 24))
     assert (lines["KV cache"], lines["DeltaNet state"]) == cache_bytes(policy, 3, 64)
 
 
 def test_the_cache_is_planned_for_whichever_needs_more_training_or_evaluation() -> None:
-    few = by_part(memory_plan(config("v49", "evaluate.batch_size=1"), Shape(), 200))
-    many = by_part(memory_plan(config("v49", "evaluate.batch_size=80"), Shape(), 200))
+    few = by_part(estimate_memory(config("v49", "evaluate.batch_size=1"), Shape(), 200))
+    many = by_part(estimate_memory(config("v49", "evaluate.batch_size=80"), Shape(), 200))
     assert few["KV cache"] == 8 * 1224 * 32 * 1024 and many["KV cache"] == 10 * few["KV cache"]
 
 
@@ -134,7 +134,7 @@ def test_activation_bytes_are_near_what_backward_keeps(make_policy: Callable[...
 
 
 def test_memory_of_v49_by_hand() -> None:
-    lines = by_part(memory_plan(config("v49"), Shape(), 200))
+    lines = by_part(estimate_memory(config("v49"), Shape(), 200))
     assert lines == {
         "base weights": 2 * 8_953_803_264,
         "adapter": 16 * 58_195_968,
@@ -148,21 +148,21 @@ def test_memory_of_v49_by_hand() -> None:
 
 def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
-    plan = by_part(memory_plan(base, Shape(), 200))
-    saving = by_part(memory_plan(config("v49", "model.gradient_checkpointing=true"), Shape(), 200))
+    plan = by_part(estimate_memory(base, Shape(), 200))
+    saving = by_part(estimate_memory(config("v49", "model.gradient_checkpointing=true"), Shape(), 200))
     assert saving["activations"] == 1224 * (32 * 4096 * 2 + 12 * 16384)
-    two, rows = (by_part(memory_plan(config("v49", o), Shape(), 200)) for o in
+    two, rows = (by_part(estimate_memory(config("v49", o), Shape(), 200)) for o in
                  ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
     assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
     assert {k: v for k, v in saving.items() if k != "activations"} == {
         k: v for k, v in plan.items() if k != "activations"
     }
-    full = by_part(memory_plan(config("v49", "model.dtype=float32"), Shape(), 200))
+    full = by_part(estimate_memory(config("v49", "model.dtype=float32"), Shape(), 200))
     assert full["base weights"] == 2 * plan["base weights"] and full["adapter"] == plan["adapter"]
-    on_cpu = by_part(memory_plan(config("v49", "model.device=cpu"), Shape(), 200))
+    on_cpu = by_part(estimate_memory(config("v49", "model.device=cpu"), Shape(), 200))
     assert on_cpu["activations"] > full["activations"]
     assert on_cpu | {"activations": full["activations"]} == full
-    warm = by_part(memory_plan(config("v49", "loss.reference=warm_start"), Shape(), 200))
+    warm = by_part(estimate_memory(config("v49", "loss.reference=warm_start"), Shape(), 200))
     assert warm["adapter"] == 20 * 58_195_968
     whole = make_plan(base, Shape(), None)
     shared = plan["base weights"] + plan["adapter"]

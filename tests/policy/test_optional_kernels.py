@@ -106,7 +106,7 @@ except Exception as error:
 """
     done = python(tmp_path, "-c", LOADS + asks)
     assert done.stdout.split() == [str(used)] * 3, done.stderr
-    line = f"kernels   fla-core {version} is not used: at least 0.6 is needed\n"
+    line = f"kernels   fla-core {version} is not used: version 0.6 or later is required\n"
     assert done.stderr.count(line) == (not used)
 
 

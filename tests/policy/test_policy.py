@@ -165,11 +165,11 @@ def test_a_model_that_is_not_here(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no config.json, so it is no model"):
+    with pytest.raises(UserError, match="not a model: the folder has no config.json"):
         load(tmp_path / "empty")
     model = Model(name=str(tmp_path / "empty"), device="cpu", dtype="float32", gradient_checkpointing=False)
     (fault,) = missing_parts(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""))
-    assert "holds no config.json" in fault
+    assert "has no config.json" in fault
     (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"its files cannot be loaded: .*(JSON|tokenizer)"):
         load(tmp_path / "empty")
@@ -198,7 +198,7 @@ def adapter(make_policy: Callable[..., Policy], tmp_path: Path) -> Path:
 
 
 def test_adapters_that_do_not_fit(adapter: Path, random_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"r is 4, \[lora\] says 8"):
+    with pytest.raises(UserError, match=r"r is 4, but 8 in \[lora\]"):
         load(random_base, adapter, r=8)
     with pytest.raises(UserError, match="target_modules is"):
         load(random_base, adapter, target_modules=("q_proj",))
@@ -225,11 +225,11 @@ def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_b
     plain = json.loads(path.read_text())
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
     path.write_text(json.dumps(plain | {"base_model_name_or_path": "Qwen/Qwen3.5-9B-Base"}))
-    with pytest.raises(UserError, match=r"made for the base Qwen/Qwen3.5-9B-Base, model.name says Qwen/Qwen3.5-9B"):
+    with pytest.raises(UserError, match=r"made for the base Qwen/Qwen3.5-9B-Base, not for Qwen/Qwen3.5-9B"):
         check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
     for key, value in (("use_rslora", True), ("alpha_pattern", {"q_proj": 3}), ("rank_pattern", {"q_proj": 3})):
         path.write_text(json.dumps(plain | {key: value}))
-        with pytest.raises(UserError, match=f"{key}: only plain LoRA of one rank .*grpo merge` makes full weights"):
+        with pytest.raises(UserError, match=f"{key}: only plain LoRA of one rank .*full weights with `grpo merge`"):
             load(random_base, adapter)
 
 
@@ -237,7 +237,7 @@ def test_a_rank_that_the_file_does_not_have_is_refused_before_memory_is_taken(ad
     """PEFT would first make tensors of the rank that the config claims."""
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**6}))
-    with pytest.raises(UserError, match=r"lora_A.weight has shape \(4, \d+\), r is 1000000"):
+    with pytest.raises(UserError, match=r"A is \(4, \d+\) .* r = 1000000"):
         load(random_base, adapter, r=10**6)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
@@ -251,11 +251,11 @@ def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path
     shutil.copy(adapter / "adapter_config.json", whole)
     lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
     for folder in (adapter, whole):
-        with pytest.raises(UserError, match="holds an adapter"):
+        with pytest.raises(UserError, match="is an adapter"):
             load(folder)
         model = Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False)
         (fault,) = missing_parts(model, lora)
-        assert "holds an adapter" in fault and "--adapter" in fault
+        assert "is an adapter" in fault and "--adapter" in fault
 
 
 def test_an_adapter_is_not_put_on_weights_that_hold_it(
@@ -289,7 +289,7 @@ def test_an_adapter_without_effect_is_refused(adapter: Path, random_base: Path) 
 
     path = adapter / "adapter_model.safetensors"
     save_file({k: torch.zeros_like(v) if "lora_B" in k else v for k, v in load_file(path).items()}, path)
-    with pytest.raises(UserError, match="changes nothing"):
+    with pytest.raises(UserError, match="no effect on the model"):
         load(random_base, adapter)
 
 

@@ -27,7 +27,7 @@ from grpo.commands.tensorboard import scalars
 from grpo.commands.triage import main as triage
 from grpo.config import EMBEDDED, load_config, notes
 from grpo.inspection.run_reader import read_run
-from grpo.policy.adapter_files import read_config, read_pairs
+from grpo.policy.adapter_files import check_lora_tensors, read_adapter_config
 from grpo.policy.base_model import check_base, load_base
 from grpo.policy.policy import check_adapter
 from grpo.prompts import control_ids, encode_plain, render_prompt
@@ -217,7 +217,7 @@ def test_a_lying_header_is_one_error(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(Unreadable), open_tensors(path) as file:
         {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(UserError, match="adapter_model.safetensors: "):
-        read_pairs(tmp_path, {"r": 1, "lora_alpha": 1})
+        check_lora_tensors(tmp_path, {"r": 1, "lora_alpha": 1})
     (tmp_path / "ledger").mkdir()
     with pytest.raises(UserError):
         read_step(tmp_path / "ledger", 1)
@@ -231,7 +231,7 @@ def test_an_honest_header_is_read(tmp_path: Path) -> None:
 def test_a_safetensors_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "adapter_model.safetensors")
     with pytest.raises(UserError, match="found a pipe"):
-        read_pairs(tmp_path, {"r": 1, "lora_alpha": 1})
+        check_lora_tensors(tmp_path, {"r": 1, "lora_alpha": 1})
 
 
 @pytest.mark.parametrize(
@@ -546,7 +546,7 @@ def test_no_code_of_a_models_folder_is_run_or_asked_about(
     table["model_type" if name == "config.json" else "tokenizer_class"] = "own"
     (base / name).write_text(json.dumps(table))
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("a person was asked whether to run it"))
-    with pytest.raises(UserError, match="auto_map asks for code"):
+    with pytest.raises(UserError, match=r"remote code \(auto_map\)"):
         loaded(base)
     # and were it not refused first, the library itself would not run it
     monkeypatch.setattr("grpo.policy.base_model.check_base", lambda folder: None)
@@ -582,14 +582,14 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("spoil", "says"),
     [
-        (lambda b: (b / "adapter_config.json").write_text("{}"), "holds an adapter"),
+        (lambda b: (b / "adapter_config.json").write_text("{}"), "is an adapter"),
         (lambda b: (b / "config.json").write_text('{"a": 1, "a": 2}'), "config.json: .*an object contains a key twice"),
         (lambda b: (b / "tokenizer.json").write_bytes(b"\0"), "tokenizer.json: contains a NUL"),
         (lambda b: (b / "tokenizer.json").write_text("{}"), "cannot be loaded"),
-        (lambda b: ((b / "tokenizer.json").unlink(), os.mkfifo(b / "tokenizer.json")), "tokenizer.json is no file"),
+        (lambda b: ((b / "tokenizer.json").unlink(), os.mkfifo(b / "tokenizer.json")), "json is not a regular file"),
         (lambda b: (b / "model.safetensors").write_bytes(packed(TWICE)), "an object contains a key twice"),
-        (lambda b: put(b / "config.json", "attn_implementation", "some/kernel"), "attn_implementation asks for code"),
-        (lambda b: put(b / "config.json", "text_config", {"auto_map": {"a": "b"}}), "auto_map asks for code"),
+        (lambda b: put(b / "config.json", "attn_implementation", "some/kernel"), r"code \(attn_implementation\)"),
+        (lambda b: put(b / "config.json", "text_config", {"auto_map": {"a": "b"}}), r"remote code \(auto_map\)"),
         (lambda b: put(b / "config.json", "hidden_size", -1), "cannot be loaded"),
         (lambda b: put(b / "config.json", "hidden_size", "x"), "cannot be loaded"),
         (lambda b: put(b / "config.json", "num_hidden_layers", None), "cannot be loaded"),
@@ -613,10 +613,10 @@ def test_the_shipped_base_is_trusted() -> None:
     ("change", "says"),
     [
         ({"megatron_config": {"a": 1}, "megatron_core": "grpo_trap"}, "megatron_config: only plain LoRA"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "a pattern repeats what repeats"),
-        ({"alpha_pattern": {"(?:a|b|ab)*c": 4}}, "a pattern repeats what repeats"),
-        ({"target_modules": "(.*)*x"}, "a pattern repeats what repeats"),
-        ({"exclude_modules": ".*a.*b.*c.*d.*e.*f.*g"}, "over 6 repetitions"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "nested repetitions"),
+        ({"alpha_pattern": {"(?:a|b|ab)*c": 4}}, "nested repetitions"),
+        ({"target_modules": "(.*)*x"}, "nested repetitions"),
+        ({"exclude_modules": ".*a.*b.*c.*d.*e.*f.*g"}, "or 6 repetitions"),
         ({"rank_pattern": {"a": 1e999}}, "must be a number above 0"),
         ({"r": True}, "r must be a number"),
         ({"r": "\x1b[2J" * 100}, "r must be a number"),
@@ -634,7 +634,7 @@ def test_an_adapter_that_is_more_than_it_should_be(
     told = json.loads((folder / "adapter_config.json").read_text()) | change
     (folder / "adapter_config.json").write_text(json.dumps(told))
     with pytest.raises(UserError, match=says) as error:
-        read_config(folder)
+        read_adapter_config(folder)
     assert "\x1b" not in error_lines(error.value) and len(str(error.value)) < 1000
     assert train([TINY, "--set", f"lora.warm_start={folder}", "--out", str(tmp_path / "run")]) == 2
     assert not (tmp_path / "it_ran").exists() and "grpo_trap" not in sys.modules
@@ -649,7 +649,7 @@ def test_patterns_that_people_write_are_read(tmp_path: Path) -> None:
     ):
         told = json.loads((folder / "adapter_config.json").read_text()) | {"target_modules": pattern}
         (folder / "adapter_config.json").write_text(json.dumps(told))
-        assert read_config(folder)["target_modules"] == pattern
+        assert read_adapter_config(folder)["target_modules"] == pattern
 
 
 def test_a_pickled_warm_start_is_never_opened(
@@ -667,7 +667,7 @@ def test_a_pickled_warm_start_is_never_opened(
         with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
             check_adapter(folder, lora, "embedded:base")
         with pytest.raises(UserError, match="never opened"):
-            read_pairs(folder, read_config(folder))
+            check_lora_tensors(folder, read_adapter_config(folder))
     assert not tried and not (tmp_path / "unpickled").exists()
 
 

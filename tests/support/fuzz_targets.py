@@ -29,7 +29,7 @@ from grpo.inspection import run_reader as recording
 from grpo.inspection.replay import folder_differences, replay, replay_lines
 from grpo.inspection.step_records import find_groups, finite_values, group_record, step_record, token_records
 from grpo.inspection.step_text import group_lines, member_lines, step_lines, token_lines
-from grpo.policy.adapter_files import read_config, read_pairs, scaling
+from grpo.policy.adapter_files import check_lora_tensors, read_adapter_config
 from grpo.policy.policy import Policy, load_policy
 from grpo.report.model_card import model_card
 from grpo.report.page import make_report
@@ -417,10 +417,7 @@ def _adapter(data: bytes) -> None:
     name = ADAPTER[(data or b"\0")[0] % 2]
     (folder / name).write_bytes(data[1:])
     try:
-        config = read_config(folder)
-        for module, (a, b) in read_pairs(folder, config).items():
-            scaling(config, module)
-            assert a.shape[0] == b.shape[1]
+        check_lora_tensors(folder, read_adapter_config(folder))
     finally:
         shutil.copyfile(EMBEDDED / "v46" / name, folder / name)
 
