@@ -121,5 +121,4 @@ def test_there_are_few_kinds_of_errors() -> None:
     errors = {name for name, names in bases.items() if any(re.search("(Error|Exception)$", base) for base in names)}
     while derived := {name for name, names in bases.items() if names & errors} - errors:
         errors |= derived
-    pending = {"LedgerChanged"}  # still to be removed
-    assert len(errors - pending) <= 10, sorted(errors)
+    assert len(errors) <= 10, sorted(errors)
