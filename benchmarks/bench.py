@@ -150,7 +150,7 @@ def by_part(floor: Floor) -> dict[str, float]:
 
 def drift(step: Step) -> dict[str, float]:
     """How far what tokens were drawn with is from what the trainer computes for them, nats."""
-    apart = step.batch.sampler_logprobs[step.batch.completion_mask] - step.tokens.logprobs[0]
+    apart = step.batch.sampler_logprobs[step.batch.completion_mask] - step.logprobs.logprobs[0]
     return {
         "mean_abs": float(apart.abs().mean()),
         "rms": float(apart.square().mean().sqrt()),

@@ -341,7 +341,7 @@ def check_step(arguments: argparse.Namespace) -> Result:
     updated = update(policy, batch, config, setup.optimizer, setup.reference, step=0)
     hook.remove()
     times.append(clock(policy.device))
-    apart = (batch.sampler_logprobs[batch.completion_mask] - updated.tokens.logprobs[0]).abs()
+    apart = (batch.sampler_logprobs[batch.completion_mask] - updated.logprobs.logprobs[0]).abs()
     facts |= {
         "tokens": len(apart),
         "rollout_seconds": times[1] - times[0],

@@ -54,7 +54,7 @@ def bytes_a_token(ledger: Path, text: str) -> float:
         for number in ledger_steps(ledger):
             entry = read_step(ledger, number)
             write_step(Path(folder), entry.step, entry.account, entry.shares, entry.metrics, text=text)
-            tokens += entry.step.tokens.entropy.numel()
+            tokens += entry.step.logprobs.entropy.numel()
         return sum(path.stat().st_size for path in Path(folder).iterdir()) / tokens
 
 

@@ -108,7 +108,7 @@ def streamed(folder: str) -> dict[str, object]:
 def held(folder: str) -> dict[str, object]:
     """All cases at once, as training holds them."""
     loaded = load("mimic-iv-ed", folder, strict=False)
-    return {"rows": loaded.report.rows, "cases": len(loaded.records)}
+    return {"rows": loaded.report.rows, "cases": len(loaded.rows)}
 
 
 READINGS: dict[str, Callable[[str], dict[str, object]]] = {"streamed": streamed, "held": held}

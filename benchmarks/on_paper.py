@@ -425,7 +425,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
     def whole(ids: Tensor, *_: Any) -> Any:
         """Completions that take the whole budget, of ids that differ."""
         rows, budget = ids.shape
-        drawn = np.random.default_rng(0).integers(1, setup.policy.head.weight.shape[0], (rows, budget))
+        drawn = np.random.default_rng(0).integers(1, setup.policy.lm_head.weight.shape[0], (rows, budget))
         return drawn.tolist(), np.full((rows, budget), -1.0).tolist()
 
     with (
@@ -449,7 +449,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
             done = updating.update(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)
         phases["update"] = tally.figures()
         left = leaving(setup.policy, watched)
-    taken = Step(1, groups, scores, batch, done.tokens, dropped, *done.figures)
+    taken = Step(1, groups, scores, batch, done.logprobs, dropped, *done.figures)
     floor = floor_of(taken, config, costs_of(setup.policy.model.get_base_model()), rates)
     return {
         "config": str(source.path),

@@ -232,7 +232,7 @@ def floor_of(step: Step, config: Config, costs: Costs, rates: Rates) -> Floor:
         work_of(step, config),
         reference=config.loss.beta > 0,
         inner_epochs=config.optim.inner_epochs,
-        dropped=[length for group in step.dropped for length in group.lengths],
+        dropped=[length for group in step.replaced_groups for length in group.lengths],
     )
 
 

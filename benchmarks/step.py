@@ -96,7 +96,7 @@ class Taken:
 
 def step_prompts(setup: Setup, step: int) -> list[Prompt]:
     """Return the prompts of a step (0-based)."""
-    return prompts_for_step(setup.cases, setup.epoch, setup.policy.tokenizer, setup.config, step)
+    return prompts_for_step(setup.cases, setup.epoch_indices, setup.policy.tokenizer, setup.config, step)
 
 
 def now(device: torch.device) -> np.ndarray:
@@ -208,8 +208,8 @@ def our_step(setup: Setup, sample: Callable[[Setup, int], Sampled], step: int) -
     rewards = np.array([[score.total for score in row] for row in scores])
     batch = make_batch(groups, group_advantages(groups, rewards, config.advantage), config)
     updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
-    done = Step(step + 1, groups, scores, batch, updated.tokens, (), *updated.figures)
-    account = token_account(done.tokens, batch, config.loss)
+    done = Step(step + 1, groups, scores, batch, updated.logprobs, (), *updated.figures)
+    account = token_account(done.logprobs, batch, config.loss)
     step_metrics(done, account, advantage_shares(done, config.advantage), config)
     moved = now(policy.device)
     return taken(sampled - started, moved - started, [len(ids) for ids in batch.completion_ids])

@@ -55,7 +55,7 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
         completion_ids=tuple(completion.ids for _, completion in rows),
         completion_mask=mask,
         sampler_logprobs=sampler,
-        in_baseline=torch.from_numpy(members.flatten()),
+        baseline_mask=torch.from_numpy(members.flatten()),
         advantages=torch.from_numpy(advantages).flatten(),
         token_weights=torch.where(mask, weights[:, None], 0.0),
     )

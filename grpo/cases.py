@@ -53,7 +53,7 @@ def stream(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, .
     >>> stream(cases, {1: 5})
     (0, 0, 0, 0, 0, 1)
     """
-    return tuple(i for i, case in enumerate(cases) for _ in range(oversample.get(case.esi, 1)))
+    return tuple(i for i, case in enumerate(cases) for _ in range(oversample.get(case.gold_level, 1)))
 
 
 def cases_for_step(

@@ -34,10 +34,10 @@ def replace_uniform_groups(
         uniform = [b for b, group in enumerate(current) if has_uniform_rewards(group, current_scores[b], config)]
         if not uniform:
             break
-        prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step, resample_round)
+        prompts = prompts_for_step(setup.cases, setup.epoch_indices, policy.tokenizer, config, step, resample_round)
         prompts = prompts[: len(uniform)]
         new_groups = sample_groups(policy, prompts, sampling_keys(prompts, config, step, members_so_far), config)
-        new_scores = score_groups(setup.reward, new_groups, config, policy.ranks)
+        new_scores = score_groups(setup.reward, new_groups, config, policy.world)
         for group, row in zip(new_groups, new_scores, strict=True):
             if has_uniform_rewards(group, row, config):
                 dropped.append(dropped_group(group, row))
@@ -51,9 +51,9 @@ def replace_uniform_groups(
 def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tuple[Dropped, ...]]:
     """Return what one step trains on: groups, scores, and the groups that were replaced or not used."""
     config, policy = setup.config, setup.policy
-    prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step)
+    prompts = prompts_for_step(setup.cases, setup.epoch_indices, policy.tokenizer, config, step)
     groups = sample_groups(policy, prompts, sampling_keys(prompts, config, step), config)
-    scores = score_groups(setup.reward, groups, config, policy.ranks)
+    scores = score_groups(setup.reward, groups, config, policy.world)
     return replace_uniform_groups(setup, groups, scores, step)
 
 

@@ -28,7 +28,7 @@ class TokenAccount:
 
     ratio: Tensor
     """fp64; exp(logprob − old logprob), for "gspo" that of the whole completion."""
-    clip: Tensor
+    clip_side: Tensor
     """int8; −1 where the lower bound zeroed the surrogate's gradient, +1 where the upper bound did, else 0."""
     kl: Tensor | None
     """fp64 nats, unweighted; None without a reference."""
@@ -60,7 +60,7 @@ def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAcco
     ]
     return TokenAccount(
         ratio=torch.stack([terms.ratio[mask] for terms in epochs]),
-        clip=torch.stack([terms.clipped_high[mask].char() - terms.clipped_low[mask].char() for terms in epochs]),
+        clip_side=torch.stack([terms.clipped_high[mask].char() - terms.clipped_low[mask].char() for terms in epochs]),
         kl=None if ref is None else torch.stack([terms.kl[mask] for terms in epochs if terms.kl is not None]),
         loss=torch.stack([terms.per_token[mask] for terms in epochs]),
     )
@@ -79,7 +79,7 @@ def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
         kind=section.kind,
         epsilon=section.epsilon,
         ddof=section.ddof,
-        in_baseline=step.batch.in_baseline.numpy().reshape(shape),
+        in_baseline=step.batch.baseline_mask.numpy().reshape(shape),
         total=rewards_of(step),
     )
 
@@ -100,7 +100,7 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
         "reward/mean": mean_of(rewards.flatten()),
         "reward/std_group": mean_of(rewards.std(axis=1, ddof=1)),
         "groups/zero_variance": mean_of(
-            zero_variance(rewards, in_baseline=step.batch.in_baseline.numpy().reshape(rewards.shape))
+            zero_variance(rewards, in_baseline=step.batch.baseline_mask.numpy().reshape(rewards.shape))
         ),
         **budget_stats(completions, max_new_tokens=budget),
         **forecast_stats(completions, max_new_tokens=budget),
@@ -116,9 +116,9 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
     return {
         "step": step.number,
         "loss": exact_sum(account.loss[0]),
-        "loss/trained": step.trained_loss,
+        "loss/trained": step.backward_loss,
         "grad_norm": step.grad_norm,
-        "skipped": step.skipped,
+        "skipped": step.skipped_updates,
         "reward/std_batch": float(rewards.std(ddof=1)),
         **means(stats),
     }
@@ -135,12 +135,12 @@ def exact_sum(values: Tensor) -> float:
 
 def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
     """Token statistics of the first inner epoch; ratios and clipping of all inner epochs."""
-    tokens = step.tokens
+    tokens = step.logprobs
     count = float(tokens.entropy.numel())
     logprob_diff = (tokens.logprobs[0] - step.batch.sampler_logprobs[step.batch.completion_mask]).double()
     stats: Stats = {
-        "clip_ratio/low": (float((account.clip == -1).sum()), float(account.clip.numel())),
-        "clip_ratio/high": (float((account.clip == 1).sum()), float(account.clip.numel())),
+        "clip_ratio/low": (float((account.clip_side == -1).sum()), float(account.clip_side.numel())),
+        "clip_ratio/high": (float((account.clip_side == 1).sum()), float(account.clip_side.numel())),
         "ratio": (exact_sum(account.ratio.flatten()), float(account.ratio.numel())),
         "entropy": (exact_sum(tokens.entropy.double()), count),
         "sampler/abs_logprob_diff": (exact_sum(logprob_diff.abs()), count),
@@ -155,10 +155,10 @@ def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
 def _dropped_stats(step: Step) -> Stats:
     """The cost of replacing groups, and the mean reward of everything sampled, of which the batch is a selection."""
     trained = rewards_of(step).flatten().tolist()
-    replaced = [reward for group in step.dropped for reward in group.rewards]
+    replaced = [reward for group in step.replaced_groups for reward in group.rewards]
     return {
-        "groups/dropped": (float(len(step.dropped)), 1.0),
-        "groups/dropped_tokens": (float(sum(sum(group.lengths) for group in step.dropped)), 1.0),
+        "groups/dropped": (float(len(step.replaced_groups)), 1.0),
+        "groups/dropped_tokens": (float(sum(sum(group.lengths) for group in step.replaced_groups)), 1.0),
         "reward/mean_sampled": mean_of([*trained, *replaced]),
     }
 

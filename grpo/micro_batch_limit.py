@@ -59,7 +59,7 @@ def room(policy: Policy, section: Optim, batch: Batch) -> Room:
         row = max(range(len(lengths)), key=lengths.__getitem__)
         prompt, completion = batch.prompt_ids[row][-PROBE:], batch.completion_ids[row][:PROBE]
         kept = kept_bytes(policy, prompt, completion) / (len(prompt) + len(completion))
-        spare = free_bytes(policy.device) - CHUNKS * 1024 * policy.head.weight.shape[0] * 4
+        spare = free_bytes(policy.device) - CHUNKS * 1024 * policy.lm_head.weight.shape[0] * 4
         tokens = max(lengths[row], int(SHARE * spare / kept))
     return Room(section.micro_batch_size, tokens, shared(policy))
 

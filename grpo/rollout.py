@@ -40,7 +40,7 @@ def sample_groups(
     policy: Policy, prompts: Sequence[Prompt], keys: Sequence[Sequence[int]], config: Config
 ) -> tuple[Group, ...]:
     """Return the sampled completions of each prompt, the same on every rank: each samples its slice of the prompts."""
-    section, part = config.rollout, policy.ranks.mine(len(prompts))
+    section, part = config.rollout, policy.world.slice_of(len(prompts))
     with memory_errors("rollout", ROLLOUT, policy.independent_ranks):
         groups = rollout(
             policy,
@@ -50,7 +50,7 @@ def sample_groups(
             temperature=section.temperature,
             ignore_end=section.ignore_end,
         )
-    completions = policy.ranks.gather([group.completions for group in groups])
+    completions = policy.world.all_gather([group.completions for group in groups])
     return tuple(Group(prompt, members) for prompt, members in zip(prompts, completions, strict=True))
 
 
@@ -123,10 +123,10 @@ def choose(policy: Policy) -> str:
 
 def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:
     """Raises `UserError` if the prompt and its token budget do not fit the model's context."""
-    if len(prompt.ids) + max_new_tokens > policy.context:
+    if len(prompt.ids) + max_new_tokens > policy.context_length:
         raise UserError(
             f"case {prompt.case.id!r}: {len(prompt.ids)} prompt tokens and a budget of {max_new_tokens} do not fit the "
-            f"model's context of {policy.context}"
+            f"model's context of {policy.context_length}"
         )
 
 

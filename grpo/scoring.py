@@ -20,7 +20,7 @@ def score_groups(
         tuple(
             reward.score(
                 text=group.prompt.case.text,
-                gold=group.prompt.case.esi,
+                gold=group.prompt.case.gold_level,
                 completion=completion.text,
                 thinking=group.prompt.thinking,
                 finished=completion.finished,
@@ -29,9 +29,9 @@ def score_groups(
             )
             for completion in group.completions
         )
-        for group in (groups[i] for i in ranks.mine(len(groups)))
+        for group in (groups[i] for i in ranks.slice_of(len(groups)))
     ]
-    return tuple(ranks.gather(rows))
+    return tuple(ranks.all_gather(rows))
 
 
 def length_penalty(length: int, config: Config) -> float:

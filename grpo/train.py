@@ -56,15 +56,15 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
 
     A signal interrupts anything but an update and files being written; the last completed step is then saved.
     """
-    config, policy, ranks = setup.config, setup.policy, setup.policy.ranks
+    config, policy, ranks = setup.config, setup.policy, setup.policy.world
     bar = progress_bar(progress, config, ranks)
-    drift = DriftWarning(policy.head.weight.dtype, config.rollout.temperature)
+    drift = DriftWarning(policy.lm_head.weight.dtype, config.rollout.temperature)
     try:
         with stop.at_once():
             evaluate_if_due(setup, run, progress.step)
             for step in bar:
                 started = time.perf_counter()
-                prompts = prompts_for_step(setup.cases, setup.epoch, policy.tokenizer, config, step)
+                prompts = prompts_for_step(setup.cases, setup.epoch_indices, policy.tokenizer, config, step)
                 groups = sample_groups(policy, prompts, sampling_keys(prompts, config, step), config)
                 scores = score_groups(setup.reward, groups, config, ranks)  # text only, no tensors
                 groups, scores, dropped = replace_uniform_groups(setup, groups, scores, step)  # off in v49
@@ -78,8 +78,8 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
                         result = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
                     seconds = {"rollout": sampled - started, "update": time.perf_counter() - sampled}
                     progress = progress.after(result.skipped)
-                    record = Step(progress.step, groups, scores, batch, result.tokens, dropped, *result.figures)
-                    if ranks.leads:
+                    record = Step(progress.step, groups, scores, batch, result.logprobs, dropped, *result.figures)
+                    if ranks.is_main:
                         metrics = record_step(setup, run, record, seconds)
                         show_progress(bar, metrics, config)
                         drift.warn_once(record.number, metrics["sampler/max_abs_logprob_diff"])
@@ -95,7 +95,7 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
 
 def progress_bar(progress: Progress, config: Config, ranks: Ranks) -> Any:
     """Return the remaining steps, with a bar if rank 0's standard error is a terminal."""
-    hidden = not (ranks.leads and sys.stderr.isatty())
+    hidden = not (ranks.is_main and sys.stderr.isatty())
     steps = range(progress.step, config.train.steps)
     return tqdm(steps, initial=progress.step, total=config.train.steps, bar_format=BAR_FORMAT, disable=hidden)
 
@@ -122,7 +122,7 @@ def stop_if_any_rank_was_asked(ranks: Ranks, stop: Stop) -> None:
     """Raise `Stopped` on all ranks if any rank received a signal, so that all stop before the same update. Each waits
     for the others' replies up to the grace period."""
     with stop.within_grace():
-        signals = [number for number in ranks.exchange(stop.requested) if number is not None]
+        signals = [number for number in ranks.all_gather_object(stop.requested) if number is not None]
     if signals:
         raise Stopped(signals[0])
 
@@ -134,21 +134,21 @@ def save_if_due(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
     scheduled = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
     if not scheduled and progress.skipped_in_a_row <= config.train.max_skipped_steps:
         return
-    policy.ranks.check_identical({"adapter": bit_checksum(policy.trainable().values())})
-    if policy.ranks.leads:
+    policy.world.check_identical({"adapter": bit_checksum(policy.adapter_parameters().values())})
+    if policy.world.is_main:
         with stop.deferred():
             save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
 
 
 def save_last_step(setup: Setup, run: Run, progress: Progress) -> None:
     """Save the last completed step of a run that ends early, unless it is saved already."""
-    if setup.policy.ranks.leads and progress.step and find_damage(run.checkpoints / f"step_{progress.step:06d}"):
+    if setup.policy.world.is_main and progress.step and find_damage(run.checkpoints / f"step_{progress.step:06d}"):
         save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
 
 
 def save_result(setup: Setup, run: Run) -> None:
     """Write the adapter and its model card."""
-    if setup.policy.ranks.leads:
+    if setup.policy.world.is_main:
         with placed(run.adapter) as staging:
             save_adapter(setup.policy, staging)
             write_model_card(run.path, staging / "README.md")
@@ -161,7 +161,7 @@ def record_step(setup: Setup, run: Run, record: Step, seconds: dict[str, float])
         seconds: time of the rollout and of the update.
     """
     config, started = setup.config, time.perf_counter()
-    account = token_account(record.tokens, record.batch, config.loss)
+    account = token_account(record.logprobs, record.batch, config.loss)
     shares = advantage_shares(record, config.advantage)
     lr = learning_rate(config, record.number * config.optim.inner_epochs - 1)
     metrics = finite(step_metrics(record, account, shares, config) | {"lr": lr})
@@ -177,7 +177,7 @@ def raise_if_diverged(setup: Setup, progress: Progress, groups: Sequence[Group])
     allowed = setup.config.train.max_skipped_steps
     if progress.skipped_in_a_row > allowed:
         ids = ", ".join(repr(group.prompt.case.id) for group in groups)
-        raise setup.policy.ranks.error(
+        raise setup.policy.world.error(
             f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
             f"finite, train.max_skipped_steps = {allowed}; cases of the last one: {ids}"
         )
@@ -187,7 +187,7 @@ def timing_metrics(record: Step, setup: Setup, phases: dict[str, float]) -> dict
     """Return the seconds of each phase, the sampled tokens per second, and rank 0's peak memory so far (of the device
     with CUDA, else of the process)."""
     tokens = sum(len(completion.ids) for group in record.groups for completion in group.completions)
-    tokens += sum(sum(group.lengths) for group in record.dropped)
+    tokens += sum(sum(group.lengths) for group in record.replaced_groups)
     if setup.policy.device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(setup.policy.device)
     else:
@@ -236,7 +236,7 @@ def run_training(
             versions = {"torch": torch.__version__, "ledger": LEDGER_VERSION}
             ranks.check_identical(versions | config.model_dump(mode="json"))
             with ranks.fail_together(*INPUT_ERRORS):
-                if ranks.leads:
+                if ranks.is_main:
                     check_folder(out, config, resume=arguments.resume)
                     if existed:
                         lock.enter_context(exclusive_lock(out))
@@ -247,7 +247,7 @@ def run_training(
                 check = check_on_cuda(setup.policy)
             setup = with_check(setup, check)
         with ranks.fail_together(*INPUT_ERRORS):
-            if ranks.leads:
+            if ranks.is_main:
                 header = f"config    {source.path}\n{plan(setup)}"
                 print_unless_pipe_closed("\n".join(visible(line) for line in header.splitlines()))
                 if not existed:  # the folder is created only now that the input is known to be valid
@@ -257,7 +257,7 @@ def run_training(
         with stop.at_once():
             progress = broadcast_start_state(setup, progress)
         train(setup, run, stop, progress)
-        if ranks.leads:
+        if ranks.is_main:
             print_result(run)
 
 
@@ -286,11 +286,11 @@ def run(arguments: argparse.Namespace) -> int:
         ranks = ranks or launched_world()
         return stopped_early(error, stop.requested, ranks, resume_hint(arguments, out, ranks))
     except (*INPUT_ERRORS, DiskError) as error:
-        if isinstance(error, Elsewhere) or (out is None and not launched_world().leads):
+        if isinstance(error, Elsewhere) or (out is None and not launched_world().is_main):
             time.sleep(QUIET_EXIT_DELAY_S)
             return 2
         resumable = isinstance(error, (DiskError, OutOfMemory))
-        if ranks and not ranks.leads:
+        if ranks and not ranks.is_main:
             error = UserError(f"rank {ranks.rank}: {error}")
         if resumable:
             error.add_note(resume_hint(arguments, out, ranks or launched_world()))

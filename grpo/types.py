@@ -26,7 +26,7 @@ class Case:
     id: str
     text: str
     """The narrative alone; it becomes the user turn. May be patient data."""
-    esi: int
+    gold_level: int
     """Gold ESI level, 1 (most acute) to 5."""
     tags: tuple[str, ...] = ()
     """Subsets that an evaluation reports separately."""
@@ -79,7 +79,7 @@ class Batch:
     """[N,T] bool, True at completion tokens."""
     sampler_logprobs: Tensor
     """[N,T] fp32 nats; 0 at padding."""
-    in_baseline: Tensor
+    baseline_mask: Tensor
     """[N] bool; whether a completion counts in the mean and std of its group."""
     advantages: Tensor
     """[N] fp64."""
@@ -120,11 +120,11 @@ class Step:
     scores: tuple[tuple[Score, ...], ...]
     """[B][G], in the order of ``groups``."""
     batch: Batch
-    tokens: TokenRecord
-    dropped: tuple[Dropped, ...]
-    trained_loss: float
+    logprobs: TokenRecord
+    replaced_groups: tuple[Dropped, ...]
+    backward_loss: float
     """Loss of the first inner epoch as the backward pass computed it, in fp32 on the training device."""
     grad_norm: float
     """Gradient norm of the last inner epoch, before clipping."""
-    skipped: int
+    skipped_updates: int
     """Number of inner epochs without an optimizer step because loss or gradient was not finite."""

@@ -56,7 +56,7 @@ class Cut:
 class Updated:
     """What `update` did."""
 
-    tokens: TokenRecord
+    logprobs: TokenRecord
     loss: float
     """Of the first inner epoch, as the backward pass had it."""
     grad_norm: float
@@ -100,7 +100,7 @@ def update(
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
         old = seen[0] if seen else None
-        noise = row_key("dropout", config.train.seed, step, epoch, *([policy.ranks.rank] if policy.ranks.rank else []))
+        noise = row_key("dropout", config.train.seed, step, epoch, *([policy.world.rank] if policy.world.rank else []))
 
         def one_pass(
             cuts: tuple[Cut, ...], noise: int = noise, old: Tensor | None = old
@@ -108,18 +108,18 @@ def update(
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(noise % 2**63)  # the update's only noise
             done = backward(policy, batch, cuts, config, old, ref)
-            for p in policy.trainable().values():
+            for p in policy.adapter_parameters().values():
                 if p.grad is None:  # nothing could move it, but AdamW's momentum still does
                     p.grad = torch.zeros_like(p)
             return done
 
         with memory_errors("update", UPDATE, policy.independent_ranks, midway=epoch > 0):
             logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
-        total = policy.ranks.sum_gradients(policy.trainable().values(), total)
+        total = policy.world.all_reduce_gradients(policy.adapter_parameters().values(), total)
         if epoch == 0:
             entropy = entropies
         seen.append(logprobs)
-        norm = float(torch.nn.utils.clip_grad_norm_(policy.trainable().values(), config.optim.max_grad_norm))
+        norm = float(torch.nn.utils.clip_grad_norm_(policy.adapter_parameters().values(), config.optim.max_grad_norm))
         losses.append(float(total))
         if math.isfinite(norm) and math.isfinite(losses[-1]):
             for group in optimizer.param_groups:
@@ -137,8 +137,8 @@ def token_record(
 ) -> TokenRecord:
     """Of all ranks' rows, from [N,T] that are zero but for this rank's."""
     matrices = [entropy, *seen, *(() if ref is None else (ref,))]
-    values = torch.stack([packed(matrix, batch) for matrix in matrices]).to(policy.ranks.device)
-    policy.ranks.sum_(values.view(-1))
+    values = torch.stack([packed(matrix, batch) for matrix in matrices]).to(policy.world.device)
+    policy.world.all_reduce_(values.view(-1))
     values = values.cpu()
     return TokenRecord(
         logprobs=values[1 : 1 + len(seen)],
@@ -204,7 +204,7 @@ def fitting(run: Callable[[tuple[Cut, ...]], T], policy: Policy, batch: Batch, c
 def own_rows(policy: Policy, batch: Batch, config: Config) -> range:
     """The rows of this rank's groups, among the batch's N."""
     size, count = config.rollout.group_size, len(batch.completion_ids)
-    groups = policy.ranks.mine(-(-count // size))
+    groups = policy.world.slice_of(-(-count // size))
     return range(groups.start * size, min(groups.stop * size, count))
 
 
@@ -215,7 +215,7 @@ def in_step(cuts: Sequence[Cut], policy: Policy, batch: Batch) -> tuple[Cut, ...
     filled: list[Cut] = []
     for silent in (False, True):
         own = [cut for cut in cuts if cut.silent is silent]
-        missing = max(policy.ranks.exchange(len(own))) - len(own)
+        missing = max(policy.world.all_gather_object(len(own))) - len(own)
         filled += [*own, *[Cut(torch.tensor([shortest]), silent, idle=True)] * missing]
     return tuple(filled)
 
@@ -275,7 +275,7 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
     completions = [batch.completion_ids[i] for i in rows]
     forward = forward_of(policy)
     targets = torch.tensor([token for ids in completions for token in ids]).to(policy.device, non_blocking=True)
-    head = policy.head
+    head = policy.lm_head
     logprobs, entropy = token_logprobs(
         forward(policy, [batch.prompt_ids[i] for i in rows], completions),
         head.weight,

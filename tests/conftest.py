@@ -74,6 +74,6 @@ def policy_on(
     if moved:
         generator = torch.Generator().manual_seed(7)
         with torch.no_grad():
-            for p in policy.trainable().values():
+            for p in policy.adapter_parameters().values():
                 p.add_(0.05 * torch.randn(p.shape, generator=generator))
     return policy

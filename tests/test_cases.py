@@ -88,7 +88,7 @@ CASES = tuple(Case(f"c{i}", "...", 1 + i % 5) for i in range(10))
 
 
 def test_oversampling_repeats_a_level() -> None:
-    levels = Counter(CASES[i].esi for i in stream(CASES, {1: 5, 3: 2}))
+    levels = Counter(CASES[i].gold_level for i in stream(CASES, {1: 5, 3: 2}))
     assert levels == {1: 10, 2: 2, 3: 4, 4: 2, 5: 2}
 
 

@@ -238,7 +238,7 @@ def states_and_gradients(policy: Policy, forward: Pass, rows: tuple[Ids, Ids]) -
     states = forward(policy, *rows)
     weights = torch.sin(torch.arange(states.numel(), dtype=states.dtype)).view_as(states)
     (states * weights).sum().backward()
-    return states.detach(), {name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None}
+    return states.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items() if p.grad is not None}
 
 
 def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
@@ -309,7 +309,7 @@ def test_no_scan_runs_a_third_time(
         return gated_delta_scan(*given)
 
     monkeypatch.setattr(shared_prefix, "gated_delta_scan", counted)
-    linear_layers = sum(layer.block_type == "linear_attention" for layer in policy.body.layers)
+    linear_layers = sum(layer.block_type == "linear_attention" for layer in policy.decoder.layers)
     states_and_gradients(policy, predicting_states_shared, rows_of(policy, *MIXED))
     assert len(calls) == 2 * 2 * linear_layers, "forward and backward, prompts and completions"
 

@@ -75,9 +75,9 @@ def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[
 def test_every_token_term_is_the_formulas() -> None:
     config = config_with("loss.beta=0.3", "optim.inner_epochs=3")
     step = make_step(config, epochs=3)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     advantages = step.batch.advantages.tolist()
-    new, ref = step.tokens.logprobs.tolist(), step.tokens.ref_logprobs.tolist()
+    new, ref = step.logprobs.logprobs.tolist(), step.logprobs.ref_logprobs.tolist()
     sides = set()
     for e in range(3):
         at = 0
@@ -93,7 +93,7 @@ def test_every_token_term_is_the_formulas() -> None:
                 assert account.ratio[e, at].item() == pytest.approx(ratio, rel=1e-14)
                 assert account.kl is not None and account.kl[e, at].item() == pytest.approx(kl, rel=1e-9, abs=1e-15)
                 assert account.loss[e, at].item() == pytest.approx(-weight * (surrogate - 0.3 * kl), rel=1e-9)
-                assert account.clip[e, at].item() == side
+                assert account.clip_side[e, at].item() == side
                 sides.add(side)
                 at += 1
     assert sides == {-1, 0, 1}, "the fixture must meet both sides of the clip"
@@ -102,7 +102,7 @@ def test_every_token_term_is_the_formulas() -> None:
 def test_the_token_terms_are_the_logged_loss_to_the_last_bit() -> None:
     config = config_with("loss.beta=0.3")
     step = make_step(config)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     record = step_metrics(step, account, advantage_shares(step, config.advantage), config)
     terms = account.loss[0].tolist()
     assert record["loss"] == math.fsum(terms) == math.fsum(reversed(terms)) != 0.0
@@ -140,7 +140,7 @@ def test_metrics_by_hand() -> None:
     config = config_with("loss.beta=0.3")
     dropped = (Dropped("c9", (2, 2, 3), (True, True, False), (1.0, 1.0, -0.5)),)
     step = make_step(config, dropped=dropped)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     m = step_metrics(step, account, advantage_shares(step, config.advantage), config)
     rewards = rewards_of(step)
     assert (m["step"], m["loss/trained"], m["grad_norm"], m["skipped"]) == (3, 0.5, 0.25, 0)
@@ -155,9 +155,9 @@ def test_metrics_by_hand() -> None:
     assert (m["groups/dropped"], m["groups/dropped_tokens"]) == (1.0, 7.0)
     assert m["groups/zero_variance"] == 0.0 and m["reward/timed_out"] == 0.0
     assert m["ratio"] == 1.0 and m["clip_ratio/low"] == m["clip_ratio/high"] == 0.0
-    ref, new = step.tokens.ref_logprobs.double(), step.tokens.logprobs[0].double()
+    ref, new = step.logprobs.ref_logprobs.double(), step.logprobs.logprobs[0].double()
     assert m["kl/k3"] == pytest.approx(float(((ref - new).exp() - (ref - new) - 1).mean()), rel=1e-9)
-    assert m["entropy"] == pytest.approx(float(step.tokens.entropy.double().mean()))
+    assert m["entropy"] == pytest.approx(float(step.logprobs.entropy.double().mean()))
     shares = advantage_shares(step, config.advantage)
     assert m["advantage/no_parse/abs_mean"] == pytest.approx(np.abs(shares["no_parse"]).mean())
 
@@ -165,10 +165,10 @@ def test_metrics_by_hand() -> None:
 def test_the_sampler_mismatch_is_of_the_first_inner_epoch() -> None:
     config = config_with("optim.inner_epochs=2")
     step = make_step(config, epochs=2)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     m = step_metrics(step, account, advantage_shares(step, config.advantage), config)
     drawn = [lp for group in step.groups for c in group.completions for lp in c.sampler_logprobs]
-    apart = [a - np.float32(b) for a, b in zip(step.tokens.logprobs[0].tolist(), drawn, strict=True)]
+    apart = [a - np.float32(b) for a, b in zip(step.logprobs.logprobs[0].tolist(), drawn, strict=True)]
     assert m["sampler/abs_logprob_diff"] == pytest.approx(np.mean(np.abs(apart)), rel=1e-5)
     assert m["sampler/kl_k3"] == pytest.approx(np.mean([math.exp(x) - 1 - x for x in apart]), rel=1e-4)
     assert m["ratio"] == pytest.approx(float(account.ratio.mean())) and m["ratio"] != 1.0
@@ -177,7 +177,7 @@ def test_the_sampler_mismatch_is_of_the_first_inner_epoch() -> None:
 def test_masked_completions_weigh_nothing_and_are_in_no_denominator() -> None:
     config = config_with("loss.mask_truncated=true", "loss.beta=0.3")
     step = make_step(config)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     for i, where in enumerate(token_slices(LENGTHS)):
         terms = account.loss[0, where]
         assert bool(terms.any()) == FINISHED[i]
@@ -188,7 +188,7 @@ def test_masked_completions_weigh_nothing_and_are_in_no_denominator() -> None:
 def test_truncated_completions_can_leave_the_baseline() -> None:
     inside = make_step(config_with())
     outside = make_step(config_with("advantage.truncated_in_baseline=false"))
-    assert outside.batch.in_baseline.tolist() == FINISHED and all(inside.batch.in_baseline.tolist())
+    assert outside.batch.baseline_mask.tolist() == FINISHED and all(inside.batch.baseline_mask.tolist())
     a = outside.batch.advantages.reshape(2, 3)
     assert a[0, 2] == 0 and a[1, 2] == 0 and float(a[0].sum()) == pytest.approx(0)
     assert a[0].tolist() == pytest.approx([2 / (math.sqrt(2) + 1e-4) / 2, -2 / (math.sqrt(2) + 1e-4) / 2, 0.0])

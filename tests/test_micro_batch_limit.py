@@ -243,10 +243,10 @@ def test_twice_out_of_memory_names_the_keys(
     policy, config = make_policy(), config_with()
     batch = batch_of(policy, config)
     refuse(monkeypatch, 2)
-    before = {name: p.clone() for name, p in policy.trainable().items()}
+    before = {name: p.clone() for name, p in policy.adapter_parameters().items()}
     with pytest.raises(OutOfMemory, match=r"6 rows .*optim.micro_batch_size or optim.micro_batch_tokens"):
-        update(policy, batch, config, torch.optim.AdamW(policy.trainable().values()), None, step=0)
-    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+        update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0)
+    assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
     assert issubclass(OutOfMemory, INPUT_ERRORS)
 
 

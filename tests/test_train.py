@@ -390,9 +390,9 @@ def test_groups_without_variance_are_refilled(
                 else:
                     left.append(slots[silent[0]])
                     slots[silent.pop(0)] = case
-        assert kept == slots and [one.case_id for one in entry.step.dropped] == left
+        assert kept == slots and [one.case_id for one in entry.step.replaced_groups] == left
         assert m["groups/dropped"] == len(left) and m["groups/zero_variance"] == sum(c >= "c5" for c in kept) / 2
-        tokens = sum(sum(one.lengths) for one in entry.step.dropped)
+        tokens = sum(sum(one.lengths) for one in entry.step.replaced_groups)
         assert m["groups/dropped_tokens"] == tokens and (tokens > 0) == bool(left)
         assert m["reward/mean_sampled"] == pytest.approx((6 * m["reward/mean"] + 3 * len(left)) / (6 + 3 * len(left)))
         dropped.append(len(left))

@@ -49,9 +49,9 @@ def gradients(
 
     class Recorder(torch.optim.SGD):
         def step(self, closure: object = None) -> None:  # type: ignore[override]
-            seen.update({name: p.grad.clone() for name, p in policy.trainable().items() if p.grad is not None})
+            seen.update({name: p.grad.clone() for name, p in policy.adapter_parameters().items() if p.grad is not None})
 
-    run(policy, batch, config, Recorder(policy.trainable().values(), lr=0.0), reference, step=0)
+    run(policy, batch, config, Recorder(policy.adapter_parameters().values(), lr=0.0), reference, step=0)
     return seen
 
 
@@ -79,7 +79,7 @@ def plain_gradients(policy: Policy, batch: Batch, beta: float, temperature: floa
         ratio = (new - new.detach()).exp()
         kl = (ref - new).exp() - (ref - new) - 1
         total = total + (-ratio * advantage + beta * kl).sum() / (n * len(ids))
-    names, tensors = zip(*policy.trainable().items(), strict=True)
+    names, tensors = zip(*policy.adapter_parameters().items(), strict=True)
     return dict(zip(names, torch.autograd.grad(total, tensors), strict=True))
 
 
@@ -120,23 +120,23 @@ def test_the_first_pass_is_on_policy_and_later_ones_are_not(make_policy: Callabl
     policy = make_policy()
     for epochs in (1, 3):
         config = config_with(f"optim.inner_epochs={epochs}", "optim.learning_rate=0.02", "loss.beta=0.0")
-        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.02)
+        optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.02)
         before = adapter_copy(policy)
         batch = batch_of(policy, config)
         done = update(policy, batch, config, optimizer, None, step=0)
-        account = token_account(done.tokens, batch, config.loss)
+        account = token_account(done.logprobs, batch, config.loss)
         assert (account.ratio[0] == 1).all(), "the policy has not moved before its first optimiser step"
         assert all((ratio != 1).any() for ratio in account.ratio[1:])
-        assert optimizer.state[next(iter(policy.trainable().values()))]["step"] == epochs
-        assert any(not torch.equal(before[name], p) for name, p in policy.trainable().items())
-        assert bool(account.clip.any()) == (epochs == 3)
+        assert optimizer.state[next(iter(policy.adapter_parameters().values()))]["step"] == epochs
+        assert any(not torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
+        assert bool(account.clip_side.any()) == (epochs == 3)
 
 
 def test_the_base_never_moves(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     config = config_with("optim.learning_rate=0.1")
     base = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1)
     update(policy, batch_of(policy, config), config, optimizer, None, step=0)
     assert all(torch.equal(base[n], p) for n, p in policy.model.named_parameters() if not p.requires_grad)
     assert all(p.grad is None for p in policy.model.parameters())
@@ -151,9 +151,9 @@ def test_beta_zero_never_runs_the_reference(
     policy = make_policy()
     batch = batch_of(policy, config_with())
     monkeypatch.setattr(update_module, "adapter_swapped", never)
-    still = torch.optim.SGD(policy.trainable().values(), lr=0.0)
+    still = torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0)
     config = config_with("loss.beta=0.0")
-    tokens = update(policy, batch, config, still, None, step=0).tokens
+    tokens = update(policy, batch, config, still, None, step=0).logprobs
     assert tokens.ref_logprobs is None and token_account(tokens, batch, config.loss).kl is None
     with pytest.raises(AssertionError, match="reference was run"):
         gradients(policy, batch, config_with())
@@ -163,10 +163,10 @@ def test_kl_is_zero_against_oneself_and_positive_against_the_base(make_policy: C
     policy = make_policy()
     config = config_with()
     batch = batch_of(policy, config)
-    still = torch.optim.SGD(policy.trainable().values(), lr=0.0)
-    oneself = update(policy, batch, config, still, adapter_copy(policy), step=0).tokens
+    still = torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0)
+    oneself = update(policy, batch, config, still, adapter_copy(policy), step=0).logprobs
     assert (token_account(oneself, batch, config.loss).kl == 0).all()
-    base = token_account(update(policy, batch, config, still, None, step=0).tokens, batch, config.loss).kl
+    base = token_account(update(policy, batch, config, still, None, step=0).logprobs, batch, config.loss).kl
     assert base is not None and (base >= 0).all() and float(base.mean()) > 1e-4
 
 
@@ -174,7 +174,7 @@ def test_sampler_and_trainer_agree(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     config = config_with("rollout.temperature=0.8")
     batch = batch_of(policy, config)
-    tokens = update(policy, batch, config, torch.optim.SGD(policy.trainable().values(), lr=0.0), None, step=0).tokens
+    tokens = update(policy, batch, config, torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0), None, step=0).logprobs
     drawn = batch.sampler_logprobs[batch.completion_mask]
     assert tokens.logprobs.shape == (1, len(drawn)) == (1, len(tokens.entropy))
     assert float((tokens.logprobs[0] - drawn).abs().max()) < 2e-5
@@ -194,7 +194,7 @@ def test_the_record_is_in_the_batchs_order_whatever_the_cut(make_policy: Callabl
         law = logits[len(prompt) - 1 : -1].log_softmax(-1)
         logprobs.append(law.gather(1, torch.tensor(ids)[:, None])[:, 0])
         entropies.append(-(law.exp() * law).sum(1))
-    tokens = update(policy, batch, config, torch.optim.AdamW(policy.trainable().values()), None, step=0).tokens
+    tokens = update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0).logprobs
     torch.testing.assert_close(tokens.logprobs[0], torch.cat(logprobs), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(tokens.entropy, torch.cat(entropies), atol=2e-5, rtol=1e-5)
 
@@ -212,8 +212,8 @@ def test_the_accounts_loss_is_the_updates(make_policy: Callable[..., Policy], mo
         return terms
 
     monkeypatch.setattr(update_module, "grpo_loss", recorded)
-    done = update(policy, batch, config, torch.optim.AdamW(policy.trainable().values(), lr=0.02), None, step=0)
-    loss = token_account(done.tokens, batch, config.loss).loss.sum(1).tolist()
+    done = update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.02), None, step=0)
+    loss = token_account(done.logprobs, batch, config.loss).loss.sum(1).tolist()
     assert done.loss == pytest.approx(sum(seen[:3]), rel=1e-6)
     assert loss == pytest.approx([sum(seen[:3]), sum(seen[3:])], rel=1e-5, abs=1e-6) and abs(loss[1]) > 1e-3
 
@@ -224,9 +224,9 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
     batch = batch_of(policy, config)
     poisoned = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.nan))
     before = adapter_copy(policy)
-    done = update(policy, poisoned, config, torch.optim.AdamW(policy.trainable().values(), lr=0.1), None, step=0)
+    done = update(policy, poisoned, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1), None, step=0)
     assert done.skipped == 1
-    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+    assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
 
 
 def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
@@ -241,10 +241,10 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
         return logprobs, entropies, total + math.inf
 
     monkeypatch.setattr(update_module, "backward", without_end)
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=0.1)
+    optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1)
     done = update(policy, batch, config, optimizer, None, step=0)
     assert done.skipped == 1 and math.isfinite(done.grad_norm) and done.grad_norm > 0
-    assert all(torch.equal(before[name], p) for name, p in policy.trainable().items())
+    assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
 
 
 def test_the_reference_is_scored_without_dropout(make_policy: Callable[..., Policy]) -> None:
@@ -252,7 +252,7 @@ def test_the_reference_is_scored_without_dropout(make_policy: Callable[..., Poli
     config = config_with("loss.beta=0.1", "lora.dropout=0.5")
     batch, copy = batch_of(still, config), adapter_copy(still)
     found, expected = (
-        update(p, batch, config, torch.optim.SGD(p.trainable().values(), lr=0.0), copy, step=0).tokens
+        update(p, batch, config, torch.optim.SGD(p.adapter_parameters().values(), lr=0.0), copy, step=0).logprobs
         for p in (noisy, still)
     )
     torch.testing.assert_close(found.ref_logprobs, expected.ref_logprobs, atol=2e-5, rtol=0)
@@ -264,8 +264,8 @@ def test_the_recorded_entropy_is_the_first_epochs(make_policy: Callable[..., Pol
     found = []
     for policy, epochs in ((one, 1), (two, 3)):
         config = config_with(f"optim.inner_epochs={epochs}")
-        optimizer = torch.optim.SGD(policy.trainable().values(), lr=50.0)
-        found.append(update(policy, batch_of(policy, config), config, optimizer, None, step=0).tokens)
+        optimizer = torch.optim.SGD(policy.adapter_parameters().values(), lr=50.0)
+        found.append(update(policy, batch_of(policy, config), config, optimizer, None, step=0).logprobs)
     assert torch.equal(found[0].entropy, found[1].entropy)
     assert not torch.allclose(found[1].logprobs[0], found[1].logprobs[2], atol=1e-3)
 
@@ -278,7 +278,7 @@ def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
 
     def moved(second: Callable[[Policy, Batch, Any], object]) -> dict[str, Tensor]:
         policy = make_policy()
-        optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-2)
+        optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-2)
         batch = batch_of(policy, config)
         update(policy, batch, config, optimizer, None, step=0)
         before = adapter_copy(policy)
@@ -286,7 +286,7 @@ def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
         return {name: tensor - before[name] for name, tensor in adapter_copy(policy).items()}
 
     def by_hand(policy: Policy, batch: Batch, optimizer: Any) -> None:
-        for p in policy.trainable().values():
+        for p in policy.adapter_parameters().values():
             p.grad = torch.zeros_like(p)
         optimizer.step()
 

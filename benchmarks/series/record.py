@@ -149,8 +149,8 @@ def _thresholds(config: Config, runs: Sequence[Seen], lab: Mapping[str, Case]) -
     limit = hedging_threshold(load_reward(config.reward.set).table, normalised=normalised)
     labels: dict[str, list[int]] = {}
     for case in load_jsonl(config.cases.train):
-        labels.setdefault(case.tags[0], []).append(case.esi)
-    gold = {case.tags[0]: case.esi for case in lab.values()}
+        labels.setdefault(case.tags[0], []).append(case.gold_level)
+    gold = {case.tags[0]: case.gold_level for case in lab.values()}
     found = []
     for stratum in sorted(gold, key=lambda name: (gold[name], name)):
         named = labels.get(stratum, [])
@@ -193,4 +193,4 @@ def _cases(configs: Mapping[str, Config], name: str) -> dict[str, Case]:
 
 
 def _constants(cases: Mapping[str, Case]) -> dict[str, dict[str, Any]]:
-    return baselines([case.esi for case in cases.values()]) if cases else {}
+    return baselines([case.gold_level for case in cases.values()]) if cases else {}

@@ -168,7 +168,7 @@ def rolled(folder: Path) -> list[Metrics]:
     for number in ledger_steps(folder / "ledger"):
         step = read_step(folder / "ledger", number).step
         said = [
-            Said(group.prompt.case.id, group.prompt.case.esi, score.answer.level, True)
+            Said(group.prompt.case.id, group.prompt.case.gold_level, score.answer.level, True)
             for group, scores in zip(step.groups, step.scores, strict=True)
             for score in scores
         ]

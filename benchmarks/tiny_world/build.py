@@ -281,7 +281,7 @@ def held_out_scores(out: Path, plan: Plan) -> dict[str, dict[str, float]]:
                 groups = rollout(policy, prompts, [[0]] * len(prompts), max_new_tokens=160, temperature=0.0)
             hits = {
                 group.prompt.case: parse_answer(group.completions[0].text, thinking=thinking).level
-                == group.prompt.case.esi
+                == group.prompt.case.gold_level
                 for group in groups
             }
             shares = {"all": sum(hits.values()) / len(hits)}

@@ -113,7 +113,7 @@ def evaluation_record(request: EvaluationRequest, answers: AnswersByPart, agains
             }
             for (name, mode), members in answers.items()
         ],
-        "baselines": {name: baselines([case.esi for case in members]) for name, members in request.sets.items()},
+        "baselines": {name: baselines([case.gold_level for case in members]) for name, members in request.sets.items()},
         "agreement": {name: compare_modes(members) for name, members in cases.items() if len(members[0].levels) == 2},
         "errors": [{"cases": n, "thinking": mode, **row} for (n, mode), rows in failed.items() for row in rows],
         "cases": {name: [case.model_dump(mode="json") for case in members] for name, members in cases.items()},
@@ -128,7 +128,7 @@ def answered_cases(request: EvaluationRequest, name: str, answers: AnswersByPart
     by_mode = {mode: levels_by_case(members) for (part, mode), members in answers.items() if part == name}
     levels = {case.id: {mode: tuple(of[case.id]) for mode, of in by_mode.items()} for case in request.sets[name]}
     return tuple(
-        AnsweredCase(id=case.id, esi=case.esi, sha256=text_sha256(case.text), levels=levels[case.id])
+        AnsweredCase(id=case.id, esi=case.gold_level, sha256=text_sha256(case.text), levels=levels[case.id])
         for case in request.sets[name]
     )
 

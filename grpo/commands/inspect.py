@@ -75,7 +75,7 @@ def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[Rec
             lines = [line for group in record["groups"] for line in group_lines(group, width, style)]
         else:
             lines = _select_member(record["groups"], groups, arguments.member, entry, config, width, style)
-    warnings = [line for file in entry.changed for line in wrap(f"changed since it was written: {file}", width)]
+    warnings = [line for file in entry.modified_files for line in wrap(f"changed since it was written: {file}", width)]
     note = "" if entry.text == "full" else f"—: {NOT_RECORDED[entry.text]}"
     notes = [style(line, "dim") for line in wrap(note, width) if note]
     return record, [*(style(line, "red") for line in warnings), *lines, *notes]

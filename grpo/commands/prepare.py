@@ -52,9 +52,9 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     """
     loaded = load(arguments.loader, arguments.file, strict=arguments.strict)
     others = {file: _load_excluded(loader, file) for loader, file in arguments.exclude}
-    excluded: Sequence[Record] = [record for other in others.values() for record in other.records]
+    excluded: Sequence[Record] = [record for other in others.values() for record in other.rows]
     set_aside = frozenset().union(*(other.set_aside for other in others.values()))
-    records: Sequence[Record] = loaded.records
+    records: Sequence[Record] = loaded.rows
     if arguments.held_out or excluded:
         records = require_patients(records, each_its_own=arguments.each_case_a_patient)
         excluded = require_patients(excluded, each_its_own=arguments.each_case_a_patient)
@@ -75,7 +75,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         *_check_overlap(written, parts.held_out, excluded, set_aside),
         f"removed   {parts.excluded:,} cases by --exclude, {parts.repeated:,} with the narrative of a held-out case",
     )
-    table = {"read": loaded.records, "training part": parts.train, "written": written}
+    table = {"read": loaded.rows, "training part": parts.train, "written": written}
     files = {"train.jsonl": map(_to_json, written)}
     if parts.held_out:
         table["held out"] = parts.held_out
@@ -116,7 +116,7 @@ def render(prepared: Prepared) -> str:
     lines += prepared.notes
     lines.append(f"{'':<16}" + "".join(f"{f'ESI {level}':>10}" for level in LEVELS) + f"{'cases':>11}{'patients':>11}")
     for name, records in prepared.parts.items():
-        by_level = Counter(record.case.esi for record in records)
+        by_level = Counter(record.case.gold_level for record in records)
         patients = len({record.patient for record in records} - {""})
         counts = "".join(f"{by_level[level]:>10,}" for level in LEVELS)
         lines.append(f"{name:<16}{counts}{len(records):>11,}{f'{patients:,}' if patients else '–':>11}")
@@ -210,7 +210,7 @@ def _refuse_existing(folder: Path) -> None:
 
 def _manifest(prepared: Prepared) -> str:
     counts = {
-        name: {str(level): sum(record.case.esi == level for record in records) for level in LEVELS}
+        name: {str(level): sum(record.case.gold_level == level for record in records) for level in LEVELS}
         for name, records in prepared.parts.items()
     }
     return json.dumps(
@@ -230,7 +230,7 @@ def _manifest(prepared: Prepared) -> str:
 
 def _to_json(record: Record) -> str:
     case = record.case
-    row = {"id": case.id, "text": case.text, "esi": case.esi, "patient": record.patient}
+    row = {"id": case.id, "text": case.text, "esi": case.gold_level, "patient": record.patient}
     return json.dumps(row | ({"tags": case.tags} if case.tags else {}), ensure_ascii=False)
 
 

@@ -83,7 +83,7 @@ def compare_rewards(recording: RecordedRun, arguments: argparse.Namespace) -> Ou
     modified, steps = [], []
     for number in tqdm(numbers, unit="step", leave=False, disable=None):
         entry = read_step(recording.run.ledger, number)
-        modified += [f"{name}: changed since it was written: its sha256 differs" for name in entry.changed]
+        modified += [f"{name}: changed since it was written: its sha256 differs" for name in entry.modified_files]
         steps.append(counterfactual(entry, recording.config, other))
     format_step = table_lines if len(steps) == 1 else change_lines
     names = {"now": recording.reward.name, "then": other.name}

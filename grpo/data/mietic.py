@@ -56,7 +56,7 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
         if case_id in first_line:
             raise UserError(f"{path}:{line}: {case_id} was already used in line {first_line[case_id]}")
         first_line[case_id] = line
-        levels[record.case.esi] += 1
+        levels[record.case.gold_level] += 1
         if record.case.tags:
             yield Remark(path, line, "no_vital")
         yield record

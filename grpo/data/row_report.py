@@ -197,14 +197,14 @@ class Tally:
 class Loaded:
     """All cases of a file, and the report on its other rows."""
 
-    records: tuple[Record, ...]
+    rows: tuple[Record, ...]
     report: Report
     set_aside: frozenset[str] = frozenset()
     """Known patients of excluded rows."""
 
     @property
     def cases(self) -> tuple[Case, ...]:
-        return tuple(record.case for record in self.records)
+        return tuple(record.case for record in self.rows)
 
 
 def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:

@@ -113,7 +113,7 @@ def repeat_by_level(records: Sequence[Record], times: Mapping[int, int]) -> tupl
     >>> [r.case.id for r in repeat_by_level([Record(Case("a", "…", 1), "p"), Record(Case("b", "…", 3), "q")], {1: 3})]
     ['a', 'a#2', 'a#3', 'b']
     """
-    return tuple(_copy(record, n) for record in records for n in range(times.get(record.case.esi, 1)))
+    return tuple(_copy(record, n) for record in records for n in range(times.get(record.case.gold_level, 1)))
 
 
 def balance_levels(records: Sequence[Record], *, per_level: int | None, seed: int) -> tuple[Record, ...]:
@@ -125,7 +125,7 @@ def balance_levels(records: Sequence[Record], *, per_level: int | None, seed: in
     Raises:
         UserError: a level has no case.
     """
-    of_level = {level: [record for record in records if record.case.esi == level] for level in LEVELS}
+    of_level = {level: [record for record in records if record.case.gold_level == level] for level in LEVELS}
     if empty := [str(level) for level in LEVELS if not of_level[level]]:
         raise UserError(f"no case of ESI {', '.join(empty)} in the training part: it cannot be balanced")
     size = per_level or min(map(len, of_level.values()))
@@ -139,4 +139,4 @@ def balance_levels(records: Sequence[Record], *, per_level: int | None, seed: in
 
 def _copy(record: Record, n: int) -> Record:
     case = record.case
-    return record if n == 0 else Record(Case(f"{case.id}#{n + 1}", case.text, case.esi, case.tags), record.patient)
+    return record if n == 0 else Record(Case(f"{case.id}#{n + 1}", case.text, case.gold_level, case.tags), record.patient)

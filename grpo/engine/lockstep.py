@@ -41,7 +41,7 @@ class Pace:
                 return
 
     def _agree(self, going: bool) -> int:
-        return LOOK_EVERY if any(self._policy.ranks.exchange(going)) else 0
+        return LOOK_EVERY if any(self._policy.world.all_gather_object(going)) else 0
 
 
 class PacedDecoder:
@@ -80,4 +80,4 @@ def sample_in_step(
 
 def idle(policy: Policy) -> None:
     """One call of the model that nobody needs, on one token."""
-    policy.body(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device), use_cache=False)
+    policy.decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=policy.device), use_cache=False)

@@ -67,12 +67,12 @@ def padded_width(prompt: Prompt) -> int:
 
 def _logits(policy: Policy, hidden: Tensor) -> Tensor:
     """As the loss computes them."""
-    logits, bias = head_logits(hidden, policy.head.weight), getattr(policy.head, "bias", None)
+    logits, bias = head_logits(hidden, policy.lm_head.weight), getattr(policy.lm_head, "bias", None)
     return logits if bias is None else logits + bias
 
 
 def _hidden(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
     """Last hidden states [n,H] after the last of ``ids`` [n,k]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = policy.body(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = policy.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
     return out.last_hidden_state[:, -1]

@@ -78,7 +78,7 @@ def check_same_cases(sets: Mapping[str, Sequence[Case]], before: Evaluated, path
         earlier = {case.id: case for case in before.cases[name]}
         shared = [case for case in sets[name] if case.id in earlier]
         shared_ids += len(shared)
-        changed = [c.id for c in shared if (text_sha256(c.text), c.esi) != (earlier[c.id].sha256, earlier[c.id].esi)]
+        changed = [c.id for c in shared if (text_sha256(c.text), c.gold_level) != (earlier[c.id].sha256, earlier[c.id].esi)]
         if changed:
             raise UserError(
                 f"{path}: {name}: {len(changed)} of {len(shared)} shared cases have a different text or gold level: "

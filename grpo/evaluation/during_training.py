@@ -18,7 +18,7 @@ BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
     """Evaluate the sets that the config schedules after ``step`` steps, in each mode, and record the results. An
     evaluation that is already recorded is not repeated."""
-    section, ranks = setup.config.evaluate, setup.policy.ranks
+    section, ranks = setup.config.evaluate, setup.policy.world
     first_or_last = step in (0, setup.config.train.steps)
     names = [
         *(section.ends if first_or_last else ()),
@@ -26,21 +26,21 @@ def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
     ]
     if not names:
         return
-    recorded = evaluations(run) if ranks.leads else []
-    done = ranks.told([[record["step"], record["cases"], record["thinking"]] for record in recorded])
+    recorded = evaluations(run) if ranks.is_main else []
+    done = ranks.broadcast_object([[record["step"], record["cases"], record["thinking"]] for record in recorded])
     due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in done]
-    total, hidden = sum(len(setup.sets[name]) for name, _ in due), not (due and ranks.leads and sys.stderr.isatty())
+    total, hidden = sum(len(setup.evaluation_sets[name]) for name, _ in due), not (due and ranks.is_main and sys.stderr.isatty())
     with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
         for name, mode in due:
             bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")
             answers = evaluate(
                 setup.policy,
-                setup.sets[name],
+                setup.evaluation_sets[name],
                 setup.config,
                 name=name,
                 thinking=mode == "on",
                 progress=bar.update,
             )
             record = {"step": step, "cases": name, "thinking": mode, **summarize(answers, setup.reward)}
-            if ranks.leads:
+            if ranks.is_main:
                 append_evaluation(run, record, answers, text=setup.config.ledger.text == "full")

@@ -47,7 +47,7 @@ def deciding_step(case: Case) -> EsiStep:
     ('B', 'D')
     """
     tagged = (STEP_TAGS[tag] for tag in case.tags if tag in STEP_TAGS)
-    return next((step for step in tagged if (case.esi, step) in PATHS), DECIDED_AT[case.esi])
+    return next((step for step in tagged if (case.gold_level, step) in PATHS), DECIDED_AT[case.gold_level])
 
 
 def failed_step(gold: int, decided: EsiStep, predicted: int) -> EsiStep:
@@ -109,20 +109,20 @@ def failures(answers: Sequence[JudgedAnswer], reward: Reward) -> list[dict[str, 
     wrong = [
         (cases[case_id], levels)
         for case_id, levels in levels_by_case(answers).items()
-        if majority(levels) != cases[case_id].esi
+        if majority(levels) != cases[case_id].gold_level
     ]
     return [_failure(case, levels, reward) for case, levels in wrong]
 
 
 def _failure(case: Case, levels: list[int | None], reward: Reward) -> dict[str, Any]:
     predicted, decided = majority(levels), deciding_step(case)
-    rules = {r.name: rule_obeyed(r, predicted) for r in reward.rules if reward.applies(r.name, case.text, case.esi)}
+    rules = {r.name: rule_obeyed(r, predicted) for r in reward.rules if reward.applies(r.name, case.text, case.gold_level)}
     return {
         "id": case.id,
-        "gold": case.esi,
+        "gold": case.gold_level,
         "predicted": predicted,
         "levels": levels,
-        "step": None if predicted is None else failed_step(case.esi, decided, predicted),
+        "step": None if predicted is None else failed_step(case.gold_level, decided, predicted),
         "decided_at": decided,
         "rules": rules,
         "broken": [
@@ -159,7 +159,7 @@ def count_failures(cases: Sequence[Case], failed: Sequence[Mapping[str, Any]], r
         "no_parse": sum(f["predicted"] is None for f in failed),
         "by_rule": {
             name: {
-                "applies": sum(reward.applies(rows[0].name, case.text, case.esi) for case in cases),
+                "applies": sum(reward.applies(rows[0].name, case.text, case.gold_level) for case in cases),
                 "broken": len(broken_by[name]),
                 "cases": broken_by[name],
             }

@@ -48,7 +48,7 @@ def answer_row(answer: JudgedAnswer, *, text: bool = True) -> dict[str, Any]:
     row = {
         "id": answer.case.id,
         "sample": answer.sample,
-        "esi": answer.case.esi,
+        "esi": answer.case.gold_level,
         "predicted": answer.predicted,
         "reason": answer.answer.reason,
         "finished": answer.finished,
@@ -87,22 +87,22 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
     ``by_rule``, ``by_tag``: exact over the cases to which a rule applies, that have a tag. ``confusion``: gold →
     [predicted 1 … 5, no parse].
     """
-    rates = _rates_of([(a.case.id, a.case.esi, a.predicted) for a in answers])
+    rates = _rates_of([(a.case.id, a.case.gold_level, a.predicted) for a in answers])
     clipped, interval = rate_with_interval((a.case.id, not a.finished) for a in answers)
     return {
         "n": len({a.case.id for a in answers}),
         **rates,
         "clipped_ratio": clipped,
-        "high_acuity_n": len({a.case.id for a in answers if a.case.esi <= HIGH_ACUITY}),
+        "high_acuity_n": len({a.case.id for a in answers if a.case.gold_level <= HIGH_ACUITY}),
         "intervals": rates["intervals"] | {"clipped_ratio": interval},
-        "qwk": quadratic_kappa([(a.case.esi, a.predicted) for a in answers if a.predicted is not None]),
+        "qwk": quadratic_kappa([(a.case.gold_level, a.predicted) for a in answers if a.predicted is not None]),
         "mean_length": sum(a.tokens for a in answers) / len(answers),
-        "recall": {str(level): _exact("recall", [a for a in answers if a.case.esi == level]) for level in LEVELS},
+        "recall": {str(level): _exact("recall", [a for a in answers if a.case.gold_level == level]) for level in LEVELS},
         "precision": {
             str(level): _exact("precision", [a for a in answers if a.predicted == level]) for level in LEVELS
         },
         "by_rule": {
-            rule.name: _exact("exact", [a for a in answers if reward.applies(rule.name, a.case.text, a.case.esi)])
+            rule.name: _exact("exact", [a for a in answers if reward.applies(rule.name, a.case.text, a.case.gold_level)])
             for rule in reward.rules
         },
         "by_tag": {
@@ -110,7 +110,7 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
             for tag in sorted({tag for a in answers for tag in a.case.tags})
         },
         "confusion": {
-            str(gold): [sum(a.case.esi == gold and a.predicted == level for a in answers) for level in (*LEVELS, None)]
+            str(gold): [sum(a.case.gold_level == gold and a.predicted == level for a in answers) for level in (*LEVELS, None)]
             for gold in LEVELS
         },
     }
@@ -159,7 +159,7 @@ def multi_sample_stats(answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
     over cases, with Wilson's interval over cases.
     """
     by_case = levels_by_case(answers)
-    gold = {a.case.id: a.case.esi for a in answers}
+    gold = {a.case.id: a.case.gold_level for a in answers}
     n, samples = len(by_case), len(answers) // len(by_case)
     unanimous = sum(len(set(levels)) == 1 for levels in by_case.values())
     parsed = [[level for level in levels if level is not None] for levels in by_case.values()]
@@ -188,5 +188,5 @@ def levels_by_case(answers: Iterable[JudgedAnswer]) -> dict[str, list[int | None
 
 def _exact(name: str, answers: Sequence[JudgedAnswer]) -> dict[str, Any]:
     """Return the exact rate of some answers under ``name``; None if there are none."""
-    value, interval = rate_with_interval((a.case.id, a.predicted == a.case.esi) for a in answers)
+    value, interval = rate_with_interval((a.case.id, a.predicted == a.case.gold_level) for a in answers)
     return {"n": len({a.case.id for a in answers}), name: value, "interval": interval}

@@ -75,7 +75,7 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
     rewards = rewards_of(step)
     advantages = group_advantages(step.groups, rewards, config.advantage)
     shares = advantage_shares(step, config.advantage)
-    in_baseline = step.batch.in_baseline.numpy().reshape(rewards.shape)
+    in_baseline = step.batch.baseline_mask.numpy().reshape(rewards.shape)
     uniform_now, uniform_then = (zero_variance(r, in_baseline=in_baseline) for r in (entry.rewards, rewards))
     return Counterfactual(
         step=step.number,

@@ -144,16 +144,16 @@ def recompute_step(
     step, batch = entry.step, entry.step.batch
     cuts = micro_batches(batch, room(policy, config.optim, batch), beta=config.loss.beta)
     reference_drift = policy_drift = None
-    if step.tokens.ref_logprobs is not None:
+    if step.logprobs.ref_logprobs is not None:
         logprobs = packed(reference_logprobs(policy, batch, cuts, config, reference), batch)
-        reference_drift = drift(logprobs, step.tokens.ref_logprobs)
+        reference_drift = drift(logprobs, step.logprobs.ref_logprobs)
     if before is not None:
         with adapter_swapped(policy, before), torch.no_grad():
             policy.model.train()  # the training applied dropout, with this seed
             torch.manual_seed(row_key("dropout", config.train.seed, step.number - 1, 0) % 2**63)
             logprobs = packed(scored(policy, batch, cuts, config.rollout.temperature), batch)
             policy.model.eval()
-        policy_drift = drift(logprobs, step.tokens.logprobs[0])
+        policy_drift = drift(logprobs, step.logprobs.logprobs[0])
     return Recomputed(step.number, reference_drift, policy_drift, tuple(undecodable_rows(policy, entry, config)))
 
 
@@ -226,5 +226,5 @@ def _drift_lines(name: str, results: Sequence[Recomputed], dtype: str, causes: S
 def _load_adapter(policy: Policy, checkpoint: Path) -> dict[str, Tensor]:
     """Return the adapter of a checkpoint without changing the policy."""
     with adapter_swapped(policy, adapter_copy(policy)):
-        load_checkpoint(checkpoint, policy, torch.optim.AdamW(policy.trainable().values()))
+        load_checkpoint(checkpoint, policy, torch.optim.AdamW(policy.adapter_parameters().values()))
         return adapter_copy(policy)

@@ -106,14 +106,14 @@ def replay_step(
     """
     number = entry.step.number
     modified = [
-        Difference(number, name, "", "as written", "changed since: its sha256 differs") for name in entry.changed
+        Difference(number, name, "", "as written", "changed since: its sha256 differs") for name in entry.modified_files
     ]
     try:
         scores = rescore(entry, config, reward)
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(entry.step.groups, group_advantages(entry.step.groups, rewards, config.advantage), config)
         step = dataclasses.replace(entry.step, scores=scores, batch=batch)
-        account = token_account(step.tokens, batch, config.loss)
+        account = token_account(step.logprobs, batch, config.loss)
         shares = advantage_shares(step, config.advantage)
         position = number * config.optim.inner_epochs - 1
         metrics = finite(step_metrics(step, account, shares, config) | {"lr": learning_rate(config, position)})
@@ -131,7 +131,7 @@ def rescore(entry: Entry, config: Config, reward: Reward) -> tuple[tuple[Score, 
         return score_groups(reward, entry.step.groups, config)
     return tuple(
         tuple(
-            _recombine(score, group.prompt.case.esi, len(completion.ids), config, reward, entry.text == "redacted")
+            _recombine(score, group.prompt.case.gold_level, len(completion.ids), config, reward, entry.text == "redacted")
             for completion, score in zip(group.completions, row, strict=True)
         )
         for group, row in zip(entry.step.groups, entry.step.scores, strict=True)
@@ -181,7 +181,7 @@ def _tensor_differences(
         {
             **_columns("components", _parts(step)),
             "rewards": np.array([score.total for row in step.scores for score in row]),
-            "in_baseline": step.batch.in_baseline,
+            "in_baseline": step.batch.baseline_mask,
             "advantages": step.batch.advantages,
             **_columns("shares", step_shares),
             "token_weights": step.batch.token_weights[:, 0],
@@ -189,7 +189,7 @@ def _tensor_differences(
         for step, step_shares in ((entry.step, entry.shares), (replayed, shares))
     ]
     by_token = [
-        {"ratio": terms.ratio, "clip": terms.clip, "kl": terms.kl, "loss": terms.loss}
+        {"ratio": terms.ratio, "clip": terms.clip_side, "kl": terms.kl, "loss": terms.loss}
         for terms in (entry.account, account)
     ]
     names = [_row_name(entry.step, b, g) for b, g in rows(entry.step)]
@@ -241,7 +241,7 @@ def _metric_differences(
 
 def _throughput_differences(step: Step, line: Mapping[str, Any]) -> Iterator[Difference]:
     """Compare the throughput with the tokens and with the seconds in the same line."""
-    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(group.lengths) for group in step.dropped)
+    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(group.lengths) for group in step.replaced_groups)
     seconds = [line.get(f"time/{name}_s") for name in PHASES]
     if not all(isinstance(value, float) and value > 0 for value in seconds):
         expected = f"seconds of {', '.join(PHASES)}"

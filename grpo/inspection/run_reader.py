@@ -138,7 +138,7 @@ class RunRecord:
     """By step."""
     evaluations: tuple[Evaluation, ...]
     """By step, then in the order of the sets in the config."""
-    right: dict[Key, dict[tuple[str, int], bool]]
+    exact_answers: dict[Key, dict[tuple[str, int], bool]]
     """Evaluation → (case id, sample) → whether the level is exact; only evaluations whose answers are readable."""
     started: float | None
     """Start of the run in seconds since the epoch; None if ``config.json`` has no date. File dates are not used:
@@ -195,7 +195,7 @@ def read_run(path: Path) -> RunRecord:
         reward_set=reward_set if isinstance(reward_set, dict) else {},
         metrics=tuple(by_step[step] for step in sorted(by_step)),
         evaluations=evaluations,
-        right={key: right for key, right in answers.items() if right},
+        exact_answers={key: right for key, right in answers.items() if right},
         started=header.started.timestamp() if header.started else None,
         remarks=(*remarks, *_missing_parts(header.config, max(by_step, default=0), evaluations)),
     )

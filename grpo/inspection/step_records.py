@@ -18,19 +18,19 @@ Record = dict[str, Any]
 def step_record(entry: Entry, config: Config) -> Record:
     """Return a step and its groups, without texts."""
     step = entry.step
-    uniform = zero_variance(entry.rewards, in_baseline=step.batch.in_baseline.numpy().reshape(entry.rewards.shape))
+    uniform = zero_variance(entry.rewards, in_baseline=step.batch.baseline_mask.numpy().reshape(entry.rewards.shape))
     return {
         "run": config.name,
         "step": step.number,
         "steps": config.train.steps,
         "text": entry.text,
-        "changed": list(entry.changed),
+        "changed": list(entry.modified_files),
         "metrics": entry.metrics,
         "groups": [
             {
                 "group": b,
                 "case": group.prompt.case.id or None,
-                "gold": group.prompt.case.esi,
+                "gold": group.prompt.case.gold_level,
                 "thinking": group.prompt.thinking,
                 "reward_mean": float(entry.rewards[b].mean()),
                 "reward_std": float(entry.rewards[b].std(ddof=1)),
@@ -47,7 +47,7 @@ def step_record(entry: Entry, config: Config) -> Record:
                 "tokens": sum(group.lengths),
                 "rewards": group.rewards,
             }
-            for group in step.dropped
+            for group in step.replaced_groups
         ],
     }
 
@@ -101,7 +101,7 @@ def token_records(entry: Entry, b: int, g: int, decode_token: Callable[[int], st
     Args:
         decode_token: token id → text; None without a tokenizer.
     """
-    batch, tokens, account = entry.step.batch, entry.step.tokens, entry.account
+    batch, tokens, account = entry.step.batch, entry.step.logprobs, entry.account
     row = sum(len(group.completions) for group in entry.step.groups[:b]) + g
     place = token_slices([len(ids) for ids in batch.completion_ids])[row]
     ids: list[int | None] = [*batch.completion_ids[row]]
@@ -120,7 +120,7 @@ def token_records(entry: Entry, b: int, g: int, decode_token: Callable[[int], st
             "entropy": float(tokens.entropy[t]),
             "ratio": float(account.ratio[epoch, t]),
             "kl": None if account.kl is None else float(account.kl[epoch, t]),
-            "clip": {-1: "low", 0: None, 1: "high"}.get(int(account.clip[epoch, t]), "?"),
+            "clip": {-1: "low", 0: None, 1: "high"}.get(int(account.clip_side[epoch, t]), "?"),
             "weight": float(batch.token_weights[row, 0]),
             "loss": float(account.loss[epoch, t]),
         }

@@ -63,9 +63,9 @@ class Policy:
     tokenizer: Any
     end_ids: tuple[int, ...]
     device: torch.device
-    context: int
+    context_length: int
     """Context length of the base [tokens]."""
-    ranks: Ranks = ALONE
+    world: Ranks = ALONE
     """The processes that train this policy together."""
     sharded: bool = False
     """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
@@ -76,19 +76,19 @@ class Policy:
     def independent_ranks(self) -> Ranks:
         """The ranks, if their forward passes do not wait for each other: only then can they agree on an error in one.
         Of a sharded policy, this process alone."""
-        return ALONE if self.sharded else self.ranks
+        return ALONE if self.sharded else self.world
 
     @property
-    def body(self) -> Any:
+    def decoder(self) -> Any:
         """The decoder with its adapter layers, without the head: ids → last hidden states."""
         return self.model.get_base_model().base_model
 
     @property
-    def head(self) -> Any:
+    def lm_head(self) -> Any:
         """The output embedding: last hidden states → logits. Frozen, and never adapted."""
         return self.model.get_base_model().get_output_embeddings()
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def adapter_parameters(self) -> dict[str, nn.Parameter]:
         """Return the adapter's fp32 parameters by name, in a fixed order."""
         return {name: p for name, p in sorted(self.model.named_parameters()) if p.requires_grad}
 
@@ -170,10 +170,10 @@ def spread(policy: Policy, device: torch.device) -> Policy:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    body = policy.body
+    body = policy.decoder
     matrices = {p for p in body.layers.parameters() if not p.requires_grad and p.ndim == 2}
     whole = {p for p in policy.model.parameters() if p not in matrices}
-    mesh = init_device_mesh(device.type, (policy.ranks.size,))
+    mesh = init_device_mesh(device.type, (policy.world.size,))
     for layer in body.layers:
         fully_shard(layer, mesh=mesh, ignored_params=whole)
     fully_shard(body, mesh=mesh, ignored_params=whole)
@@ -223,7 +223,7 @@ def adapter_swapped(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Ite
 
 def adapter_copy(policy: Policy) -> dict[str, Tensor]:
     """Return a copy of the adapter's tensors."""
-    return {name: p.detach().clone() for name, p in policy.trainable().items()}
+    return {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
 
 
 def save_adapter(policy: Policy, folder: Path) -> None:
@@ -239,7 +239,7 @@ def save_adapter(policy: Policy, folder: Path) -> None:
 
 def _copy_in(policy: Policy, tensors: Mapping[str, Tensor]) -> None:
     with torch.no_grad():
-        for name, p in policy.trainable().items():
+        for name, p in policy.adapter_parameters().items():
             p.copy_(tensors[name])
 
 
@@ -299,7 +299,7 @@ def _check_head(policy: Policy) -> None:
     """Check that logits = head(hidden states), as sampling and loss assume."""
     ids = torch.tensor([encode(policy.tokenizer, "ESI")], device=policy.device)
     logits = policy.model(input_ids=ids, use_cache=False).logits
-    products = policy.head(policy.body(input_ids=ids, use_cache=False).last_hidden_state)
+    products = policy.lm_head(policy.decoder(input_ids=ids, use_cache=False).last_hidden_state)
     if not torch.allclose(logits, products.to(logits.dtype), rtol=1e-2, atol=1e-2):
         raise UserError(
             f"{type(policy.model.get_base_model()).__name__}: logits ≠ lm_head(hidden states): the model applies "
@@ -312,9 +312,9 @@ def _check_head(policy: Policy) -> None:
 def _check_effect(policy: Policy, folder: Path) -> None:
     """Check that a loaded adapter changes the hidden states."""
     ids = torch.tensor([encode(policy.tokenizer, "ESI triage: chest pain, 120/58.")], device=policy.device)
-    adapted = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+    adapted = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state
     with policy.model.disable_adapter():
-        plain = policy.body(input_ids=ids, use_cache=False).last_hidden_state
+        plain = policy.decoder(input_ids=ids, use_cache=False).last_hidden_state
     if torch.equal(adapted, plain):
         raise UserError(
             f"lora.warm_start: {folder}: the adapter has no effect on the model: its weights are zero or its module "

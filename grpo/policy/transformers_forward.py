@@ -17,5 +17,5 @@ def predicting_states_by_modules(
     mask is needed.
     """
     joined = join(prompt_ids, completion_ids, pad_id=0)
-    hidden = policy.body(input_ids=joined.input_ids.to(policy.device), use_cache=False).last_hidden_state
+    hidden = policy.decoder(input_ids=joined.input_ids.to(policy.device), use_cache=False).last_hidden_state
     return predicting_states(hidden, joined)

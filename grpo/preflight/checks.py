@@ -205,7 +205,7 @@ def run_checks(config: Config, inputs: PreflightInputs, *, accuracy: float = HON
     """
     check_accuracy(accuracy)
     reward, cases, oversample = inputs.reward, inputs.cases, config.cases.oversample
-    weighted = [WeightedCase(case.id, case.text, case.esi, float(oversample.get(case.esi, 1))) for case in cases or ()]
+    weighted = [WeightedCase(case.id, case.text, case.gold_level, float(oversample.get(case.gold_level, 1))) for case in cases or ()]
     longest = max((len(case.text.encode("utf-8", "surrogatepass")) for case in cases or ()), default=None)
     timeouts = find_timeouts(reward, cases) if cases else None
     probed = weighted if timeouts and not timeouts.given_up else []
@@ -330,10 +330,10 @@ def audit_data(cases: Sequence[Case], oversample: Mapping[int, int], sets: Mappi
         for name, members in sets.items()
     )
     return DataAudit(
-        levels=_by_level([case.esi for case in cases]),
-        stream=_by_level([cases[index].esi for index in stream(cases, oversample)]),
+        levels=_by_level([case.gold_level for case in cases]),
+        stream=_by_level([cases[index].gold_level for index in stream(cases, oversample)]),
         duplicates=tuple(tuple(case.id for case in group) for group in repeated),
-        contradictions=tuple(tuple(c.id for c in group) for group in repeated if len({c.esi for c in group}) > 1),
+        contradictions=tuple(tuple(c.id for c in group) for group in repeated if len({c.gold_level for c in group}) > 1),
         overlaps=tuple(overlap for overlap in overlaps if overlap.same_id or overlap.same_text),
     )
 

@@ -260,7 +260,7 @@ def explain(
     reward = inputs.reward
     score = reward.score(
         text=case.text,
-        gold=case.esi,
+        gold=case.gold_level,
         completion=completion,
         thinking=thinking,
         finished=finished,
@@ -268,7 +268,7 @@ def explain(
         length_penalty=-length.penalty if length and not finished else 0.0,
     )
     lines = [
-        f"case      {visible(case.id)}, gold ESI {case.esi}",
+        f"case      {visible(case.id)}, gold ESI {case.gold_level}",
         *(f"          {line}" for line in textwrap.wrap(visible(case.text), WIDTH - 10)),
         f"prompt    thinking {'on: it opened <think>' if thinking else 'off'}",
         f"answer    {_answer(score, completion)}" + ("" if finished else "; truncated by the token budget"),
@@ -276,7 +276,7 @@ def explain(
     if score.timed_out:
         lines.append("rules     a pattern timed out: every completion of this case gets the floor")
     else:
-        rules = [_explain_rule(reward, rule, case.text, case.esi, score) for rule in reward.rules]
+        rules = [_explain_rule(reward, rule, case.text, case.gold_level, score) for rule in reward.rules]
         lines += [f"{'rules' if i == 0 else '':<10}{line}" for i, line in enumerate(rules)]
     lines += [
         f"{'parts' if i == 0 else '':<10}{n:<28}{format_signed(v):>7}" for i, (n, v) in enumerate(score.parts.items())

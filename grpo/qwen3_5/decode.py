@@ -273,6 +273,6 @@ def front(state: State, slots: Tensor, columns: int) -> State:
 def rotary_table(policy: Policy, positions: int) -> Rotary:
     """cos and sin of positions 0 .. positions - 1, as the model computes them, in fp32."""
     at = torch.arange(positions, device=policy.device).expand(3, 1, -1)
-    cos, sin = policy.body.rotary_emb(torch.zeros(1, device=policy.device), at)
+    cos, sin = policy.decoder.rotary_emb(torch.zeros(1, device=policy.device), at)
     half = cos.shape[-1] // 2
     return Rotary(cos[0], torch.cat([-sin[0, :, :half], sin[0, :, half:]], 1))

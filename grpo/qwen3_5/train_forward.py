@@ -85,7 +85,7 @@ def predicting_states_shared(
         completion_ids: N lists of at least one token.
     """
     layout = lay_out(prompt_ids, completion_ids, policy.device)
-    body = policy.body
+    body = policy.decoder
     turns = rotary_table(policy, int(layout.prompts[1] + layout.completions[1]))
     x = embedding(layout.ids, body.embed_tokens.weight)
     checkpointed = torch.is_grad_enabled() and bool(getattr(body, "gradient_checkpointing", False))

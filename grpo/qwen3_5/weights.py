@@ -110,7 +110,7 @@ def readable(policy: Policy) -> bool:
         and config.hidden_act == "silu"
         and not config.attention_bias
         and config.rope_parameters.get("rope_type", "default") == "default"
-        and getattr(policy.head, "bias", None) is None
+        and getattr(policy.lm_head, "bias", None) is None
     )
 
 
@@ -120,12 +120,12 @@ def read_weights(policy: Policy) -> Weights:
 
     Norm weights are stored as their distance from 1 and read as 1 + w, in fp32.
     """
-    body = policy.body
+    body = policy.decoder
     return Weights(
         embedding=body.embed_tokens.weight,
         layers=tuple(_layer(layer) for layer in body.layers),
         norm=_scale(body.norm),
-        head=policy.head.weight,
+        head=policy.lm_head.weight,
         epsilon=body.norm.eps,
     )
 

@@ -241,7 +241,7 @@ def _confusion(record: Evaluation) -> ConfusionRows:
 
 
 def _flips(run: RunRecord, first: Evaluation, last: Evaluation) -> Flips | None:
-    before, after = run.right.get(first.key, {}), run.right.get(last.key, {})
+    before, after = run.exact_answers.get(first.key, {}), run.exact_answers.get(last.key, {})
     both = before.keys() & after.keys()
     if not both:
         return None

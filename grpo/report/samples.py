@@ -108,9 +108,9 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
     if not entries:
         return Samples(run.name, (), (), ("The ledger contains no step yet.",))
     remarks = [
-        f"Step {entry.step.number} of the ledger was changed after it was written: {', '.join(entry.changed)}."
+        f"Step {entry.step.number} of the ledger was changed after it was written: {', '.join(entry.modified_files)}."
         for entry in entries
-        if entry.changed
+        if entry.modified_files
     ]
     tokenizer, reason = None, ""
     if not text:
@@ -152,7 +152,7 @@ def _group(
     return GroupSample(
         step=entry.step.number,
         case=case.id if text and case.id else f"group {b + 1}",
-        gold=case.esi,
+        gold=case.gold_level,
         thinking=group.prompt.thinking,
         std=f"{entry.rewards[b].std(ddof=1):.2f}",
         text=tuple(case_pieces(case.text, scores)) if show_text else (),
@@ -185,7 +185,7 @@ def _sample(
     return Sample(
         numbers=tuple(member + 1 for member in members),
         predicted=f"ESI {level}" if level else "no parse",
-        correct=level == group.prompt.case.esi,
+        correct=level == group.prompt.case.gold_level,
         reason=score.answer.reason,
         reward=signed(score.total),
         advantage=signed(float(entry.advantages[b][g])),
@@ -200,7 +200,7 @@ def _sample(
 
 def shadings(entry: Entry) -> dict[str, np.ndarray]:
     """Return the [M] values of each shading: of the first inner epoch, and the log ratio of the last."""
-    account, tokens = entry.account, entry.step.tokens
+    account, tokens = entry.account, entry.step.logprobs
     columns: dict[str, Tensor] = {"loss": account.loss[0], "entropy": tokens.entropy, "surprise": -tokens.logprobs[0]}
     if account.kl is not None:
         columns["kl"] = account.kl[0]
@@ -236,8 +236,8 @@ def tooltip(entry: Entry, index: int, token: int) -> str:
         index: position among all tokens of the step.
         token: position in its completion.
     """
-    account, tokens = entry.account, entry.step.tokens
-    arrow = {-1: "↓", 1: "↑"}.get(int(account.clip[-1][index]), "")
+    account, tokens = entry.account, entry.step.logprobs
+    arrow = {-1: "↓", 1: "↑"}.get(int(account.clip_side[-1][index]), "")
     fields = (
         str(token + 1),
         plain(float(tokens.logprobs[0][index])),

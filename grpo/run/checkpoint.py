@@ -150,7 +150,7 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         progress = _read_progress(path)
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
-        trainable = policy.trainable()
+        trainable = policy.adapter_parameters()
         state = {
             i: {key: moments[f"{key}/{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
             for i, name in enumerate(trainable)
@@ -189,7 +189,7 @@ def _size_and_sha256(path: Path) -> dict[str, Any]:
 
 def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors: dict[str, torch.Tensor] = {}
-    for name, p in policy.trainable().items():
+    for name, p in policy.adapter_parameters().items():
         state: dict[str, Any] = optimizer.state.get(p, {})
         tensors |= {f"{key}/{name}": value.detach().cpu().contiguous() for key, value in state.items()}
     return tensors

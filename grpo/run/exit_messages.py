@@ -32,8 +32,8 @@ def stopped_early(error: Stopped | RankLost, requested: int | None, ranks: Ranks
         return 4
     stopped = error if isinstance(error, Stopped) else Stopped(requested or signal.SIGINT)
     by_torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
-    if ranks.leads or (ranks.rank == 1 and lost and by_torchrun):
-        prefix = "" if ranks.leads else f"rank {ranks.rank}: "
+    if ranks.is_main or (ranks.rank == 1 and lost and by_torchrun):
+        prefix = "" if ranks.is_main else f"rank {ranks.rank}: "
         cause = " (torchrun sends it when another rank has ended)" if by_torchrun else ""
         advice = "; if it printed a reason, fix that first" if lost and by_torchrun else ""
         with contextlib.suppress(OSError):  # the terminal may be gone after SIGHUP

@@ -32,7 +32,7 @@ def cases_sha256(cases: Sequence[Case]) -> str:
     >>> cases_sha256([Case("a", "Cough.", 4)]) == cases_sha256([Case("a", "Cough.", 5)])
     False
     """
-    return _json_sha256([[case.id, case.text, case.esi, list(case.tags)] for case in cases])
+    return _json_sha256([[case.id, case.text, case.gold_level, list(case.tags)] for case in cases])
 
 
 def text_sha256(text: str) -> str:

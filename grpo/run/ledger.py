@@ -84,7 +84,7 @@ class Entry:
     metrics: dict[str, Any]
     text: str
     """``ledger.text`` of the run."""
-    changed: tuple[str, ...]
+    modified_files: tuple[str, ...]
     """Files and tensors whose sha256 is not the one in the index."""
 
 
@@ -202,7 +202,7 @@ def file_errors(file: Path) -> Iterator[None]:
 
 
 def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray], text: str) -> dict[str, Tensor]:
-    batch, tokens = step.batch, step.tokens
+    batch, tokens = step.batch, step.logprobs
     completions = [completion for group in step.groups for completion in group.completions]
     scores = [score for row in step.scores for score in row]
     tensors = {
@@ -210,12 +210,12 @@ def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray]
         "lengths": torch.tensor([len(c.ids) for c in completions], dtype=torch.int32),
         "prompt_lengths": torch.tensor([len(group.prompt.ids) for group in step.groups], dtype=torch.int32),
         "thinking": torch.tensor([group.prompt.thinking for group in step.groups]),
-        "gold": torch.tensor([group.prompt.case.esi for group in step.groups], dtype=torch.uint8),
+        "gold": torch.tensor([group.prompt.case.gold_level for group in step.groups], dtype=torch.uint8),
         "finished": torch.tensor([c.finished for c in completions]),
         "predicted": torch.tensor([score.answer.level or 0 for score in scores], dtype=torch.uint8),
         "components": torch.tensor([list(score.parts.values()) for score in scores], dtype=torch.float64).T,
         "rewards": torch.from_numpy(rewards_of(step).flatten()),
-        "in_baseline": batch.in_baseline,
+        "in_baseline": batch.baseline_mask,
         "advantages": batch.advantages,
         "shares": torch.from_numpy(np.stack([share.flatten() for share in shares.values()])),
         "token_weights": batch.token_weights[:, 0],
@@ -223,7 +223,7 @@ def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray]
         "logprobs": tokens.logprobs,
         "entropy": tokens.entropy,
         "ratio": account.ratio,
-        "clip": account.clip,
+        "clip": account.clip_side,
         "loss": account.loss,
     }
     if tokens.ref_logprobs is not None and account.kl is not None:
@@ -235,7 +235,7 @@ def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray]
 
 
 def _lines(step: Step, metrics: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
-    dropped = [asdict(group) | ({"case_id": ""} if text == "off" else {}) for group in step.dropped]
+    dropped = [asdict(group) | ({"case_id": ""} if text == "off" else {}) for group in step.replaced_groups]
     yield {"kind": "step", "step": step.number, "text": text, "metrics": dict(metrics), "dropped": dropped}
     if text == "off":
         return
@@ -415,7 +415,7 @@ def _entry(
         completion_ids=tuple(completion.ids for group in groups for completion in group.completions),
         completion_mask=mask,
         sampler_logprobs=sampler_logprobs,
-        in_baseline=tensors["in_baseline"],
+        baseline_mask=tensors["in_baseline"],
         advantages=tensors["advantages"],
         token_weights=torch.where(mask, tensors["token_weights"][:, None], 0.0),
     )
@@ -429,7 +429,7 @@ def _entry(
         shares={name: share.numpy().reshape(shape) for name, share in zip(components, tensors["shares"], strict=True)},
         metrics=step_line.metrics,
         text=step_line.text,
-        changed=modified,
+        modified_files=modified,
     )
 
 

@@ -50,7 +50,7 @@ def input_hashes(setup: Setup) -> dict[str, str]:
     return {
         "reward.set": setup.reward.sha256,
         "cases.train": cases_sha256(setup.cases),
-        **{key: cases_sha256(setup.sets[name]) for key, name in sets.items()},
+        **{key: cases_sha256(setup.evaluation_sets[name]) for key, name in sets.items()},
         **(start if config.lora.warm_start else {}),
     }
 
@@ -59,25 +59,25 @@ def check_ranks_agree(setup: Setup) -> None:
     """Raise `UserError` if a rank has other inputs or another base model than rank 0. Of a sharded base, the tensors
     that are whole on every rank are compared."""
     policy = setup.policy
-    if policy.ranks.size == 1:
+    if policy.world.size == 1:
         return  # nothing to compare, and hashing reads all inputs
     frozen = [p for p in policy.model.parameters() if not p.requires_grad and not hasattr(p, "to_local")]
-    policy.ranks.check_identical(input_hashes(setup) | {"model.name's weights": [bit_checksum([p]) for p in frozen]})
+    policy.world.check_identical(input_hashes(setup) | {"model.name's weights": [bit_checksum([p]) for p in frozen]})
 
 
 def broadcast_start_state(setup: Setup, progress: Progress) -> Progress:
     """Copy the adapter, the optimizer state and the progress of rank 0, which alone read the run folder, to all
     ranks."""
-    ranks, optimizer = setup.policy.ranks, setup.optimizer
-    parameters = list(setup.policy.trainable().values())
+    ranks, optimizer = setup.policy.world, setup.optimizer
+    parameters = list(setup.policy.adapter_parameters().values())
     ranks.broadcast_(parameters)
-    if ranks.told(bool(optimizer.state)):
+    if ranks.broadcast_object(bool(optimizer.state)):
         for p in parameters:
             if not optimizer.state[p]:
                 moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
                 optimizer.state[p] = {"step": torch.zeros(()), **moments}
             ranks.broadcast_(optimizer.state[p][key] for key in ("step", "exp_avg", "exp_avg_sq"))
-    return ranks.told(progress)
+    return ranks.broadcast_object(progress)
 
 
 def bit_checksum(tensors: Iterable[Tensor]) -> int:

@@ -342,7 +342,7 @@ def decoded_differences(actual: Decoded, expected: Decoded) -> dict[str, float]:
 def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the log-probabilities [M] of the probe's tokens under a forward pass, and the gradient of a weighted sum
     of them for each tensor of the adapter; ``.grad`` is not touched."""
-    head, parameters = policy.head, policy.trainable()
+    head, parameters = policy.lm_head, policy.adapter_parameters()
     with torch.enable_grad(), fla_in_layers(policy.kernels.fla):
         targets = probe.tokens.flatten().to(policy.device)
         hidden = forward(policy, *probe.rows)
@@ -389,14 +389,14 @@ def limit_of(name: str, policy: Policy) -> float:
     """Return the largest difference that rounding explains, for the dtype and depth of the base. The operands of
     flash-linear-attention are always bfloat16."""
     count, accumulates = ROUNDINGS[name]
-    dtype = torch.bfloat16 if name == "fla" else policy.head.weight.dtype
-    return count * ROUNDING[dtype] * (math.sqrt(len(policy.body.layers)) if accumulates else 1.0)
+    dtype = torch.bfloat16 if name == "fla" else policy.lm_head.weight.dtype
+    return count * ROUNDING[dtype] * (math.sqrt(len(policy.decoder.layers)) if accumulates else 1.0)
 
 
 def make_probe(policy: Policy) -> Probe:
     """Return random rows, the same for every run."""
     generator = torch.Generator().manual_seed(0)
-    size = policy.head.weight.shape[0]
+    size = policy.lm_head.weight.shape[0]
     draw = partial(torch.randint, size, generator=generator)
     prompts = tuple(
         Prompt(Case(f"probe{i}", "", 1), tuple(draw((n,)).tolist()), False) for i, n in enumerate(PROMPT_LENGTHS)
@@ -413,7 +413,7 @@ def nudged_adapter(policy: Policy) -> dict[str, Tensor]:
         noise = torch.randn(p.shape, generator=generator, dtype=p.dtype).to(p.device)
         return p.detach() + NUDGE * noise if ".lora_B." in name else p.detach().clone()
 
-    return {name: nudge(name, p) for name, p in policy.trainable().items()}
+    return {name: nudge(name, p) for name, p in policy.adapter_parameters().items()}
 
 
 @contextlib.contextmanager
@@ -430,7 +430,7 @@ def evaluation_mode(policy: Policy) -> Iterator[None]:
 
 def agree(policy: Policy, check: SelfCheck) -> SelfCheck:
     """Return the check with the kernels that passed on every rank, so that all ranks use the same ones."""
-    choices: Sequence[dict[str, bool]] = policy.ranks.exchange(asdict(check.kernels))
+    choices: Sequence[dict[str, bool]] = policy.world.all_gather_object(asdict(check.kernels))
     return replace(check, kernels=Kernels(**{name: all(c[name] for c in choices) for name in choices[0]}))
 
 

@@ -29,8 +29,8 @@ class Setup:
     config: Config
     reward: Reward
     cases: tuple[Case, ...]
-    epoch: tuple[int, ...]
-    sets: dict[str, tuple[Case, ...]]
+    epoch_indices: tuple[int, ...]
+    evaluation_sets: dict[str, tuple[Case, ...]]
     policy: Policy
     reference: dict[str, Tensor] | None
     optimizer: torch.optim.Optimizer
@@ -53,7 +53,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     if faults := [*material.file_errors, *missing_parts(config.model, config.lora)]:
         raise UserError("\n       ".join(faults))
     assert material.cases is not None  # guaranteed without faults
-    for line in material.dropped_rows if ranks.leads else ():
+    for line in material.dropped_rows if ranks.is_main else ():
         print(f"warning: {visible(line)}", file=sys.stderr)
     require_sound_reward(config, run_checks(config, material))
     cases, sets = material.cases, dict(material.sets)
@@ -61,7 +61,7 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
     check_prompts(policy, [*cases, *(case for members in sets.values() for case in members)], config)
     section = config.optim
     optimizer = torch.optim.AdamW(
-        policy.trainable().values(),
+        policy.adapter_parameters().values(),
         lr=section.learning_rate,
         betas=(section.beta1, section.beta2),
         eps=section.epsilon,
@@ -71,8 +71,8 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
         config=config,
         reward=material.reward,
         cases=cases,
-        epoch=stream(cases, config.cases.oversample),
-        sets=sets,
+        epoch_indices=stream(cases, config.cases.oversample),
+        evaluation_sets=sets,
         policy=policy,
         reference=adapter_copy(policy) if config.loss.reference == "warm_start" else None,
         optimizer=optimizer,
@@ -86,7 +86,7 @@ def check_prompts(policy: Policy, cases: Sequence[Case], config: Config) -> None
     system = config.cases.system_prompt
     empty = render_prompt(policy.tokenizer, Case("empty", "", 1), system_prompt=system, thinking=False)
     for case in cases:
-        if len(case.text.encode()) + len(empty.ids) + budget > policy.context:
+        if len(case.text.encode()) + len(empty.ids) + budget > policy.context_length:
             prompt = render_prompt(policy.tokenizer, case, system_prompt=system, thinking=False)
             check_length(policy, prompt, budget)
 
@@ -105,15 +105,15 @@ def plan(setup: Setup) -> str:
     config, policy = setup.config, setup.policy
     rows = config.rollout.prompts_per_step * config.rollout.group_size
     micro_batches = -(-rows // config.optim.micro_batch_size)
-    trained = sum(p.numel() for p in policy.trainable().values())
+    trained = sum(p.numel() for p in policy.adapter_parameters().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
     reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
-    ranks = f", one of {policy.ranks.size} ranks" if policy.ranks.size > 1 else ""
+    ranks = f", one of {policy.world.size} ranks" if policy.world.size > 1 else ""
     return "\n".join(
         (
             f"model     {config.model.name} on {policy.device}{ranks}",
             f"weights   {frozen:,} frozen, {trained:,} trained (LoRA r={config.lora.r})",
-            f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch):,} after oversampling",
+            f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch_indices):,} after oversampling",
             f"reward    {setup.reward.name}{reason}",
             f"step      {config.rollout.prompts_per_step:,} prompts × {config.rollout.group_size:,} completions = "
             f"{rows:,} completions",

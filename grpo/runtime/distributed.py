@@ -66,11 +66,11 @@ class Ranks:
     """A rank that does not respond for this long is lost."""
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is rank 0, which alone writes the run folder and prints."""
         return self.rank == 0
 
-    def mine(self, count: int) -> range:
+    def slice_of(self, count: int) -> range:
         """Return which of ``count`` items (prompts, cases) belong to this rank: contiguous, as even as possible.
 
         >>> [list(Ranks(rank, 4).mine(6)) for rank in range(4)], list(Ranks(1, 4).mine(1))
@@ -78,24 +78,24 @@ class Ranks:
         """
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
-    def gather(self, items: Sequence[T]) -> list[T]:
+    def all_gather(self, items: Sequence[T]) -> list[T]:
         """Return the items of all ranks in rank order, which restores the order of items divided by `mine`."""
-        return [item for part in self.exchange(items) for item in part]
+        return [item for part in self.all_gather_object(items) for item in part]
 
-    def exchange(self, value: T) -> list[T]:
+    def all_gather_object(self, value: T) -> list[T]:
         """Return the value of each rank, by rank."""
         values = [value] * self.size
         if self.size > 1:
             self._run(dist.all_gather_object, values, value)
         return values
 
-    def told(self, value: T) -> T:
+    def broadcast_object(self, value: T) -> T:
         """Return rank 0's value."""
-        return self.exchange(value)[0]
+        return self.all_gather_object(value)[0]
 
     def error(self, message: str) -> UserError:
         """Return the exception with which all ranks stop at once: only rank 0 prints the message."""
-        return UserError(message) if self.leads else Elsewhere(message)
+        return UserError(message) if self.is_main else Elsewhere(message)
 
     def check_identical(self, value: Mapping[str, Any]) -> None:
         """Check that all ranks have the same value as rank 0.
@@ -104,7 +104,7 @@ class Ranks:
             UserError: on rank 0; names the other ranks and the keys that differ, dotted for nested mappings.
             Elsewhere: on the others.
         """
-        first, *others = self.exchange(_flatten(value))
+        first, *others = self.all_gather_object(_flatten(value))
         ranks_of: dict[str, list[str]] = {}
         for rank, other in enumerate(others, 1):
             if keys := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
@@ -126,28 +126,28 @@ class Ranks:
             yield
         except faults as error:
             fault = error
-        messages = self.exchange(None if fault is None else str(fault))
-        if self.leads and fault is not None:
+        messages = self.all_gather_object(None if fault is None else str(fault))
+        if self.is_main and fault is not None:
             raise fault
         for rank, message in enumerate(messages):
             if message is not None:
                 raise self.error(f"rank {rank}: {message}")
 
-    def sum_(self, flat: Tensor) -> None:
+    def all_reduce_(self, flat: Tensor) -> None:
         """Sum [n] over the ranks in place. Summed in float64 and rounded once, the result is the same on every rank."""
         if self.size > 1:
             total = flat.double()
             self._run(dist.all_reduce, total)
             flat.copy_(total)
 
-    def sum_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
+    def all_reduce_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
         """Sum the gradients over the ranks in place, in one flat `sum_`; return the sum of the losses, []. Every
         parameter must have a gradient."""
         if self.size == 1:
             return loss
         grads = [p.grad for p in parameters if p.grad is not None]
         flat = torch.cat([*(grad.flatten().float() for grad in grads), loss.detach().float()[None]])
-        self.sum_(flat)
+        self.all_reduce_(flat)
         for grad, total in zip(grads, flat[:-1].split([grad.numel() for grad in grads]), strict=True):
             grad.copy_(total.view_as(grad))
         return flat[-1]
@@ -266,7 +266,7 @@ def require_alone(program: str) -> None:
     ranks = launched_world()
     if ranks.size == 1:
         return
-    if ranks.leads:
+    if ranks.is_main:
         print(f"error: {program} does not support torchrun: run it as a single process", file=sys.stderr)
     else:
         time.sleep(QUIET_EXIT_DELAY_S)

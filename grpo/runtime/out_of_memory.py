@@ -52,7 +52,7 @@ def memory_errors(task: str, advice: str, ranks: Ranks = ALONE, *, midway: bool 
     except torch.OutOfMemoryError as error:
         size = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
         fault = f"{task}: out of memory on the device{f' ({size[1]} more)' if size else ''}: {advice}"
-    for rank, message in enumerate(ranks.exchange(fault)):
+    for rank, message in enumerate(ranks.all_gather_object(fault)):
         if message:
             message = f"rank {rank}: {message}" if ranks.size > 1 else message
-            raise OutOfMemory(message, midway=midway) if ranks.leads else Elsewhere(message)
+            raise OutOfMemory(message, midway=midway) if ranks.is_main else Elsewhere(message)

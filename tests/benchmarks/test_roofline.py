@@ -155,7 +155,7 @@ def test_a_model_with_a_sliding_window() -> None:
 def test_the_adapter_is_counted_apart(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy(r=4)
     costs = costs_of(policy.model.get_base_model())
-    assert costs.lora == sum(p.numel() for p in policy.trainable().values())
+    assert costs.lora == sum(p.numel() for p in policy.adapter_parameters().values())
     total = sum(p.numel() for p in policy.model.parameters())
     assert 0 < total - costs.body - costs.lora - 2 * costs.head < 5000, "norms, convolutions and gates"
 

@@ -298,7 +298,7 @@ def test_a_start_is_wrong_in_the_way_it_is_said_to_be(name: str) -> None:
     prompts = [render_prompt(policy.tokenizer, c, system_prompt=SYSTEM_PROMPT, thinking=False) for c in cases]
     groups = rollout(policy, prompts, [[0]] * len(prompts), max_new_tokens=88, temperature=0.0)
     errors = {
-        case.id: (parse_answer(group.completions[0].text, thinking=False).level or 0) - case.esi
+        case.id: (parse_answer(group.completions[0].text, thinking=False).level or 0) - case.gold_level
         for case, group in zip(cases, groups, strict=True)
     }
     missed = [case for case in cases if case.tags[0] in RULES]

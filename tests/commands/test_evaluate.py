@@ -41,7 +41,7 @@ Make = Callable[..., Policy]
 
 
 def case_file(path: Path, cases: list[Case] = CASES) -> Path:
-    rows = ({"id": c.id, "text": c.text, "esi": c.esi, "tags": list(c.tags)} for c in cases)
+    rows = ({"id": c.id, "text": c.text, "esi": c.gold_level, "tags": list(c.tags)} for c in cases)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
@@ -227,7 +227,7 @@ def test_the_record_says_what_went_wrong_by_step_and_rule(warm_start: Path) -> N
         assert found["errors"]["unexplained"] == []
     assert len(record["errors"]) == 6 and all(error["step"] in ("A", "B") for error in record["errors"])
     assert [(c["id"], c["esi"], len(c["levels"]["on"])) for c in record["cases"]["four"]] == [
-        (case.id, case.esi, 2) for case in CASES
+        (case.id, case.gold_level, 2) for case in CASES
     ]
     assert record["agreement"]["four"]["differ"] == [] and record["comparison"] is None
     assert record["reward"]["name"] == "v49" and record["adapter"]["name"] == "embedded:v46"
@@ -240,7 +240,7 @@ def test_the_table_names_the_broken_rules_and_fits_80_columns(warm_start: Path) 
     assert all(len(line) <= WIDTH for line in shown.splitlines())
     for rule, counts in record["records"][0]["errors"]["by_rule"].items():
         assert (f"{rule}: broken in {counts['broken']} of" in shown) == (counts["broken"] > 0)
-    assert f"of all 4 cases; for ESI 1, 2 of these {sum(case.esi <= 2 for case in CASES)};" in shown
+    assert f"of all 4 cases; for ESI 1, 2 of these {sum(case.gold_level <= 2 for case in CASES)};" in shown
     assert "pass@2" in shown and "exact                          25.0" in shown
 
 
@@ -391,7 +391,7 @@ def test_answers_begun_on_one_model_of_card_do_not_go_on_on_another(
 def test_only_answers_to_the_same_cases_are_compared(
     warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    changed = [Case(CASES[0].id, CASES[0].text + " Smokes.", CASES[0].esi), *CASES[1:]]
+    changed = [Case(CASES[0].id, CASES[0].text + " Smokes.", CASES[0].gold_level), *CASES[1:]]
     against = ["--against", warm_start / "out" / "eval.json"]
     said = refusal(capsys, TINY, "--cases", case_file(tmp_path / "four.jsonl", changed), *against)
     assert f"1 of 4 shared cases have a different text or gold level: {CASES[0].id};" in said

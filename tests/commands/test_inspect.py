@@ -111,7 +111,7 @@ def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
     for group, row, rewards in zip(entry.step.groups, entry.step.scores, entry.rewards, strict=True):
         (line,) = [line for line in out.splitlines() if re.match(rf"[= ] {group.prompt.case.id} ", line)]
         cells = line[2:].split()
-        assert cells[1:3] == [str(group.prompt.case.esi), "on" if group.prompt.thinking else "off"]
+        assert cells[1:3] == [str(group.prompt.case.gold_level), "on" if group.prompt.thinking else "off"]
         mean = math.fsum(rewards) / 4
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / 3)
         assert cells[3:5] == [f"{mean:+.2f}", f"{std:.2f}"]
@@ -119,8 +119,8 @@ def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
         assert cells[6] == "".join("e" if c.finished else "b" for c in group.completions)
         in_baseline = [r for r, c in zip(rewards, group.completions, strict=True) if c.finished]
         assert line[0] == ("=" if len(set(in_baseline)) <= 1 else " ")
-    assert len(entry.step.dropped) == 1
-    assert f"replaced   {entry.step.dropped[0].case_id}: 4 completions, " in out
+    assert len(entry.step.replaced_groups) == 1
+    assert f"replaced   {entry.step.replaced_groups[0].case_id}: 4 completions, " in out
     assert "run tiny, step 2 of 3" in out and f"reward/mean {entry.metrics['reward/mean']:.4g}" in out
 
 
@@ -369,9 +369,9 @@ def test_without_the_tokenizer_ids_are_shown_and_why(rich: Path, tmp_path: Path)
 
 def test_numbers_that_are_none_stay_json(rich: Path, tmp_path: Path) -> None:
     def spoil(entry: Entry) -> Entry:
-        logprobs = entry.step.tokens.logprobs.clone()
+        logprobs = entry.step.logprobs.logprobs.clone()
         logprobs[0, 0] = -math.inf
-        tokens = dataclasses.replace(entry.step.tokens, logprobs=logprobs, ref_logprobs=None)
+        tokens = dataclasses.replace(entry.step.logprobs, logprobs=logprobs, ref_logprobs=None)
         account = dataclasses.replace(entry.account, kl=None)
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens), account=account)
 
@@ -422,7 +422,7 @@ def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Pat
     entry = read_step(plain / "ledger", 2)
     config = read_header(plain).config
     assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, False]
-    alone = entry.step.batch.in_baseline.clone()
+    alone = entry.step.batch.baseline_mask.clone()
     alone[5:] = False
     batch = dataclasses.replace(entry.step.batch, in_baseline=alone)
     entry = dataclasses.replace(entry, step=dataclasses.replace(entry.step, batch=batch))

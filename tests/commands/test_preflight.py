@@ -66,7 +66,7 @@ def sets(**values: object) -> list[str]:
 
 
 def jsonl(path: Path, cases: Sequence[Case]) -> Path:
-    rows = ({"id": c.id, "text": c.text, "esi": c.esi} for c in cases)
+    rows = ({"id": c.id, "text": c.text, "esi": c.gold_level} for c in cases)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

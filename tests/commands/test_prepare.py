@@ -35,7 +35,7 @@ def file_of(tmp_path: Path, records: list[Record], name: str = "cases.jsonl") ->
     path = tmp_path / name
     path.write_text(
         "".join(
-            json.dumps({"id": r.case.id, "text": r.case.text, "esi": r.case.esi, "patient": r.patient}) + "\n"
+            json.dumps({"id": r.case.id, "text": r.case.text, "esi": r.case.gold_level, "patient": r.patient}) + "\n"
             for r in records
         ),
         encoding="utf-8",
@@ -125,18 +125,18 @@ def test_a_case_without_a_patient() -> None:
 def test_balanced_means_as_many_of_each_level_and_no_case_favoured(per_level: int | None, seed: int, size: int) -> None:
     records = cohort(size)
     made = balance_levels(records, per_level=per_level, seed=seed)
-    have = Counter(r.case.esi for r in records)
+    have = Counter(r.case.gold_level for r in records)
     wanted = per_level or min(have.values())
-    assert Counter(r.case.esi for r in made) == dict.fromkeys(range(1, 6), wanted)
+    assert Counter(r.case.gold_level for r in made) == dict.fromkeys(range(1, 6), wanted)
     assert len({r.case.id for r in made}) == len(made)
     times = Counter(r.case.id.split("#")[0] for r in made)
     for level in have:
-        counts = {times[r.case.id] for r in records if r.case.esi == level}
+        counts = {times[r.case.id] for r in records if r.case.gold_level == level}
         assert counts <= {wanted // have[level], -(-wanted // have[level])}
     of_id = {r.case.id: r for r in records}
     for r in made:
         source = of_id[r.case.id.split("#")[0]]
-        assert (r.case.text, r.case.esi, r.patient) == (source.case.text, source.case.esi, source.patient)
+        assert (r.case.text, r.case.gold_level, r.patient) == (source.case.text, source.case.gold_level, source.patient)
 
 
 def test_balancing_depends_on_the_seed_and_not_on_the_order() -> None:
@@ -153,7 +153,7 @@ def test_balancing_needs_every_level() -> None:
 
 def test_oversampling_repeats_under_ids_of_its_own() -> None:
     made = repeat_by_level(cohort(40), {1: 5, 4: 2})
-    assert Counter(r.case.esi for r in made) == {1: 20, 2: 8, 3: 16, 4: 16, 5: 4}
+    assert Counter(r.case.gold_level for r in made) == {1: 20, 2: 8, 3: 16, 4: 16, 5: 4}
     assert len({r.case.id for r in made}) == len(made)
 
 
@@ -173,7 +173,7 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
         levels = Counter(r["esi"] for r in part)
         counts = [*(levels[level] for level in range(1, 6)), len(part), len({r["patient"] for r in part})]
         assert table[name] == [str(count) for count in counts]
-    before = Counter(r.case.esi for r in cohort())
+    before = Counter(r.case.gold_level for r in cohort())
     assert table["read"] == [*(str(before[level]) for level in range(1, 6)), "400", "160"]
     manifest = json.loads((out / "prepare.json").read_text())
     assert manifest["settings"]["seed"] == 3 and manifest["levels"]["written"]["1"] == int(table["written"][0])
@@ -245,7 +245,7 @@ def test_any_format_goes_in_and_an_evaluation_set_stays_out(tmp_path: Path, caps
     out = tmp_path / "mietic36"
     assert main(["mietic-validate", mietic(tmp_path), "--out", str(out)]) == 0
     assert "excluded  1 × not retained by the experts: excluded (mietic.csv, line 4)" in capsys.readouterr().out
-    assert [(case.id, case.text, case.esi) for case in load_jsonl(str(out / "train.jsonl"))] == [
+    assert [(case.id, case.text, case.gold_level) for case in load_jsonl(str(out / "train.jsonl"))] == [
         ("mietic-70", "Seven,\nagain.", 2),
         ("mietic-90", "Nine.", 3),
     ]

@@ -99,15 +99,15 @@ def test_an_honest_run_is_equal_at_every_step(plain: Path, rich: Path, tmp_path:
 
 def test_the_rich_run_meets_what_it_is_for(rich: Path) -> None:
     entries = [read_step(rich / "ledger", number) for number in (1, 2, 3)]
-    assert all(len(entry.step.tokens.logprobs) == 2 for entry in entries)
+    assert all(len(entry.step.logprobs.logprobs) == 2 for entry in entries)
     assert {group.prompt.thinking for group in entries[0].step.groups} == {True, False}
-    assert any(entry.step.dropped for entry in entries)
-    assert {-1, 1} <= {int(side) for entry in entries for side in entry.account.clip.unique()}
+    assert any(entry.step.replaced_groups for entry in entries)
+    assert {-1, 1} <= {int(side) for entry in entries for side in entry.account.clip_side.unique()}
     assert any(
         -0.25 < p < 0 for entry in entries for row in entry.step.scores for s in row for p in [s.parts["overlong"]]
     )
     assert any((entry.step.batch.token_weights[:, 0] == 0).any() for entry in entries)
-    assert any(not entry.step.batch.in_baseline.all() for entry in entries)
+    assert any(not entry.step.batch.baseline_mask.all() for entry in entries)
 
 
 def test_a_recorded_step_is_what_its_texts_say(rich: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_recorded_step_is_what_its_texts_say(rich: Path) -> None:
             slope = -0.25 * max(0, len(completion.ids) - 60) / 12
             if not said:
                 assert score.total == pytest.approx(-2 + slope)
-            elif said[-1] == str(group.prompt.case.esi):
+            elif said[-1] == str(group.prompt.case.gold_level):
                 assert score.total == pytest.approx(1 + slope + score.parts["lifesaving_obeyed"])
 
 
@@ -218,7 +218,7 @@ FORGERIES: dict[str, tuple[Callable[[Entry], Entry], str]] = {
     "fired": (lambda e: with_score(e, 1, 2, fired=(Fired("open_injury_missed", (0, 3), -0.5),)), "jsonl: fired"),
     "timed_out": (lambda e: with_score(e, 1, 2, timed_out=True), "jsonl: timed_out"),
     "in_baseline": (
-        lambda e: with_batch(e, "in_baseline", 6, not e.step.batch.in_baseline[6]),
+        lambda e: with_batch(e, "in_baseline", 6, not e.step.batch.baseline_mask[6]),
         "safetensors: in_baseline",
     ),
     "advantage": (
@@ -272,9 +272,9 @@ def test_a_forged_input_is_found_by_what_follows_from_it(rich: Path, tmp_path: P
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=tuple(groups)))
 
     def other_logprob(entry: Entry) -> Entry:
-        logprobs = entry.step.tokens.logprobs.clone()
+        logprobs = entry.step.logprobs.logprobs.clone()
         logprobs[1, 7] -= 0.25
-        tokens = dataclasses.replace(entry.step.tokens, logprobs=logprobs)
+        tokens = dataclasses.replace(entry.step.logprobs, logprobs=logprobs)
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
 
     changed = {one["where"] for one in found(rewritten(rich, tmp_path / "text", other_answer, step=3))}
@@ -569,7 +569,7 @@ def test_the_advantages_under_another_reward_are_those_of_its_formula(plain: Pat
         one = counterfactual(entry, recording.config, load_reward("v45c"))
         for b, group in enumerate(entry.step.groups):
             said = [re.findall(r"ANSWER: ESI (\d)", c.text.rpartition("</think>")[2]) for c in group.completions]
-            rewards = [float(bool(found) and int(found[-1]) == group.prompt.case.esi) for found in said]
+            rewards = [float(bool(found) and int(found[-1]) == group.prompt.case.gold_level) for found in said]
             mean = sum(rewards) / 4
             std = math.sqrt(sum((r - mean) ** 2 for r in rewards) / 3)
             rows = [row for row in one.rows if row.group == b]
@@ -657,9 +657,9 @@ def test_a_device_that_is_none_is_refused_by_the_command_line(rich: Path) -> Non
 
 
 def with_rounding(entry: Entry) -> Entry:
-    ref = entry.step.tokens.ref_logprobs
+    ref = entry.step.logprobs.ref_logprobs
     assert ref is not None
-    tokens = dataclasses.replace(entry.step.tokens, ref_logprobs=ref + 1e-7 * torch.arange(ref.numel()).eq(3))
+    tokens = dataclasses.replace(entry.step.logprobs, ref_logprobs=ref + 1e-7 * torch.arange(ref.numel()).eq(3))
     return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
 
 
@@ -674,11 +674,11 @@ def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: 
 
 
 def with_other_reference(entry: Entry) -> Entry:
-    ref = entry.step.tokens.ref_logprobs
+    ref = entry.step.logprobs.ref_logprobs
     assert ref is not None
     ref = ref.clone()
     ref[3] += 0.01
-    tokens = dataclasses.replace(entry.step.tokens, ref_logprobs=ref)
+    tokens = dataclasses.replace(entry.step.logprobs, ref_logprobs=ref)
     return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
 
 

@@ -80,9 +80,9 @@ def loaded(folder: str, *, strict: bool = False) -> Loaded:
 
 def test_the_worked_example_from_published_files(tmp_path: Path) -> None:
     found = loaded(published(tmp_path), strict=True)
-    (record,) = found.records
+    (record,) = found.rows
     assert record.case.text == WHOLE
-    assert (record.case.id, record.case.esi, record.patient) == ("stay-30000001", 2, "10000001")
+    assert (record.case.id, record.case.gold_level, record.patient) == ("stay-30000001", 2, "10000001")
     assert found.report == Report(1, ())
 
 
@@ -225,7 +225,7 @@ def test_no_column_that_knows_the_outcome_can_enter_a_prompt(tmp_path: Path) -> 
     edstays |= E | {"hadm_id": "LEAK", "outtime": "LEAK", "race": "LEAK", "disposition": "LEAK"}
     edstays["intime"] = "2180-12-31 LEAK"
     patients = P | {"gender": "LEAK", "anchor_year_group": "LEAK", "dod": "LEAK", "chiefcomplaint": "LEAK"}
-    (record,) = loaded(published(tmp_path, [triage], [edstays], [patients])).records
+    (record,) = loaded(published(tmp_path, [triage], [edstays], [patients])).rows
     assert record.case.text == WHOLE and "LEAK" not in repr(record)
 
 
@@ -238,7 +238,7 @@ def test_words_of_edstays_never_pass_only_those_of_a_table_do(tmp_path: Path) ->
 @pytest.mark.parametrize("level", ["1", "2", "3.0", "4", " 5 "])
 def test_the_level_never_shows_in_the_text(tmp_path: Path, level: str) -> None:
     (case,) = loaded(published(tmp_path, [T | {"acuity": level}])).cases
-    assert (case.text, case.esi) == (WHOLE, int(float(level)))
+    assert (case.text, case.gold_level) == (WHOLE, int(float(level)))
 
 
 def test_a_renamed_column_is_missing_and_does_not_take_another_ones_place(tmp_path: Path) -> None:
@@ -293,14 +293,14 @@ def world(size: int, seed: int = 0) -> tuple[list[dict[str, str]], list[dict[str
 def test_the_join_does_not_ask_for_any_order(tmp_path: Path) -> None:
     triage, edstays, patients = world(60)
     usual = loaded(published(tmp_path, triage, edstays, patients))
-    assert 20 < len(usual.records) < 60
+    assert 20 < len(usual.rows) < 60
     for reverse in (False, True):
         stays = sorted(edstays, key=lambda row: row["stay_id"], reverse=reverse)
         people = sorted(patients, key=lambda row: row["subject_id"], reverse=not reverse)
         again = loaded(published(tmp_path, triage, stays, people))
-        assert again.records == usual.records
+        assert again.rows == usual.rows
         other = loaded(published(tmp_path, triage[::-1], stays, people))
-        assert other.records == usual.records[::-1]
+        assert other.rows == usual.rows[::-1]
 
 
 def test_every_row_is_a_case_or_in_the_report(tmp_path: Path) -> None:
@@ -325,8 +325,8 @@ def test_every_row_is_a_case_or_in_the_report(tmp_path: Path) -> None:
         wanted["sentinel"] += row["o2sat"] == "999"
         wanted["words"] += row["pain"] == "uta"
     assert [
-        (r.case.id, r.case.esi, r.patient, start)
-        for r, (*_, start) in zip(found.records, expected, strict=True)
+        (r.case.id, r.case.gold_level, r.patient, start)
+        for r, (*_, start) in zip(found.rows, expected, strict=True)
         if r.case.text.startswith(start)
     ] == expected
     assert {finding.reason: finding.count for finding in found.report.findings} == dict(wanted)
@@ -428,7 +428,7 @@ def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path
     rows[2], rows[4] = rows[2].replace("PAIN", '"PAIN'), rows[4].replace("PAIN", 'PAIN"')
     (tmp_path / "triage.csv.gz").write_text("\n".join(rows) + "\n", encoding="utf-8")
     found = loaded(name)
-    assert [record.case.id for record in found.records] == ["stay-30000001", "stay-30000005"]
+    assert [record.case.id for record in found.rows] == ["stay-30000001", "stay-30000005"]
     assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
     with pytest.raises(UserError, match="a stray quotation mark may have hidden rows"):
         loaded(name, strict=True)
@@ -592,7 +592,7 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
 
 def test_jsonl_knows_patients(tmp_path: Path) -> None:
     name = jsonl(tmp_path, {**CASE, "patient": "p1"}, {**CASE, "id": "b", "patient": 17}, {**CASE, "id": "c"})
-    assert [record.patient for record in load("jsonl", name, strict=True).records] == ["p1", "17", ""]
+    assert [record.patient for record in load("jsonl", name, strict=True).rows] == ["p1", "17", ""]
     with pytest.raises(UserError, match="patient of case 'a' must be"):
         load_jsonl(jsonl(tmp_path, {**CASE, "patient": ["p"]}))
 
@@ -650,12 +650,12 @@ def test_mietic_36_with_all_its_quirks(tmp_path: Path) -> None:
     path.write_bytes(validate_file(rows))
     found = load("mietic-validate", str(path), strict=True)
     kept = [row for row in rows if row["Final Decision"] == "RETAIN"]
-    assert [(r.case.id, r.case.text, r.case.esi, r.patient) for r in found.records] == [
+    assert [(r.case.id, r.case.text, r.case.gold_level, r.patient) for r in found.rows] == [
         (f"mietic-{row['stay_id']}", row["tiragecase"], int(row["acuity"]), row["subject_id"]) for row in kept
     ]
-    assert Counter(case.esi for case in found.cases) == {1: 14, 2: 11, 3: 5, 4: 4, 5: 2}
+    assert Counter(case.gold_level for case in found.cases) == {1: 14, 2: 11, 3: 5, 4: 4, 5: 2}
     assert sum(case.tags == ("lacks_vital",) for case in found.cases) == 11
-    assert "LEAK" not in repr(found.records)
+    assert "LEAK" not in repr(found.rows)
     assert found.report.rows == 50
     counts = {reason: count for (reason, _), (count, _) in reasons(found.report).items()}
     assert counts == {"not_retained": 14, "no_vital": 11}
@@ -670,7 +670,7 @@ def test_mietic_36_with_all_its_quirks(tmp_path: Path) -> None:
 )
 def test_the_byte_order_mark_of_mietic_whatever_became_of_it(tmp_path: Path, first: str) -> None:
     (tmp_path / "f.csv").write_bytes(validate_file([sample(1)], first))
-    assert load("mietic-validate", str(tmp_path / "f.csv"), strict=False).records[0].patient == "10000001"
+    assert load("mietic-validate", str(tmp_path / "f.csv"), strict=False).rows[0].patient == "10000001"
 
 
 def test_names_differ_in_nothing_but_blanks_and_case() -> None:

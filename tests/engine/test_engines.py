@@ -227,7 +227,7 @@ def test_a_model_that_changes_its_logits_after_the_head_is_refused(tmp_path: Pat
 def move(policy: Policy) -> None:
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for p in policy.trainable().values():
+        for p in policy.adapter_parameters().values():
             p.add_(0.05 * torch.randn(p.shape, generator=generator))
 
 
@@ -337,7 +337,7 @@ def test_bfloat16_stays_near_the_trainer_and_the_base_keeps_its_bits(random_base
     before = {name: p.detach().clone() for name, p in half.model.named_parameters()}
     groups = sample(half, prompts_of(half, FEW), "own", members=8)
     assert all(torch.equal(before[name], p) for name, p in half.model.named_parameters())
-    assert {p.dtype for p in half.trainable().values()} == {torch.float32}
+    assert {p.dtype for p in half.adapter_parameters().values()} == {torch.float32}
     drawn = torch.tensor(logprobs(groups))
     trainer, exact = (torch.tensor(scored(policy, groups)) for policy in (half, full))
     noise = (trainer - exact).square().mean().sqrt()

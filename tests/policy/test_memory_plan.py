@@ -41,11 +41,11 @@ def test_the_counts_are_those_of_the_real_modules(make_policy: Callable[..., Pol
     shape = read_shape(str(random_base))
     assert shape is not None and shape.hidden_size == 128 and shape.full_attention_layers == 1
     policy = make_policy(r=4)
-    trained = sum(p.numel() for p in policy.trainable().values())
+    trained = sum(p.numel() for p in policy.adapter_parameters().values())
     total = sum(p.numel() for p in policy.model.parameters())
     assert frozen_parameters(shape) == total - trained
     targets = policy.model.peft_config["default"].target_modules
-    assert lora_parameters(shape, sorted(targets), 4) == (trained, len(policy.trainable()) // 2)
+    assert lora_parameters(shape, sorted(targets), 4) == (trained, len(policy.adapter_parameters()) // 2)
     widths = {
         name.rsplit(".", 1)[-1]: (module.in_features, module.out_features)
         for name, module in policy.model.get_base_model().named_modules()
@@ -98,7 +98,7 @@ def cache_bytes(policy: Policy, rows: int, tokens: int) -> tuple[int, int]:
 
     cache = DynamicCache(config=policy.model.get_base_model().config.get_text_config())
     with torch.inference_mode():
-        policy.body(input_ids=torch.ones(rows, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
+        policy.decoder(input_ids=torch.ones(rows, tokens, dtype=torch.long), past_key_values=cache, use_cache=True)
     sizes = [0, 0]
     for layer in cache.layers:
         held: list[Any] = [value for value in vars(layer).values() if isinstance(value, torch.Tensor)]

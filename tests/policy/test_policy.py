@@ -34,7 +34,7 @@ IDS = torch.tensor([[10, 20, 30, 40, 50]])
 
 def states(policy: Policy) -> torch.Tensor:
     with torch.no_grad():
-        return policy.body(input_ids=IDS, use_cache=False).last_hidden_state
+        return policy.decoder(input_ids=IDS, use_cache=False).last_hidden_state
 
 
 def load(base: Path | str, warm_start: Path | str = "", **lora: Any) -> Policy:
@@ -109,8 +109,8 @@ def test_a_fresh_adapter_is_the_base_and_only_the_adapter_is_trainable(
     own = states(policy)
     with adapter_swapped(policy, None):
         assert torch.equal(states(policy), own)
-    assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.trainable().items())
-    assert len(policy.trainable()) == 2 * (
+    assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.adapter_parameters().items())
+    assert len(policy.adapter_parameters()) == 2 * (
         4 * 3 + 4
     )  # A and B of 3 MLP projections a layer, 4 more in the one attention
 
@@ -121,7 +121,7 @@ def test_the_reference_speaks_only_inside_and_the_adapter_comes_back_bit_for_bit
     policy = make_policy()
     before, own = adapter_copy(policy), states(policy)
     with torch.no_grad():
-        for p in policy.trainable().values():
+        for p in policy.adapter_parameters().values():
             p.mul_(1.5)
     moved, now = adapter_copy(policy), states(policy)
     with adapter_swapped(policy, before):
@@ -130,7 +130,7 @@ def test_the_reference_speaks_only_inside_and_the_adapter_comes_back_bit_for_bit
         base = states(policy)
     assert torch.equal(states(policy), now)
     assert not torch.equal(base, own) and not torch.equal(base, now)
-    assert all(torch.equal(moved[name], p) for name, p in policy.trainable().items())
+    assert all(torch.equal(moved[name], p) for name, p in policy.adapter_parameters().items())
 
 
 def test_a_saved_adapter_is_the_warm_start_of_another_run(
@@ -144,7 +144,7 @@ def test_a_saved_adapter_is_the_warm_start_of_another_run(
     ]
     again = load(random_base, tmp_path / "adapter")
     assert torch.equal(states(policy), states(again))
-    assert list(policy.trainable()) == list(again.trainable())
+    assert list(policy.adapter_parameters()) == list(again.adapter_parameters())
 
 
 def test_dropout_is_the_configs(make_policy: Callable[..., Policy], random_base: Path, tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_an_adapter_is_not_put_on_weights_that_hold_it(
     other = tmp_path / "other"
     policy = make_policy()
     with torch.no_grad():
-        for p in policy.trainable().values():
+        for p in policy.adapter_parameters().values():
             p.mul_(2)
     save_adapter(policy, other)
     merge(adapter, tmp_path / "once", base=str(random_base), check=False)
@@ -335,7 +335,7 @@ def test_the_multimodal_layout_gives_its_text_model(random_base: Path, tmp_path:
     policy = load(folder)
     assert type(policy.model.get_base_model()).__name__ == "Qwen3_5ForCausalLM"
     assert torch.equal(states(policy), states(load(random_base)))
-    assert len(policy.trainable()) == len(load(random_base).trainable())
+    assert len(policy.adapter_parameters()) == len(load(random_base).adapter_parameters())
 
 
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
@@ -363,7 +363,7 @@ def test_a_seed_gives_the_same_fresh_adapter_under_every_base_dtype(random_base:
             Model(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False),
             Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
             seed=seed,
-        ).trainable()
+        ).adapter_parameters()
         for dtype, seed in (("float32", 1), ("bfloat16", 1), ("float32", 2))
     ]
     full, half, other = adapters
@@ -386,4 +386,4 @@ def test_an_adapter_is_read_onto_the_policys_own_device(
     monkeypatch.setattr("peft.utils.save_and_load.infer_device", lambda: "cuda")
     monkeypatch.setattr("peft.peft_model.infer_device", lambda: "cuda")
     policy = load(random_base, tmp_path / "adapter")
-    assert all(p.device.type == "cpu" for p in policy.trainable().values())
+    assert all(p.device.type == "cpu" for p in policy.adapter_parameters().values())

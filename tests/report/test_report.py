@@ -91,7 +91,7 @@ def record_run(
             groups.append(Group(Prompt(case, (1, 2, 3), True), completions))
             scores.append(
                 tuple(
-                    reward.score(text=case.text, gold=case.esi, completion=c.text, thinking=True, finished=c.finished,
+                    reward.score(text=case.text, gold=case.gold_level, completion=c.text, thinking=True, finished=c.finished,
                                  case_id=case.id)
                     for c in completions
                 )
@@ -112,7 +112,7 @@ def record_run(
 def write_recorded(folder: Path, step: Step, text: str) -> None:
     """A step's line of metrics and its ledger record."""
     run = read_run(folder)
-    account = token_account(step.tokens, step.batch, run.config.loss)
+    account = token_account(step.logprobs, step.batch, run.config.loss)
     shares = advantage_shares(step, run.config.advantage)
     metrics = finite(step_metrics(step, account, shares, run.config) | {"lr": 1e-3})
     write_step(folder / "ledger", step, account, shares, metrics, text=text)
@@ -359,7 +359,7 @@ def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
                 len(c.ids) for c in (*entry.step.groups[0].completions, *entry.step.groups[1].completions)[: 4 * b + g]
             )
             number, logprob, loss, *_ = sample.tooltips.split("|")[1].split(" ")
-            assert (number, logprob) == ("2", plain(float(entry.step.tokens.logprobs[0][before + 1])))
+            assert (number, logprob) == ("2", plain(float(entry.step.logprobs.logprobs[0][before + 1])))
             assert loss == plain(float(entry.account.loss[0][before + 1])), "the second token's, of this very row"
             signs = {c[0] for piece in sample.pieces for c in piece.classes.split() if c[0] in "lL"}
             assert signs == ({"L"} if entry.advantages[b][g] > 0 else {"l"}), "KL is small beside the advantage here"

@@ -32,11 +32,11 @@ EVERY = Checkpoint(every=1, keep=2)
 
 
 def adamw(policy: Policy) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(policy.trainable().values(), lr=0.01)
+    return torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.01)
 
 
 def move(policy: Policy, optimizer: torch.optim.Optimizer) -> None:
-    for i, p in enumerate(policy.trainable().values()):
+    for i, p in enumerate(policy.adapter_parameters().values()):
         p.grad = torch.full_like(p, 0.1 * (i + 1))
     optimizer.step()
 

@@ -23,7 +23,7 @@ DROPPED = (Dropped("c9", (1, 2, 3), (True, True, True), (0.1, 0.1, 0.1)),)
 
 def write(folder: Path, step: Step, *overrides: str, text: str = "full") -> dict[str, object]:
     config = config_with(*overrides)
-    account = token_account(step.tokens, step.batch, config.loss)
+    account = token_account(step.logprobs, step.batch, config.loss)
     shares = advantage_shares(step, config.advantage)
     record = step_metrics(step, account, shares, config)
     write_step(folder, step, account, shares, record, text=text)
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_read_is_what_was_written(folder: Path) -> None:
     step = make_step(config_with(), epochs=2, dropped=DROPPED)
     entry = read_step(folder, 3)
-    assert ledger_steps(folder) == (3,) and entry.changed == () and entry.text == "full"
+    assert ledger_steps(folder) == (3,) and entry.modified_files == () and entry.text == "full"
     again = entry.step
     # sampled log-probabilities pass through float32, as they do in the batch
     drawn = lambda s: [torch.tensor(c.sampler_logprobs) for g in s.groups for c in g.completions]  # noqa: E731
@@ -52,13 +52,13 @@ def test_what_is_read_is_what_was_written(folder: Path) -> None:
         assert [(c.ids, c.finished, c.text) for c in read.completions] == [
             (c.ids, c.finished, c.text) for c in mine.completions
         ]
-    assert again.scores == step.scores and again.dropped == step.dropped
+    assert again.scores == step.scores and again.replaced_groups == step.replaced_groups
     for name in ("completion_mask", "sampler_logprobs", "in_baseline", "advantages", "token_weights"):
         assert torch.equal(getattr(again.batch, name), getattr(step.batch, name)), name
-    assert torch.equal(again.tokens.logprobs, step.tokens.logprobs)
+    assert torch.equal(again.logprobs.logprobs, step.logprobs.logprobs)
     config = config_with()
-    account = token_account(step.tokens, step.batch, config.loss)
-    assert torch.equal(entry.account.loss, account.loss) and torch.equal(entry.account.clip, account.clip)
+    account = token_account(step.logprobs, step.batch, config.loss)
+    assert torch.equal(entry.account.loss, account.loss) and torch.equal(entry.account.clip_side, account.clip_side)
     assert entry.metrics == step_metrics(again, account, advantage_shares(again, config.advantage), config)
     assert math.fsum(entry.account.loss[0].tolist()) == entry.metrics["loss"]
     assert np.array_equal(entry.advantages.flatten(), step.batch.advantages.numpy())
@@ -79,7 +79,7 @@ def test_no_word_is_written_where_texts_are_kept_out(tmp_path: Path, text: str) 
     with safe_open(step_files(tmp_path, 3)[0], "pt") as file:
         assert not {"prompt_ids", "completion_ids"} & set(file.keys()), "ids are text to whoever has the tokenizer"
     entry = read_step(tmp_path, 3)
-    assert entry.text == text and entry.changed == ()
+    assert entry.text == text and entry.modified_files == ()
     assert [len(c.ids) for g in entry.step.groups for c in g.completions] == [3, 1, 4, 2, 4, 4]
     assert entry.step.scores[0][1].parts == step.scores[0][1].parts
     assert entry.step.groups[0].prompt.case.id == ("c0" if text == "redacted" else "")
@@ -94,7 +94,7 @@ def test_every_tensor_that_changes_is_named(folder: Path) -> None:
         begin = 8 + size + header[name]["data_offsets"][0]
         file.write_bytes(whole[:begin] + bytes([whole[begin] ^ 1]) + whole[begin + 1 :])
         try:
-            changed = read_step(folder, 3).changed
+            changed = read_step(folder, 3).modified_files
         except UserError as error:
             assert name in str(error)
         else:
@@ -104,7 +104,7 @@ def test_every_tensor_that_changes_is_named(folder: Path) -> None:
 def test_a_changed_line_is_named(folder: Path) -> None:
     file = step_files(folder, 3)[1]
     file.write_text(file.read_text().replace("ANSWER: ESI 2", "ANSWER: ESI 3", 1))
-    assert read_step(folder, 3).changed == ("ledger/step_000003.jsonl",)
+    assert read_step(folder, 3).modified_files == ("ledger/step_000003.jsonl",)
 
 
 def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,7 +119,7 @@ def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, mo
             patch.setattr(ledger_module, refused, full)
             with pytest.raises(DiskError):
                 write(tmp_path, Step(2, *(getattr(step, n) for n in Step.__slots__[1:])))
-        assert ledger_steps(tmp_path) == (1,) and read_step(tmp_path, 1).changed == ()
+        assert ledger_steps(tmp_path) == (1,) and read_step(tmp_path, 1).modified_files == ()
 
 
 def test_a_resumed_run_takes_the_steps_after_its_checkpoint_out(tmp_path: Path) -> None:

@@ -391,8 +391,8 @@ def test_kernels_that_the_config_switches_off_are_not_tried(
 
 
 def test_the_policy_is_left_as_it_was(policy: Policy, card: SimpleNamespace) -> None:
-    parameters = policy.trainable()
-    policy.body.layers[1].train()
+    parameters = policy.adapter_parameters()
+    policy.decoder.layers[1].train()
     next(iter(parameters.values())).grad = torch.ones_like(next(iter(parameters.values())))
     modes = [m.training for m in policy.model.modules()]
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
@@ -404,7 +404,7 @@ def test_the_policy_is_left_as_it_was(policy: Policy, card: SimpleNamespace) -> 
     assert torch.equal(torch.get_rng_state(), random)
     first, *others = parameters.values()
     assert first.grad is not None and bool((first.grad == 1).all()) and all(p.grad is None for p in others)
-    assert list(policy.trainable()) == list(parameters)
+    assert list(policy.adapter_parameters()) == list(parameters)
     first.grad = None  # the policy is shared
     policy.model.eval()
 

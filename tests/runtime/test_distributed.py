@@ -139,19 +139,19 @@ def test_sums_are_exact_and_what_is_not_alike_is_named_once_for_all_ranks() -> N
 def test_alone_every_operation_is_the_identity() -> None:
     values = torch.tensor([1.0, float("nan")])
     before = values.clone()
-    ALONE.sum_(values)
+    ALONE.all_reduce_(values)
     ALONE.broadcast_([values])
     assert torch.equal(values, before) or bool(values[1].isnan() and values[0] == 1)
     marker = object()
-    assert ALONE.exchange(marker) == [marker] and ALONE.told(marker) is marker
+    assert ALONE.all_gather_object(marker) == [marker] and ALONE.broadcast_object(marker) is marker
     loss = torch.tensor(2.0)
-    assert ALONE.sum_gradients([], loss) is loss and list(ALONE.mine(3)) == [0, 1, 2] and ALONE.leads
+    assert ALONE.all_reduce_gradients([], loss) is loss and list(ALONE.slice_of(3)) == [0, 1, 2] and ALONE.is_main
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 3, 8])
 def test_everything_is_somebodys_once(size: int, count: int) -> None:
-    shares = [Ranks(rank, size).mine(count) for rank in range(size)]
+    shares = [Ranks(rank, size).slice_of(count) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -210,7 +210,7 @@ def assert_same_run(out: Path, whole: Path, steps: int = 3) -> None:
         entry, right = (read_step(folder / "ledger", number).step for folder in (out, whole))
         for group, other in zip(entry.groups, right.groups, strict=True):
             assert [c.ids for c in group.completions] == [c.ids for c in other.completions]
-        assert entry.scores == right.scores and entry.dropped == right.dropped
+        assert entry.scores == right.scores and entry.replaced_groups == right.replaced_groups
         assert (entry.batch.advantages == right.batch.advantages).all()
     answers = [[(r["step"], r["exact"], r["confusion"]) for r in read(folder / "eval.json")] for folder in (out, whole)]
     assert answers[0] == answers[1]

@@ -227,8 +227,8 @@ def _config(data: bytes) -> None:
 def _cases_of(loader: str, name: str) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
         loaded = load(loader, str(_file(name, data)), strict=False)
-        for record in loaded.records:
-            assert record.case.id.isprintable() and 1 <= record.case.esi <= 5 and record.case.text.strip()
+        for record in loaded.rows:
+            assert record.case.id.isprintable() and 1 <= record.case.gold_level <= 5 and record.case.text.strip()
             json.dumps([record.case.text, record.case.tags], ensure_ascii=False).encode()
         assert loaded.report.rows == loaded.report.cases + loaded.report.dropped
 
@@ -257,8 +257,8 @@ def _mimic(data: bytes) -> None:
         (folder / name).write_bytes(content)
     name = list(MIMIC)[(data or b"\0")[0] % 3]
     (folder / name).write_bytes(data[1:])
-    for record in load("mimic-iv-ed", str(folder), strict=False).records:
-        assert record.case.text.isprintable() and 1 <= record.case.esi <= 5
+    for record in load("mimic-iv-ed", str(folder), strict=False).rows:
+        assert record.case.text.isprintable() and 1 <= record.case.gold_level <= 5
 
 
 def _reward(suffix: str) -> Callable[[bytes], None]:
@@ -441,8 +441,8 @@ def _policy() -> tuple[Policy, torch.optim.Optimizer]:
     model = Model(name="embedded:base", device="cpu", dtype="float32", gradient_checkpointing=False)
     lora = Lora(r=2, alpha=4.0, dropout=0.0, target_modules=("v_proj",), warm_start="")
     policy = load_policy(model, lora, seed=1)
-    optimizer = torch.optim.AdamW(policy.trainable().values(), lr=1e-3)
-    for p in policy.trainable().values():
+    optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-3)
+    for p in policy.adapter_parameters().values():
         p.grad = torch.ones_like(p)
     optimizer.step()
     return policy, optimizer
@@ -478,7 +478,7 @@ def _checkpoint(data: bytes) -> None:
         whole = latest_checkpoint(copy.parent)[0]
         assert whole == copy
         assert load_checkpoint(copy, policy, optimizer).step == 3
-        assert len(optimizer.state_dict()["state"]) <= len(policy.trainable())
+        assert len(optimizer.state_dict()["state"]) <= len(policy.adapter_parameters())
     finally:
         for file in (name, MANIFEST):
             shutil.copyfile(_saved() / file, copy / file)

@@ -113,9 +113,9 @@ def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool =
     with joined("cpu", timeout_s=60) as ranks:
         policy = policy_on(base, ranks=ranks, shard=shard)
         prompts = prompts_of(policy)
-        keys, mine = keys_of(prompts, 4), ranks.mine(3)
+        keys, mine = keys_of(prompts, 4), ranks.slice_of(3)
         own = rollout(policy, [prompts[i] for i in mine], [keys[i] for i in mine], max_new_tokens=20, temperature=1.0)
-        told = ranks.exchange([(c.ids, c.sampler_logprobs) for group in own for c in group.completions])
+        told = ranks.all_gather_object([(c.ids, c.sampler_logprobs) for group in own for c in group.completions])
         rows = [(list(ids), list(logprobs)) for part in told for ids, logprobs in part]
         updates = []
         for overrides, fault in asked:
@@ -185,7 +185,7 @@ def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
     """Return the sum of each rank's values, and the error for values that differ."""
     with joined("cpu", timeout_s=60) as ranks:
         flat = torch.tensor(values[ranks.rank])
-        ranks.sum_(flat)
+        ranks.all_reduce_(flat)
         ranks.check_identical({"same": {"on": "all"}})
         try:
             rollout_section = {"n": min(ranks.rank, 1), "t": 1.0}
@@ -198,12 +198,12 @@ def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
 def hang(seconds: float) -> str:
     """Rank 1 stops answering; what rank 0 is told."""
     with joined("cpu", timeout_s=2) as ranks:
-        ranks.exchange("here")
+        ranks.all_gather_object("here")
         if ranks.rank == 1:
             time.sleep(seconds)
             os._exit(0)
         try:
-            ranks.exchange("still here")
+            ranks.all_gather_object("still here")
         except ranks_module.RankLost as error:
             return str(error)
         return "an answer"
@@ -294,7 +294,7 @@ def _drifting(true: Any) -> Any:
     def update(policy: Policy, *given: Any, **named: Any) -> Any:
         done = true(policy, *given, **named)
         with torch.no_grad():
-            next(iter(policy.trainable().values())).view(-1)[0] += 1e-6
+            next(iter(policy.adapter_parameters().values())).view(-1)[0] += 1e-6
         return done
 
     return update
@@ -328,9 +328,9 @@ def _full_in(call: int) -> Callable[[Any], Any]:
 
 FAULTS: dict[str, Callable[[], _Patched]] = {
     "": _Patched,
-    "summed twice": lambda: _Patched(Ranks, Ranks.sum_, _summed_twice),
-    "divided by the ranks": lambda: _Patched(Ranks, Ranks.sum_, _averaged),
-    "gradients not summed": lambda: _Patched(Ranks, Ranks.sum_gradients, _unshared),
+    "summed twice": lambda: _Patched(Ranks, Ranks.all_reduce_, _summed_twice),
+    "divided by the ranks": lambda: _Patched(Ranks, Ranks.all_reduce_, _averaged),
+    "gradients not summed": lambda: _Patched(Ranks, Ranks.all_reduce_gradients, _unshared),
     "a row forgotten": lambda: _Patched(update_module, update_module.own_rows, _last_rows_forgotten),
     "every rank trains all rows": lambda: _Patched(update_module, update_module.own_rows, _all_rows_everywhere),
     "stopped in the second rollout": lambda: _Patched(train_module, train_module.prompts_for_step, _stops_in(1)),
