@@ -25,19 +25,19 @@ import torch
 import grpo.train as loop
 import grpo.update as updating
 from benchmarks.roofline import Costs, Floor, Rates, floor_of, limits_of, now
-from grpo.config import Config, Source, load_config
+from grpo.config import Config, ConfigSource, load_config
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy.policy import Policy
 from grpo.rollout import ENGINES
 from grpo.run.checkpoint import Progress
-from grpo.run.folder import provenance, start_run, write_json
-from grpo.run.setup import Setup, build, device_name, plan
+from grpo.run.folder import create_run, provenance, write_json
+from grpo.run.setup import Setup, describe_run, device_name, load_setup
 from grpo.runtime.atomic_files import DiskError
-from grpo.runtime.distributed import require_alone
+from grpo.runtime.distributed import require_single_process
 from grpo.runtime.errors import INPUT_ERRORS
-from grpo.runtime.interrupts import Stop, Stopped, listening
-from grpo.runtime.terminal import say_anyhow
-from grpo.types import Prompt, Step
+from grpo.runtime.interrupts import Interrupted, Interrupts, handle_signals
+from grpo.runtime.terminal import tolerate_narrow_encodings
+from grpo.types import Prompt, StepRecord
 
 AIMS = {"step": 0.6, "decode": 0.7}
 """Shares of the roofline that the project wants on a data-centre GPU with a full-size model."""
@@ -84,7 +84,7 @@ class Clock:
 
         return run
 
-    def timing_metrics(self, step: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
+    def timing_metrics(self, step: StepRecord, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
         """`grpo.train.timing_metrics`, and the step's record."""
         metrics = TIMING_METRICS(step, setup, phases)
         spent, self._spent = self._spent, defaultdict(float)
@@ -148,7 +148,7 @@ def by_part(floor: Floor) -> dict[str, float]:
     return {name: getattr(floor, name) for name in names}
 
 
-def drift(step: Step) -> dict[str, float]:
+def drift(step: StepRecord) -> dict[str, float]:
     """How far what tokens were drawn with is from what the trainer computes for them, nats."""
     apart = step.batch.sampler_logprobs[step.batch.completion_mask] - step.logprobs.logprobs[0]
     return {
@@ -158,11 +158,11 @@ def drift(step: Step) -> dict[str, float]:
     }
 
 
-def take(setup: Setup, limits: tuple[Costs, Rates], source: Source, stop: Stop) -> list[Taken]:
+def take(setup: Setup, limits: tuple[Costs, Rates], source: ConfigSource, stop: Interrupts) -> list[Taken]:
     """Run the config's steps, timed."""
     clock = Clock(setup, *limits)
     with tempfile.TemporaryDirectory() as folder, clock.watching():
-        run = start_run(
+        run = create_run(
             Path(folder) / "run", setup.config, source, setup.reward, device=device_name(setup.policy.device)
         )
         loop.train(setup, run, stop, Progress())
@@ -191,13 +191,13 @@ def generated(
             top_p=1.0,
             max_new_tokens=budget,
             pad_token_id=0,
-            **({"eos_token_id": list(policy.end_ids)} if policy.end_ids else {"min_new_tokens": budget}),
+            **({"eos_token_id": list(policy.end_token_ids)} if policy.end_token_ids else {"min_new_tokens": budget}),
         )[:, width:].tolist()
-    ends = [next((t + 1 for t, i in enumerate(ids) if i in policy.end_ids), len(ids)) for ids in said]
+    ends = [next((t + 1 for t, i in enumerate(ids) if i in policy.end_token_ids), len(ids)) for ids in said]
     return [ids[:n] for ids, n in zip(said, ends, strict=True)], [[0.0] * n for n in ends]
 
 
-def beside(setup: Setup, limits: tuple[Costs, Rates], source: Source, stop: Stop) -> Taken:
+def beside(setup: Setup, limits: tuple[Costs, Rates], source: ConfigSource, stop: Interrupts) -> Taken:
     """The second of two steps of the same loop with ``generate`` in the engine's place."""
     config = setup.config.model_copy(update={"train": setup.config.train.model_copy(update={"steps": 2})})
     with replaced(ENGINES, dict.fromkeys(ENGINES, generated)):
@@ -285,7 +285,7 @@ def peer_line(peer: dict[str, Any]) -> str:
     )
 
 
-def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Config, Source]:
+def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Config, ConfigSource]:
     """The config without its evaluations, for so many steps."""
     without = ("evaluate.ends={}", "evaluate.during={}", "optim.warmup_steps=0", "checkpoint.every=1000000")
     return load_config(path, [*overrides, *without, f"train.steps={steps}"])
@@ -293,8 +293,8 @@ def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Confi
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
-    require_alone("benchmarks.bench")
+    tolerate_narrow_encodings()
+    require_single_process("benchmarks.bench")
     parser = argparse.ArgumentParser(prog="python -m benchmarks.bench", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("config")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one key")
@@ -315,21 +315,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DiskError as error:
         print(f"error: {error}", file=sys.stderr)
         return 3
-    except Stopped as stopped:
+    except Interrupted as stopped:
         print(f"stopped by {stopped.name}; nothing is kept", file=sys.stderr)
         return stopped.exit_code
 
 
 def bench(arguments: argparse.Namespace) -> int:
     """The whole of it. A signal ends it, and the folder that it works in goes with it."""
-    with listening() as stop:
+    with handle_signals() as stop:
         with stop.at_once():
             config, source = bench_config(arguments.config, arguments.set, arguments.steps + 1)
             started = now(torch.device("cpu"))
-            setup = build(config)
+            setup = load_setup(config)
             made = now(setup.policy.device) - started
             limits = limits_of(setup.policy)
-        print(f"config    {source.path}\n{plan(setup)}", flush=True)
+        print(f"config    {source.path}\n{describe_run(setup)}", flush=True)
         found = summary(take(setup, limits, source, stop), made)
         print(said(found, setup, limits[1]), flush=True)
         facts = {

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from grpo.cases import row_key
+from grpo.cases import stable_seed
 from grpo.config import load_config
 from grpo.engine.sampling import uniforms
 from grpo.policy.policy import Policy, load_policy
@@ -55,7 +55,7 @@ def answers(
     started = time.perf_counter()
     for i in range(0, len(order), ROWS):
         chunk = [prompts[j] for j in order[i : i + ROWS]]
-        keys = [[row_key("agree", seed, prompt.case.id)] for prompt in chunk]
+        keys = [[stable_seed("agree", seed, prompt.case.id)] for prompt in chunk]
         groups = rollout(policy, chunk, keys, max_new_tokens=budget, temperature=1.0, engine=engine)
         drawn |= {group.prompt.case.id: group.completions[0] for group in groups}
     return drawn, time.perf_counter() - started
@@ -90,7 +90,7 @@ def compared(
         case = prompt.case.id
         if one[case].ids != reference[case].ids:
             t = first_difference(one[case], reference[case])
-            noise = uniforms([row_key("agree", seed, case)], t + 1)[0, t]
+            noise = uniforms([stable_seed("agree", seed, case)], t + 1)[0, t]
             parted[case] = tie(policy, precise, prompt, reference[case].ids[:t], noise)
     gaps = [
         abs(a - b)

@@ -109,9 +109,9 @@ def nvidia_smi() -> str | None:
 
 def check_attention(arguments: argparse.Namespace) -> Result:
     """The trainer's own attention against softmax in float32; on CUDA, beside it, what cuDNN would have made of it."""
-    from grpo.policy.base_model import pick_device, prepare_cuda
+    from grpo.policy.base_model import prepare_cuda, resolve_device
 
-    device = pick_device(arguments.device)
+    device = resolve_device(arguments.device)
     facts: dict[str, Any] = {"torch_default": enabled_backends()}
     if device.type == "cuda":
         prepare_cuda(device)
@@ -284,10 +284,10 @@ def short(error: BaseException) -> str:
 def load(config_path: str, *overrides: str) -> Any:
     """Everything for the config's steps of 64 tokens, loaded once per process."""
     from benchmarks.bench import bench_config
-    from grpo.run.setup import build
+    from grpo.run.setup import load_setup
 
     config, _ = bench_config(config_path, ["rollout.max_new_tokens=64", *overrides], 1)
-    setup = build(config)
+    setup = load_setup(config)
     move_adapter(setup.policy)
     return setup
 
@@ -322,7 +322,7 @@ def check_step(arguments: argparse.Namespace) -> Result:
 
     from grpo.batch import group_advantages, make_batch, reward_matrix
     from grpo.dynamic_sampling import sample_step
-    from grpo.update import update
+    from grpo.update import update_policy
 
     setup, facts = load_from(arguments)
     config, policy = setup.config, setup.policy
@@ -338,7 +338,7 @@ def check_step(arguments: argparse.Namespace) -> Result:
     )
     gradients: dict[str, float] = {}
     hook = setup.optimizer.register_step_pre_hook(lambda *_: gradients.update(gradient_norms(policy)))
-    updated = update(policy, batch, config, setup.optimizer, setup.reference, step=0)
+    updated = update_policy(policy, batch, config, setup.optimizer, setup.reference, step=0)
     hook.remove()
     times.append(clock(policy.device))
     apart = (batch.sampler_logprobs[batch.completion_mask] - updated.logprobs.logprobs[0]).abs()

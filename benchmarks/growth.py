@@ -29,9 +29,9 @@ import numpy as np
 import torch
 
 from benchmarks.bench import bench_config, take
-from grpo.policy.memory_plan import RANDOM
-from grpo.run.setup import build
-from grpo.runtime.interrupts import Stop
+from grpo.policy.memory_plan import RANDOM_SHAPES
+from grpo.run.setup import load_setup
+from grpo.runtime.interrupts import Interrupts
 
 CONFIG = Path(__file__).parent.parent / "configs" / "v49_random_small.toml"
 BASE = {"group_size": 8, "budget": 64, "layers": 4}
@@ -44,8 +44,8 @@ STEPS = 4
 def measured(point: dict[str, int]) -> dict[str, float]:
     """Seconds by phase and peak bytes of one point; runs in a process of its own."""
     layers = point["layers"]
-    small = RANDOM["random:qwen3.5-small"]
-    RANDOM["random:growth"] = replace(
+    small = RANDOM_SHAPES["random:qwen3.5-small"]
+    RANDOM_SHAPES["random:growth"] = replace(
         small, vocab_size=4096, num_hidden_layers=layers, full_attention_layers=layers // 4
     )
     config, source = bench_config(
@@ -58,10 +58,10 @@ def measured(point: dict[str, int]) -> dict[str, float]:
         ],
         STEPS,
     )
-    setup = build(config)
+    setup = load_setup(config)
     gc.collect()
     before = resident()
-    steps = take(setup, source, Stop())[1:]
+    steps = take(setup, source, Interrupts())[1:]
     return {
         "rollout_s": statistics.median(one.seconds["rollout"] for one in steps),
         "update_s": statistics.median(one.seconds["update"] for one in steps),

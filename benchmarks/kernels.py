@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.bench import bench_config
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.dynamic_sampling import sample_step
-from grpo.run.setup import Setup, build, device_name
+from grpo.run.setup import Setup, device_name, load_setup
 from grpo.runtime.errors import INPUT_ERRORS
-from grpo.update import update
+from grpo.update import update_policy
 
 T = TypeVar("T")
 
@@ -51,7 +51,7 @@ def step(setup: Setup, number: int) -> dict[str, list[dict[str, Any]]]:
         config,
     )
     _, trained = watched(
-        lambda: update(setup.policy, batch, config, setup.optimizer, setup.reference, step=number), device
+        lambda: update_policy(setup.policy, batch, config, setup.optimizer, setup.reference, step=number), device
     )
     return {"rollout": rollout, "update": trained}
 
@@ -83,7 +83,7 @@ def main() -> int:
         parser.error(f"--record {arguments.record}: its folder is not there; make it first")
     try:
         config, source = bench_config(arguments.config, arguments.set, 2)
-        setup = build(config)
+        setup = load_setup(config)
         step(setup, 0)
         found = step(setup, 1)
     except INPUT_ERRORS as error:

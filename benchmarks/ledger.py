@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from grpo.run.ledger import ledger_steps, read_step, write_step
+from grpo.run.ledger import read_step, recorded_steps, write_step
 
 V49_TOKENS = 300 * 8 * 1024
 
@@ -51,7 +51,7 @@ def bytes_a_token(ledger: Path, text: str) -> float:
     """Of all files of a ledger written again with this much text."""
     tokens = 0
     with tempfile.TemporaryDirectory() as folder:
-        for number in ledger_steps(ledger):
+        for number in recorded_steps(ledger):
             entry = read_step(ledger, number)
             write_step(Path(folder), entry.step, entry.account, entry.shares, entry.metrics, text=text)
             tokens += entry.step.logprobs.entropy.numel()

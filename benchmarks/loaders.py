@@ -23,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.cases import LOADERS, load
+from grpo.cases import LOADERS, load_cases
 from grpo.data.row_report import Tally
 
 COMPLAINTS = ("CHEST PAIN", "ABD PAIN", "s/p FALL AT ___", "DYSPNEA, Transfer", "N/V", "BACK PAIN, WEAKNESS", "___", "")
@@ -107,7 +107,7 @@ def streamed(folder: str) -> dict[str, object]:
 
 def held(folder: str) -> dict[str, object]:
     """All cases at once, as training holds them."""
-    loaded = load("mimic-iv-ed", folder, strict=False)
+    loaded = load_cases("mimic-iv-ed", folder, strict=False)
     return {"rows": loaded.report.rows, "cases": len(loaded.rows)}
 
 

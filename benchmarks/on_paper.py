@@ -120,11 +120,11 @@ from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine import sampling
-from grpo.policy.memory_plan import RANDOM
+from grpo.policy.memory_plan import RANDOM_SHAPES
 from grpo.qwen3_5 import decode
-from grpo.run.setup import build
+from grpo.run.setup import load_setup
 from grpo.runtime.errors import INPUT_ERRORS, UserError
-from grpo.types import Case, Prompt, Step
+from grpo.types import Case, Prompt, StepRecord
 
 CARDS = {
     "H200": {"bandwidth": 4.3e12, "bfloat16": 790e12, "float32": 50e12, "memory": 141e9},
@@ -405,12 +405,12 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         layers: of the random base; None is all of them.
     """
     if layers:
-        for name, shape in RANDOM.items():
+        for name, shape in RANDOM_SHAPES.items():
             every = shape.num_hidden_layers // shape.full_attention_layers
-            RANDOM[name] = replace(shape, num_hidden_layers=layers, full_attention_layers=layers // every)
+            RANDOM_SHAPES[name] = replace(shape, num_hidden_layers=layers, full_attention_layers=layers // every)
     config, source = load_config(path, ['model.device="cuda"', 'model.dtype="bfloat16"', *overrides])
-    if config.model.name not in RANDOM:
-        raise UserError(f"{path}: model.name = {config.model.name!r}: expected one of {', '.join(RANDOM)}")
+    if config.model.name not in RANDOM_SHAPES:
+        raise UserError(f"{path}: model.name = {config.model.name!r}: expected one of {', '.join(RANDOM_SHAPES)}")
     rates = Rates(CARDS[card]["bandwidth"], CARDS[card]["bfloat16"])
     paper, phases = Paper(CARDS[card]), {}
     one: list[dict[str, Any]] = []
@@ -434,7 +434,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         mock.patch.object(sampling, "_cut", whole),
     ):
         with paper.tallying() as tally:
-            setup = build(config)
+            setup = load_setup(config)
         phases["made"] = tally.figures()
         with paper.tallying() as tally:
             groups, scores, dropped = sample_step(setup, 0)
@@ -449,7 +449,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
             done = updating.update(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)
         phases["update"] = tally.figures()
         left = leaving(setup.policy, watched)
-    taken = Step(1, groups, scores, batch, done.logprobs, dropped, *done.figures)
+    taken = StepRecord(1, groups, scores, batch, done.logprobs, dropped, *done.figures)
     floor = floor_of(taken, config, costs_of(setup.policy.model.get_base_model()), rates)
     return {
         "config": str(source.path),

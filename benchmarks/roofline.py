@@ -25,7 +25,7 @@ from torch import nn
 from grpo.config import Config
 from grpo.loss import silent_rows
 from grpo.policy.policy import Policy
-from grpo.types import Step
+from grpo.types import StepRecord
 
 SCAN_FLOPS = 8
 """FLOPs of the gated delta rule per token and element of its state: decay, read by key, write, read by query."""
@@ -212,7 +212,7 @@ def columns_seen(tokens: int, window: int | None) -> int:
     return wide * (wide + 1) // 2 + (tokens - wide) * wide
 
 
-def work_of(step: Step, config: Config) -> Work:
+def work_of(step: StepRecord, config: Config) -> Work:
     """Return the work of a recorded step. Rows without a gradient need no backward pass."""
     groups = step.groups
     silent = silent_rows(step.batch.advantages, step.batch.token_weights, beta=config.loss.beta).tolist()
@@ -224,7 +224,7 @@ def work_of(step: Step, config: Config) -> Work:
     )
 
 
-def floor_of(step: Step, config: Config, costs: Costs, rates: Rates) -> Floor:
+def floor_of(step: StepRecord, config: Config, costs: Costs, rates: Rates) -> Floor:
     """Return the floor of a recorded step."""
     return step_floor(
         costs,

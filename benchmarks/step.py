@@ -44,14 +44,14 @@ from transformers import PreTrainedTokenizerFast
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
 from grpo.dynamic_sampling import sample_step
-from grpo.metrics import advantage_shares, step_metrics, token_account
-from grpo.policy.base_model import card_name, pick_device
+from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
+from grpo.policy.base_model import card_name, resolve_device
 from grpo.policy.policy import Policy, load_policy
 from grpo.prompts import prompts_for_step
-from grpo.run.setup import Setup, build
+from grpo.run.setup import Setup, load_setup
 from grpo.scoring import score_groups
-from grpo.types import Completion, Group, Prompt, Step
-from grpo.update import update
+from grpo.types import Completion, Group, Prompt, StepRecord
+from grpo.update import update_policy
 from rewards import Score
 
 CONFIG = Path(__file__).parent.parent / "configs" / "tiny.toml"
@@ -164,7 +164,7 @@ def with_generate(setup: Setup, step: int) -> Sampled:
             top_k=0,
             top_p=1.0,
             max_new_tokens=config.rollout.max_new_tokens,
-            pad_token_id=policy.end_ids[0],
+            pad_token_id=policy.end_token_ids[0],
             **endings(config, policy),
             output_scores=True,
             return_dict_in_generate=True,
@@ -173,7 +173,7 @@ def with_generate(setup: Setup, step: int) -> Sampled:
         logprobs = torch.stack(
             [s.float().log_softmax(-1).gather(1, picked[:, t, None])[:, 0] for t, s in enumerate(drawn.scores)], 1
         )
-    ends = () if config.rollout.ignore_end else policy.end_ids
+    ends = () if config.rollout.ignore_end else policy.end_token_ids
     rows = [completion(policy, i, lp, ends) for i, lp in zip(picked.tolist(), logprobs.tolist(), strict=True)]
     size = config.rollout.group_size
     groups = tuple(Group(prompts[b], tuple(rows[b : b + size])) for b in range(0, len(rows), size))
@@ -187,7 +187,7 @@ WAYS: dict[str, Callable[[Setup, int], Sampled]] = {"engine": with_engine, "gene
 def endings(config: Config, policy: Policy) -> dict[str, Any]:
     """What tells `generate` when a row ends: at an end token, or, where those are ignored, never: it draws none."""
     ignored = {"min_new_tokens": config.rollout.max_new_tokens} if config.rollout.ignore_end else {}
-    return {"eos_token_id": list(policy.end_ids), **ignored}
+    return {"eos_token_id": list(policy.end_token_ids), **ignored}
 
 
 def completion(policy: Policy, ids: Sequence[int], logprobs: Sequence[float], ends: Sequence[int]) -> Completion:
@@ -207,10 +207,10 @@ def our_step(setup: Setup, sample: Callable[[Setup, int], Sampled], step: int) -
     sampled = now(policy.device)
     rewards = np.array([[score.total for score in row] for row in scores])
     batch = make_batch(groups, group_advantages(groups, rewards, config.advantage), config)
-    updated = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
-    done = Step(step + 1, groups, scores, batch, updated.logprobs, (), *updated.figures)
-    account = token_account(done.logprobs, batch, config.loss)
-    step_metrics(done, account, advantage_shares(done, config.advantage), config)
+    updated = update_policy(policy, batch, config, setup.optimizer, setup.reference, step=step)
+    done = StepRecord(step + 1, groups, scores, batch, updated.logprobs, (), *updated.figures)
+    account = compute_token_terms(done.logprobs, batch, config.loss)
+    step_metrics(done, account, advantage_by_component(done, config.advantage), config)
     moved = now(policy.device)
     return taken(sampled - started, moved - started, [len(ids) for ids in batch.completion_ids])
 
@@ -312,7 +312,7 @@ def run_trl(setup: Setup, steps: int, begin: Callable[[], None], after: Callable
         if row != expected:
             raise ValueError(f"TRL drew the prompts {sorted(set(row))}, expected {sorted(set(expected))}")
         pairs = zip(row, completion_ids, strict=True)
-        ends = () if config.rollout.ignore_end else policy.end_ids
+        ends = () if config.rollout.ignore_end else policy.end_token_ids
         groups = [Group(prompts[i], (completion(policy, ids, [0.0] * len(ids), ends),)) for i, ids in pairs]
         return [scores[0].total for scores in score_groups(setup.reward, groups, config)]
 
@@ -353,7 +353,7 @@ def prompts_of_batch(row: Sequence[int], config: Config) -> list[int]:
 
 def measure(ways: Sequence[str], config: Config, rounds: int, begin: Callable[[], None]) -> list[dict[str, Any]]:
     """One record a round, the warm-up first: each way's step on the same prompts."""
-    setup = build(config)
+    setup = load_setup(config)
     records: list[dict[str, Any]] = []
 
     def ours(step: int, record: dict[str, Any]) -> None:
@@ -443,7 +443,7 @@ def peak(device: torch.device) -> int:
 def alone(way: str, config: Config) -> dict[str, int]:
     """Peak bytes of two steps above what was held before the first; runs in a process of its own."""
     before: list[int] = []
-    device = pick_device(config.model.device)
+    device = resolve_device(config.model.device)
 
     def begin() -> None:
         gc.collect()
@@ -476,7 +476,7 @@ def facts(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, Any]
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in packages},
         "machine": f"{platform.machine()}, {cpu()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
-        "device": card_name(pick_device(arguments.device)),
+        "device": card_name(resolve_device(arguments.device)),
         "load_average_before": [round(x, 2) for x in os.getloadavg()],
         "config": arguments.config.name,
         "overrides": overrides,

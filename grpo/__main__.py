@@ -4,7 +4,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 COMMANDS = {
     "train": "train a LoRA adapter with GRPO",
@@ -33,7 +33,7 @@ HELP = "\n".join(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     name, *arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
         print(HELP)

@@ -111,7 +111,7 @@ def advantages(
     return _normalize({"reward": matrix}, matrix, baseline_mask, kind, epsilon, ddof)["reward"]
 
 
-def split_by_component(
+def advantages_by_component(
     components: Mapping[str, ArrayLike],
     *,
     kind: str,
@@ -135,7 +135,7 @@ def split_by_component(
         ValueError: no components, components or total of different shapes, or anything that `advantages` refuses.
 
     >>> parts = {"level": [[1.0, 0.0]], "rule": [[0.5, 0.5]]}
-    >>> split_by_component(parts, kind="none", epsilon=0.0, ddof=1)
+    >>> advantages_by_component(parts, kind="none", epsilon=0.0, ddof=1)
     {'level': array([[ 0.5, -0.5]]), 'rule': array([[0., 0.]])}
     """
     if not components:

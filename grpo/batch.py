@@ -6,7 +6,7 @@ import numpy as np
 import torch
 
 from grpo.advantage import advantages as normalized_advantages
-from grpo.config import Advantage, Config
+from grpo.config import AdvantageSection, Config
 from grpo.loss import token_weights
 from grpo.types import Batch, Group
 from rewards import Score
@@ -17,9 +17,9 @@ def reward_matrix(scores: Sequence[Sequence[Score]]) -> np.ndarray:
     return np.array([[score.total for score in row] for row in scores])
 
 
-def group_advantages(groups: Sequence[Group], rewards: np.ndarray, section: Advantage) -> np.ndarray:
+def group_advantages(groups: Sequence[Group], rewards: np.ndarray, section: AdvantageSection) -> np.ndarray:
     """Return the advantages [B,G] float64 of the configured kind, see `grpo.advantage.advantages`."""
-    return normalised(rewards, baseline(finished_matrix(groups), section), section)
+    return configured_advantages(rewards, baseline_mask(finished_matrix(groups), section), section)
 
 
 def finished_matrix(groups: Sequence[Group]) -> np.ndarray:
@@ -39,7 +39,7 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
     lengths = [len(completion.ids) for _, completion in rows]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     finished = finished_matrix(groups)
-    members = baseline(finished, config.advantage)
+    members = baseline_mask(finished, config.advantage)
     weights = token_weights(
         lengths,
         kind=config.loss.token_weights,
@@ -61,16 +61,16 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
     )
 
 
-def baseline(finished: np.ndarray, section: Advantage) -> np.ndarray:
+def baseline_mask(finished: np.ndarray, section: AdvantageSection) -> np.ndarray:
     """Return [B,G] bool, True for completions that count in the mean and std of their group.
 
-    >>> baseline(np.array([[True, False]]), Advantage(kind="none", epsilon=0.0, ddof=1, truncated_in_baseline=False))
-    array([[ True, False]])
+    >>> baseline_mask(np.array([[True, False]]), AdvantageSection(kind="none", epsilon=0.0, ddof=1,
+    truncated_in_baseline=False)) array([[ True, False]])
     """
     return np.ones_like(finished) if section.truncated_in_baseline else finished
 
 
-def normalised(rewards: np.ndarray, members: np.ndarray, section: Advantage) -> np.ndarray:
+def configured_advantages(rewards: np.ndarray, members: np.ndarray, section: AdvantageSection) -> np.ndarray:
     """Return the advantages [B,G] float64 of the configured kind, given the baseline mask."""
     return normalized_advantages(
         rewards, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof, in_baseline=members

@@ -7,8 +7,8 @@ import numpy as np
 from grpo.data.jsonl import read_jsonl
 from grpo.data.mietic import read_validate
 from grpo.data.mimic_iv_ed import read_mimic_iv_ed
-from grpo.data.row_report import Loaded, Row, gather
-from grpo.runtime.seeds import row_key
+from grpo.data.row_report import Loaded, Row, read_rows
+from grpo.runtime.seeds import stable_seed
 from grpo.types import Case
 
 LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {
@@ -19,7 +19,7 @@ LOADERS: dict[str, Callable[[str], Iterator[Row]]] = {
 """Format → reader, which yields one row at a time."""
 
 
-def load(loader: str, name: str, *, strict: bool) -> Loaded:
+def load_cases(loader: str, name: str, *, strict: bool) -> Loaded:
     """Return the cases of a file and a report on every row that did not become one.
 
     Args:
@@ -34,23 +34,23 @@ def load(loader: str, name: str, *, strict: bool) -> Loaded:
     prefix, colon, rest = name.partition(":")
     if colon and prefix in LOADERS:
         loader, name = prefix, rest
-    return gather(name, LOADERS[loader](name), strict=strict)
+    return read_rows(name, LOADERS[loader](name), strict=strict)
 
 
-def load_jsonl(name: str) -> tuple[Case, ...]:
+def load_jsonl_cases(name: str) -> tuple[Case, ...]:
     """Return the cases of a JSONL file, refusing any faulty row (see `read_jsonl`).
 
     Raises:
         UserError: a line is not a case, an id is repeated, or the file is empty; gives file and line.
     """
-    return load("jsonl", name, strict=True).cases
+    return load_cases("jsonl", name, strict=True).cases
 
 
-def stream(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, ...]:
+def oversampled_indices(cases: Sequence[Case], oversample: Mapping[int, int]) -> tuple[int, ...]:
     """Return indices into ``cases``, each repeated as often as its level is oversampled: one unshuffled epoch.
 
     >>> cases = [Case("a", "...", 1), Case("b", "...", 3)]
-    >>> stream(cases, {1: 5})
+    >>> oversampled_indices(cases, {1: 5})
     (0, 0, 0, 0, 0, 1)
     """
     return tuple(i for i, case in enumerate(cases) for _ in range(oversample.get(case.gold_level, 1)))
@@ -61,8 +61,8 @@ def cases_for_step(
 ) -> tuple[Case, ...]:
     """Return the ``count`` cases of a step (0-based): shuffled epochs are concatenated and divided into steps.
 
-    Each entry of ``epoch`` (see `stream`) occurs once per epoch. The shuffle of epoch e depends only on (seed, e), so
-    resuming needs no state.
+    Each entry of ``epoch`` (see `oversampled_indices`) occurs once per epoch. The shuffle of epoch e depends only on
+    (seed, e), so resuming needs no state.
     """
     size = len(epoch)
     return tuple(
@@ -72,4 +72,4 @@ def cases_for_step(
 
 
 def _order(seed: int, epoch: int, size: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=row_key("order", seed, epoch))).permutation(size)
+    return np.random.Generator(np.random.Philox(key=stable_seed("order", seed, epoch))).permutation(size)

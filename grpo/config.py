@@ -24,22 +24,22 @@ from pydantic import (
 )
 
 from grpo.runtime.errors import UserError
-from rewards.safe_files import Unreadable, clipped, is_regular, parse_toml, read_text
+from rewards.safe_files import InvalidFile, is_regular, parse_toml, read_text, shorten
 
 CONFIG_VERSION = 1
 """Incremented when a key changes its meaning; a file of another version is refused."""
 
-COLDEST = 1e-6
+MIN_TEMPERATURE = 1e-6
 """Lowest temperature above 0: logits divided by less exceed float32's range."""
 
 SHIPPED_CONFIG_DIRS = (Path(__file__).parent.parent / "configs", Path(__file__).parent / "configs")
 """Folders of the shipped configs: beside the package in a checkout, inside it in an installed wheel."""
 
-EMBEDDED = Path(__file__).parent / "tiny"
+TINY_WORLD_DIR = Path(__file__).parent / "tiny"
 """Root of the embedded world: ``embedded:base`` is the folder ``grpo/tiny/base``."""
 
 
-class Section(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
@@ -54,13 +54,13 @@ def _check_printable(name: str) -> str:
 
 MAX_ROWS_PER_STEP = 2**20
 """Upper bound on the completions of a step."""
-MOST = 10_000_000
+MAX_COUNT = 10_000_000
 """Upper bound on every count: more than any run needs, and little enough that nothing sized by it exhausts memory."""
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-Count = Annotated[int, Field(ge=0, le=MOST)]
-FileName = Annotated[str, Field(max_length=4096), AfterValidator(_check_printable)]
+PositiveInt = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+PathName = Annotated[str, Field(max_length=4096), AfterValidator(_check_printable)]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=80, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Thinking = Literal["on", "off"]
+ThinkingMode = Literal["on", "off"]
 
 
 def _int_keys(table: object) -> object:
@@ -75,8 +75,8 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-class Model(Section):
-    name: Annotated[FileName, Field(min_length=1)]
+class ModelSection(StrictModel):
+    name: Annotated[PathName, Field(min_length=1)]
     """A folder, ``embedded:base``, a hub id whose files are already on this machine, or a model with random weights of
     a shape in `grpo.policy.memory_plan.RANDOM`, such as ``random:qwen3.5-9b``."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
@@ -90,12 +90,12 @@ class Model(Section):
     """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 
 
-class Lora(Section):
-    r: Positive
+class LoraSection(StrictModel):
+    r: PositiveInt
     alpha: Annotated[float, Field(gt=0)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     target_modules: Annotated[tuple[str, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
-    warm_start: FileName
+    warm_start: PathName
     """A PEFT adapter folder to start from; "" starts from a fresh adapter (B = 0)."""
 
     @field_validator("target_modules")
@@ -106,10 +106,10 @@ class Lora(Section):
         return names
 
 
-class Cases(Section):
+class CasesSection(StrictModel):
     format: Literal["jsonl", "mietic-validate", "mimic-iv-ed"]
     """Format of the files without a prefix of their own, such as ``mietic-validate:data/samples.csv``."""
-    train: FileName
+    train: PathName
     strict: bool = True
     """Refuse a file with any faulty row. If false, such rows are dropped, counted and reported by `grpo preflight`."""
     oversample: Annotated[
@@ -119,15 +119,15 @@ class Cases(Section):
     system_prompt: Annotated[str, Field(min_length=1)]
 
 
-class Rollout(Section):
-    prompts_per_step: Positive
+class RolloutSection(StrictModel):
+    prompts_per_step: PositiveInt
     group_size: Annotated[int, Field(ge=2)]
-    max_new_tokens: Positive
+    max_new_tokens: PositiveInt
     """The token budget of one completion, thinking included."""
-    temperature: Annotated[float, Field(ge=COLDEST)]
+    temperature: Annotated[float, Field(ge=MIN_TEMPERATURE)]
     thinking: Literal["on", "off", "mixed"]
     """"mixed": half of a step's prompts think, the other half answer directly."""
-    refill_rounds: Count
+    refill_rounds: NonNegativeInt
     """How many times a step may replace groups whose rewards are all equal, which have no gradient, by further cases; 0
     keeps them. Groups without variance after the last round stay in the batch."""
     ignore_end: bool = False
@@ -135,18 +135,18 @@ class Rollout(Section):
     like ``ignore_eos`` of other engines; evaluations always stop at an end token."""
 
 
-class Overlong(Section):
+class OverlongSection(StrictModel):
     """The soft overlong penalty of DAPO, arXiv 2503.14476: 0 up to ``max_new_tokens − cache_tokens``, then falling
     linearly to ``−penalty`` at the budget."""
 
-    cache_tokens: Positive
+    cache_tokens: PositiveInt
     penalty: Annotated[float, Field(gt=0)]
 
 
-class RewardSection(Section):
-    set: Annotated[FileName, Field(min_length=1)]
+class RewardSection(StrictModel):
+    set: Annotated[PathName, Field(min_length=1)]
     """A shipped set ("v49") or the path of a TOML file."""
-    overlong: Overlong | None = None
+    overlong: OverlongSection | None = None
     """A length term added to the set's reward; the proof covers it."""
     allow_unsound: bool = False
     """Train even if `grpo.preflight.checks` refuses this reward for this run."""
@@ -160,7 +160,7 @@ class RewardSection(Section):
         return self
 
 
-class Advantage(Section):
+class AdvantageSection(StrictModel):
     kind: Literal["group", "none", "batch", "leave_one_out"]
     epsilon: Annotated[float, Field(ge=0)]
     ddof: Literal[0, 1]
@@ -168,7 +168,7 @@ class Advantage(Section):
     """Whether truncated completions count in their group's mean and std. If not, their advantage is 0."""
 
 
-class Loss(Section):
+class LossSection(StrictModel):
     surrogate: Literal["clip", "dual_clip", "gspo", "cispo", "none"]
     clip_low: Annotated[float, Field(gt=0, lt=1)]
     clip_high: Annotated[float, Field(gt=0)]
@@ -182,7 +182,7 @@ class Loss(Section):
     reference: Literal["base", "warm_start"]
 
     @model_validator(mode="after")
-    def _check_dual_clip(self) -> "Loss":
+    def _check_dual_clip(self) -> "LossSection":
         if (self.surrogate == "dual_clip") != (self.dual_clip is not None):
             raise ValueError('dual_clip requires surrogate = "dual_clip" and vice versa: set both or neither')
         return self
@@ -195,86 +195,86 @@ def _check_tokens(value: object) -> object:
     return value
 
 
-class Optim(Section):
+class OptimSection(StrictModel):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]
-    warmup_steps: Count
+    warmup_steps: NonNegativeInt
     beta1: Annotated[float, Field(ge=0, lt=1)]
     beta2: Annotated[float, Field(ge=0, lt=1)]
     epsilon: Annotated[float, Field(gt=0)]
     weight_decay: Annotated[float, Field(ge=0)]
     max_grad_norm: Annotated[float, Field(gt=0)]
-    inner_epochs: Positive
+    inner_epochs: PositiveInt
     """μ: optimizer steps on one batch of completions."""
-    micro_batch_size: Positive
+    micro_batch_size: PositiveInt
     """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient."""
     micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_tokens)] = None
     """Maximum tokens per forward and backward pass. "auto" is as many as free memory allows; then the micro-batches,
     and with them the rounding of the gradient, are not a function of the config."""
 
 
-class Train(Section):
-    steps: Positive
+class TrainSection(StrictModel):
+    steps: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    max_skipped_steps: Count
+    max_skipped_steps: NonNegativeInt
     """How many non-finite steps in a row are skipped; one more stops the run."""
-    rank_timeout_s: Positive = 600
+    rank_timeout_s: PositiveInt = 600
     """Seconds that the ranks wait for each other before the run ends. Unused with one rank."""
 
 
-class Checkpoint(Section):
-    every: Positive
-    keep: Positive
+class CheckpointSection(StrictModel):
+    every: PositiveInt
+    keep: PositiveInt
 
 
-class Ledger(Section):
+class LedgerSection(StrictModel):
     """What steps record for `grpo replay`, `grpo inspect` and `grpo report`; has no effect on training."""
 
-    every: Count = 1
+    every: NonNegativeInt = 1
     """Record each step whose number is a multiple of this; 0 records none."""
     text: Literal["full", "redacted", "off"] = "full"
     """"redacted": case ids, levels and rules without any text or token id; "off": only numbers. With both, the answers
     of the evaluations are written without their text, but with their case ids."""
 
 
-class Evaluate(Section):
-    ends: dict[Name, FileName]
+class EvaluateSection(StrictModel):
+    ends: dict[Name, PathName]
     """Name → file of the sets evaluated before and after training."""
-    during: dict[Name, FileName]
+    during: dict[Name, PathName]
     """Name → file of the sets also evaluated every ``every`` steps."""
-    every: Positive
-    thinking: Annotated[tuple[Thinking, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
-    max_new_tokens: Positive
+    every: PositiveInt
+    thinking: Annotated[tuple[ThinkingMode, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
+    max_new_tokens: PositiveInt
     temperature: Annotated[float, Field(ge=0)]
-    """0 is greedy; otherwise at least `COLDEST`."""
-    batch_size: Positive
+    """0 is greedy; otherwise at least `MIN_TEMPERATURE`."""
+    batch_size: PositiveInt
 
     @model_validator(mode="after")
-    def _check_sets_and_sampling(self) -> "Evaluate":
+    def _check_sets_and_sampling(self) -> "EvaluateSection":
         if duplicates := sorted(set(self.ends) & set(self.during)):
             raise ValueError(f"{', '.join(duplicates)}: expected in either ends or during, found in both")
-        if 0 < self.temperature < COLDEST:
-            raise ValueError(f"temperature = {self.temperature:g}: expected 0 (greedy) or at least {COLDEST:g}")
+        if 0 < self.temperature < MIN_TEMPERATURE:
+            raise ValueError(f"temperature = {self.temperature:g}: expected 0 (greedy) or at least {MIN_TEMPERATURE:g}")
         if len(set(self.thinking)) < len(self.thinking):
             raise ValueError("thinking contains a mode twice")
         return self
 
 
-class Config(Section):
+class Config(StrictModel):
     version: Literal[1]
     name: Name
-    model: Model
-    lora: Lora
-    cases: Cases
-    rollout: Rollout
+    model: ModelSection
+    lora: LoraSection
+    cases: CasesSection
+    rollout: RolloutSection
     reward: RewardSection
-    advantage: Advantage
-    loss: Loss
-    optim: Optim
-    train: Train
-    checkpoint: Checkpoint
-    ledger: Ledger = Ledger()
-    evaluate: Evaluate
+    advantage: AdvantageSection
+    loss: LossSection
+    optim: OptimSection
+    train: TrainSection
+    checkpoint: CheckpointSection
+    ledger: LedgerSection = LedgerSection()
+    evaluate: EvaluateSection
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> "Config":
@@ -306,7 +306,7 @@ class Config(Section):
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ConfigSource:
     """Where a config came from; recorded beside the resolved values."""
 
     path: Path
@@ -314,7 +314,7 @@ class Source:
     overrides: tuple[str, ...]
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, Source]:
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config, ConfigSource]:
     """Return the checked config of a TOML file after applying ``section.key=value`` overrides.
 
     A shipped config (``configs/tiny.toml``) is also found in the installed package.
@@ -326,28 +326,28 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     try:
         text = read_text(file)
         table = parse_toml(text)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{file}: {error}") from None
     if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
         raise UserError(
-            f"{file}{_line_of(text, ('version',))}: version = {clipped(table.get('version'))}, but this program reads "
+            f"{file}{_line_of(text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
         )
     for override in overrides:
         _apply_override(table, override)
     try:
-        return Config.model_validate(table), Source(file, text, tuple(overrides))
+        return Config.model_validate(table), ConfigSource(file, text, tuple(overrides))
     except ValidationError as error:
         overridden = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
         raise UserError("\n".join(_error_line(file, text, overridden, entry) for entry in error.errors())) from None
 
 
-def notes(text: str) -> dict[str, str]:
+def key_comments(text: str) -> dict[str, str]:
     """Return the comments of a config's TOML by dotted key: those after a value and on the following lines.
 
     The shipped configs begin them with a grade (KNOWN, INFERRED, UNKNOWN) or the difference from their parent.
 
-    >>> notes('''[train]
+    >>> key_comments('''[train]
     ... steps = 300   # KNOWN
     ... name = "a # b"
     ...               # a choice of ours''')
@@ -373,21 +373,21 @@ def notes(text: str) -> dict[str, str]:
     return comments
 
 
-def embedded(name: str) -> Path | None:
-    """Return the path of ``embedded:NAME``, or None for any other name.
+def embedded_path(name: str) -> Path | None:
+    """Return the path of ``embedded_path:NAME``, or None for any other name.
 
-    >>> embedded("embedded:base").name
+    >>> embedded_path("embedded_path:base").name
     'base'
-    >>> embedded("runs/x/adapter") is None
+    >>> embedded_path("runs/x/adapter") is None
     True
     """
-    return EMBEDDED / name.removeprefix("embedded:") if name.startswith("embedded:") else None
+    return TINY_WORLD_DIR / name.removeprefix("embedded:") if name.startswith("embedded:") else None
 
 
-def resolve(name: str) -> Path:
+def resolve_path(name: str) -> Path:
     """Return the path of a file or folder named in a config; relative to the current folder."""
     try:
-        return embedded(name) or Path(name).expanduser()
+        return embedded_path(name) or Path(name).expanduser()
     except RuntimeError:  # "~nobody" without such a user
         return Path(name)
 
@@ -413,10 +413,10 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     if any("\ud800" <= c <= "\udfff" for c in override):
         raise UserError(f"--set {override!r}: expected UTF-8")
     if len(keys) > 4:
-        raise UserError(f"--set {clipped(key)}: expected section.key, got {len(keys)} parts")
+        raise UserError(f"--set {shorten(key)}: expected section.key, got {len(keys)} parts")
     try:
         parsed = parse_toml(f"v = {value}")["v"]
-    except Unreadable:
+    except InvalidFile:
         parsed = value.strip()
     for part in keys[:-1]:
         table = table.setdefault(part, {})
@@ -445,7 +445,7 @@ def _line_of(text: str, keys: tuple[str, ...]) -> str:
 def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: Any) -> str:
     """Return the message for one entry of pydantic's `ValidationError.errors`."""
     keys = tuple(str(part) for part in entry["loc"] if part != "[key]")
-    name = clipped(".".join(keys), 200)[1:-1]
+    name = shorten(".".join(keys), 200)[1:-1]
     is_override = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
     where = "--set" if is_override else f"{file}{_line_of(text, keys)}"
     if entry["type"] == "extra_forbidden":
@@ -456,7 +456,7 @@ def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: 
     if entry["type"] == "missing":
         return f"{where}: missing key {name}; every key that affects training must be set explicitly"
     message = entry["msg"].removeprefix("Value error, ")
-    got = f", got {clipped(entry['input'])}" if keys and not isinstance(entry["input"], dict) else ""
+    got = f", got {shorten(entry['input'])}" if keys and not isinstance(entry["input"], dict) else ""
     return f"{where}: {name + ': ' if name else ''}{message}{got}"
 
 

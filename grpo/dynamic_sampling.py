@@ -6,13 +6,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from grpo.advantage import zero_variance
-from grpo.batch import baseline
+from grpo.batch import baseline_mask
 from grpo.config import Config
 from grpo.prompts import prompts_for_step
 from grpo.rollout import sample_groups, sampling_keys
 from grpo.run.setup import Setup
 from grpo.scoring import score_groups
-from grpo.types import Dropped, Group
+from grpo.types import Group, ReplacedGroup
 from rewards import Score
 
 Scores = tuple[tuple[Score, ...], ...]
@@ -21,7 +21,7 @@ Scores = tuple[tuple[Score, ...], ...]
 
 def replace_uniform_groups(
     setup: Setup, groups: Sequence[Group], scores: Scores, step: int
-) -> tuple[tuple[Group, ...], Scores, tuple[Dropped, ...]]:
+) -> tuple[tuple[Group, ...], Scores, tuple[ReplacedGroup, ...]]:
     """Return the groups of the step, their scores, and the groups that were replaced or not used.
 
     Each of up to ``rollout.refill_rounds`` rounds samples as many new prompts as there are groups with uniform rewards;
@@ -48,7 +48,7 @@ def replace_uniform_groups(
     return tuple(current), tuple(current_scores), tuple(dropped)
 
 
-def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tuple[Dropped, ...]]:
+def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tuple[ReplacedGroup, ...]]:
     """Return what one step trains on: groups, scores, and the groups that were replaced or not used."""
     config, policy = setup.config, setup.policy
     prompts = prompts_for_step(setup.cases, setup.epoch_indices, policy.tokenizer, config, step)
@@ -60,13 +60,13 @@ def sample_step(setup: Setup, step: int) -> tuple[tuple[Group, ...], Scores, tup
 def has_uniform_rewards(group: Group, scores: Sequence[Score], config: Config) -> bool:
     """Return whether every completion of the group would have an advantage of 0."""
     finished = np.array([[completion.finished for completion in group.completions]])
-    members = baseline(finished, config.advantage)
+    members = baseline_mask(finished, config.advantage)
     return bool(zero_variance([[score.total for score in scores]], in_baseline=members)[0])
 
 
-def dropped_group(group: Group, scores: Sequence[Score]) -> Dropped:
+def dropped_group(group: Group, scores: Sequence[Score]) -> ReplacedGroup:
     """Return the record of a group that is not trained on."""
-    return Dropped(
+    return ReplacedGroup(
         group.prompt.case.id,
         tuple(len(completion.ids) for completion in group.completions),
         tuple(completion.finished for completion in group.completions),

@@ -5,12 +5,12 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from grpo.policy.policy import Policy
-from grpo.policy.transformers_forward import predicting_states_by_modules
+from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5.train_forward import predicting_states_shared, shared
 
 Forward = Callable[[Policy, Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
 """(policy, N prompts, N completions) → the hidden states [M,H] that predict the completion tokens."""
-FORWARDS: dict[str, Forward] = {"shared": predicting_states_shared, "modules": predicting_states_by_modules}
+FORWARDS: dict[str, Forward] = {"shared": predicting_states_shared, "modules": transformers_hidden_states}
 """Qwen3.5, each prompt once; any causal language model, row by row."""
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Tokens:
+class SurrogateInputs:
     """Inputs of a surrogate, [N,T] each, zero at padding.
 
     Only `logprobs` and `log_ratio` carry a gradient. `log_ratio` is logprobs - old_logprobs in nats,
@@ -30,7 +30,7 @@ class Tokens:
 
 
 @dataclass(frozen=True, slots=True)
-class Clip:
+class ClipRange:
     """Clip range of the ratio: [1 - low, 1 + high]; `dual` > 1 caps the ratio of negative advantages."""
 
     low: float
@@ -39,7 +39,7 @@ class Clip:
 
 
 @dataclass(frozen=True, slots=True)
-class Surrogate:
+class SurrogateTerms:
     """Outputs of a surrogate, [N,T] each: the objective to maximize, the ratio, and where clipping had an effect."""
 
     objective: Tensor
@@ -69,9 +69,9 @@ class LossTerms:
 # --- surrogates -------------------------------------------------------------------------------------------
 
 
-def _clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> Surrogate:
+def _clipped(ratio: Tensor, advantages: Tensor, clip: ClipRange) -> SurrogateTerms:
     bounded = ratio.clamp(1 - clip.low, 1 + clip.high)
-    return Surrogate(
+    return SurrogateTerms(
         objective=torch.minimum(ratio * advantages, bounded * advantages),
         ratio=ratio,
         clipped_low=(advantages < 0) & (ratio < 1 - clip.low),
@@ -79,7 +79,7 @@ def _clipped(ratio: Tensor, advantages: Tensor, clip: Clip) -> Surrogate:
     )
 
 
-def clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+def clip_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """min(ratio·A, clip(ratio, 1 - low, 1 + high)·A) with ratio = exp(log_ratio) (PPO, arXiv 1707.06347).
 
     The gradient is zero iff A > 0 and ratio > 1 + high (`clipped_high`) or A < 0 and ratio < 1 - low
@@ -87,13 +87,13 @@ def clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
     >>> double = torch.full((1, 1), math.log(2.0))
     >>> one = torch.ones(1, 1)
-    >>> clip_surrogate(Tokens(one, double, one, one.bool()), Clip(0.2, 0.3, None)).objective
+    >>> clip_surrogate(SurrogateInputs(one, double, one, one.bool()), ClipRange(0.2, 0.3, None)).objective
     tensor([[1.3000]])
     """
     return _clipped(tokens.log_ratio.exp(), tokens.advantages, clip)
 
 
-def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+def dual_clip_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """max(min(ratio·A, clip(ratio)·A), dual·A) where A < 0, else as "clip" (dual-clip PPO, arXiv 1912.09729).
 
     Bounds the loss of a token with negative advantage that became much likelier. `clipped_high` also marks tokens
@@ -101,7 +101,7 @@ def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
     >>> triple = torch.full((1, 1), math.log(3.0))
     >>> one = torch.ones(1, 1)
-    >>> dual_clip_surrogate(Tokens(one, triple, -one, one.bool()), Clip(0.2, 0.2, 2.0)).objective
+    >>> dual_clip_surrogate(SurrogateInputs(one, triple, -one, one.bool()), ClipRange(0.2, 0.2, 2.0)).objective
     tensor([[-2.]])
     """
     if clip.dual is None:
@@ -109,7 +109,7 @@ def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     single = clip_surrogate(tokens, clip)
     floored = torch.maximum(single.objective, clip.dual * tokens.advantages)
     negative = tokens.advantages < 0
-    return Surrogate(
+    return SurrogateTerms(
         objective=torch.where(negative, floored, single.objective),
         ratio=single.ratio,
         clipped_low=single.clipped_low,
@@ -117,7 +117,7 @@ def dual_clip_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     )
 
 
-def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+def gspo_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """min(s·A, clip(s)·A) with s = exp(mean of log_ratio over the completion) (GSPO, arXiv 2507.18071).
 
     s is a function of every logprob of the row and is token_advantages over its tokens, so with "sequence" weights
@@ -125,7 +125,7 @@ def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
     >>> log_ratio = torch.tensor([[0.0, 2 * math.log(2.0)]])
     >>> one = torch.ones(1, 2)
-    >>> gspo_surrogate(Tokens(one, log_ratio, one, one.bool()), Clip(0.5, 2.0, None)).objective
+    >>> gspo_surrogate(SurrogateInputs(one, log_ratio, one, one.bool()), ClipRange(0.5, 2.0, None)).objective
     tensor([[2., 2.]])
     """
     lengths = tokens.mask.sum(dim=1, keepdim=True).clamp(min=1)
@@ -134,7 +134,7 @@ def gspo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     return _clipped(ratio, tokens.advantages, clip)
 
 
-def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+def cispo_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """detach(min(ratio, 1 + high))·A·logprob: the weight is capped, and every token keeps its gradient.
 
     CISPO, arXiv 2506.13585, without a lower bound: `low` has no effect. `clipped_high` marks the tokens whose
@@ -142,11 +142,11 @@ def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
 
     >>> logprobs = torch.tensor([[-2.0]])
     >>> one = torch.ones(1, 1)
-    >>> cispo_surrogate(Tokens(logprobs, one, one, one.bool()), Clip(0.0, 0.5, None)).objective
+    >>> cispo_surrogate(SurrogateInputs(logprobs, one, one, one.bool()), ClipRange(0.0, 0.5, None)).objective
     tensor([[-3.]])
     """
     ratio = tokens.log_ratio.detach().exp()
-    return Surrogate(
+    return SurrogateTerms(
         objective=ratio.clamp(max=1 + clip.high) * tokens.advantages * tokens.logprobs,
         ratio=ratio,
         clipped_low=torch.zeros_like(tokens.mask),
@@ -154,25 +154,25 @@ def cispo_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
     )
 
 
-def plain_surrogate(tokens: Tokens, clip: Clip) -> Surrogate:
+def unclipped_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """ratio·A, without clipping: importance-weighted REINFORCE.
 
     >>> double = torch.full((1, 1), math.log(2.0))
     >>> one = torch.ones(1, 1)
-    >>> plain_surrogate(Tokens(one, double, one, one.bool()), Clip(0.0, 0.0, None)).objective
+    >>> unclipped_surrogate(SurrogateInputs(one, double, one, one.bool()), ClipRange(0.0, 0.0, None)).objective
     tensor([[2.]])
     """
     ratio = tokens.log_ratio.exp()
     nowhere = torch.zeros_like(tokens.mask)
-    return Surrogate(ratio * tokens.advantages, ratio, clipped_low=nowhere, clipped_high=nowhere)
+    return SurrogateTerms(ratio * tokens.advantages, ratio, clipped_low=nowhere, clipped_high=nowhere)
 
 
-SURROGATES: dict[str, Callable[[Tokens, Clip], Surrogate]] = {
+SURROGATES: dict[str, Callable[[SurrogateInputs, ClipRange], SurrogateTerms]] = {
     "clip": clip_surrogate,
     "dual_clip": dual_clip_surrogate,
     "gspo": gspo_surrogate,
     "cispo": cispo_surrogate,
-    "none": plain_surrogate,
+    "none": unclipped_surrogate,
 }
 
 
@@ -239,10 +239,10 @@ def sequence_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
     return 1 / (len(lengths) * lengths)
 
 
-def mean_token_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
+def token_mean_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
     """1/ΣL: the mean over all tokens of the step (DAPO, arXiv 2503.14476).
 
-    >>> mean_token_weights(torch.tensor([1.0, 3.0]), 4)
+    >>> token_mean_weights(torch.tensor([1.0, 3.0]), 4)
     tensor([0.2500, 0.2500])
     """
     return (1 / lengths.sum()).expand_as(lengths)
@@ -259,7 +259,7 @@ def constant_weights(lengths: Tensor, max_new_tokens: int) -> Tensor:
 
 TOKEN_WEIGHTS: dict[str, Callable[[Tensor, int], Tensor]] = {
     "sequence": sequence_weights,
-    "token": mean_token_weights,
+    "token": token_mean_weights,
     "constant": constant_weights,
 }
 
@@ -381,8 +381,8 @@ def grpo_loss(
     current = _masked(logprobs, mask, compute_dtype)
     log_ratio = current - _masked(old_logprobs.detach(), mask, compute_dtype)
     token_advantages = _masked(advantages.detach()[:, None].expand_as(mask), mask, compute_dtype)
-    tokens = Tokens(current, log_ratio, token_advantages, mask)
-    result = SURROGATES[surrogate](tokens, Clip(clip_low, clip_high, dual_clip))
+    tokens = SurrogateInputs(current, log_ratio, token_advantages, mask)
+    result = SURROGATES[surrogate](tokens, ClipRange(clip_low, clip_high, dual_clip))
     kl_terms = None
     if ref_logprobs is not None:
         d = _masked(ref_logprobs.detach(), mask, compute_dtype) - current

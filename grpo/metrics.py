@@ -1,8 +1,8 @@
 """The metrics of a step, and what every token and every reward component contributed to them.
 
-Everything is computed from a `Step` alone, on the CPU, in float64: the training loop and a replay of its ledger call
-the same functions on the same numbers. `math.fsum` rounds sums exactly in any order, so the token contributions add up
-to the logged loss bit for bit.
+Everything is computed from a `StepRecord` alone, on the CPU, in float64: the training loop and a replay of its ledger
+call the same functions on the same numbers. `math.fsum` rounds sums exactly in any order, so the token contributions
+add up to the logged loss bit for bit.
 """
 
 import math
@@ -14,16 +14,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from grpo.advantage import split_by_component, zero_variance
-from grpo.config import Advantage, Config, Loss
+from grpo.advantage import advantages_by_component, zero_variance
+from grpo.config import AdvantageSection, Config, LossSection
 from grpo.loss import grpo_loss
-from grpo.stats import Stats, mean_of, means
-from grpo.token_budget import answer_stats, budget_stats, forecast_stats, reward_by_status, truncation_pull
-from grpo.types import Batch, Step, TokenRecord
+from grpo.stats import Stats, sum_and_count, to_means
+from grpo.token_budget import (
+    clipped_ratio_forecast,
+    length_stats,
+    parse_stats,
+    reward_by_truncation,
+    truncation_advantage_shift,
+)
+from grpo.types import Batch, StepLogprobs, StepRecord
 
 
 @dataclass(frozen=True, slots=True)
-class TokenAccount:
+class TokenTerms:
     """The loss terms of M packed tokens in E inner epochs, [E,M] each."""
 
     ratio: Tensor
@@ -36,7 +42,7 @@ class TokenAccount:
     """fp64; the token's term in the loss, with weight and sign. `fsum` over an epoch gives that epoch's loss."""
 
 
-def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAccount:
+def compute_token_terms(tokens: StepLogprobs, batch: Batch, section: LossSection) -> TokenTerms:
     """Compute the loss terms of every token from the recorded log-probabilities."""
     mask = batch.completion_mask
     old = _unpack(tokens.logprobs[0], mask)
@@ -58,7 +64,7 @@ def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAcco
         )
         for logprobs in tokens.logprobs
     ]
-    return TokenAccount(
+    return TokenTerms(
         ratio=torch.stack([terms.ratio[mask] for terms in epochs]),
         clip_side=torch.stack([terms.clipped_high[mask].char() - terms.clipped_low[mask].char() for terms in epochs]),
         kl=None if ref is None else torch.stack([terms.kl[mask] for terms in epochs if terms.kl is not None]),
@@ -66,15 +72,15 @@ def token_account(tokens: TokenRecord, batch: Batch, section: Loss) -> TokenAcco
     )
 
 
-def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
+def advantage_by_component(step: StepRecord, section: AdvantageSection) -> dict[str, np.ndarray]:
     """Return component → [B,G] fp64, the part of each advantage that is due to that component.
 
-    See `grpo.advantage.split_by_component`. The parts add up to the advantage up to rounding: at most K·a·2⁻⁵² for K
-    components of magnitude a.
+    See `grpo.advantage.advantages_by_component`. The parts add up to the advantage up to rounding: at most K·a·2⁻⁵² for
+    K components of magnitude a.
     """
     names = list(step.scores[0][0].parts)
     shape = rewards_of(step).shape
-    return split_by_component(
+    return advantages_by_component(
         {name: np.array([[score.parts[name] for score in row] for row in step.scores]) for name in names},
         kind=section.kind,
         epsilon=section.epsilon,
@@ -84,12 +90,14 @@ def advantage_shares(step: Step, section: Advantage) -> dict[str, np.ndarray]:
     )
 
 
-def rewards_of(step: Step) -> np.ndarray:
+def rewards_of(step: StepRecord) -> np.ndarray:
     """Return the total rewards, [B,G] fp64."""
     return np.array([[score.total for score in row] for row in step.scores])
 
 
-def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray], config: Config) -> dict[str, Any]:
+def step_metrics(
+    step: StepRecord, account: TokenTerms, shares: dict[str, np.ndarray], config: Config
+) -> dict[str, Any]:
     """Return a step's line in ``metrics.jsonl``, except time and memory. grpo/run/README.md defines every name."""
     rewards = rewards_of(step)
     completions = [completion for group in step.groups for completion in group.completions]
@@ -97,43 +105,46 @@ def step_metrics(step: Step, account: TokenAccount, shares: dict[str, np.ndarray
     finished = np.array([completion.finished for completion in completions]).reshape(rewards.shape)
     section, budget = config.advantage, config.rollout.max_new_tokens
     stats: Stats = {
-        "reward/mean": mean_of(rewards.flatten()),
-        "reward/std_group": mean_of(rewards.std(axis=1, ddof=1)),
-        "groups/zero_variance": mean_of(
+        "reward/mean": sum_and_count(rewards.flatten()),
+        "reward/std_group": sum_and_count(rewards.std(axis=1, ddof=1)),
+        "groups/zero_variance": sum_and_count(
             zero_variance(rewards, in_baseline=step.batch.baseline_mask.numpy().reshape(rewards.shape))
         ),
-        **budget_stats(completions, max_new_tokens=budget),
-        **forecast_stats(completions, max_new_tokens=budget),
-        **answer_stats(step.groups, step.scores),
-        **reward_by_status(completions, rewards.flatten()),
-        **truncation_pull(rewards, finished, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof),
-        "reward/timed_out": mean_of(score.timed_out for score in all_scores),
-        **{f"reward/{name}/mean": mean_of(score.parts[name] for score in all_scores) for name in all_scores[0].parts},
-        **{f"advantage/{name}/abs_mean": mean_of(np.abs(share).flatten()) for name, share in shares.items()},
+        **length_stats(completions, max_new_tokens=budget),
+        **clipped_ratio_forecast(completions, max_new_tokens=budget),
+        **parse_stats(step.groups, step.scores),
+        **reward_by_truncation(completions, rewards.flatten()),
+        **truncation_advantage_shift(rewards, finished, kind=section.kind, epsilon=section.epsilon, ddof=section.ddof),
+        "reward/timed_out": sum_and_count(score.timed_out for score in all_scores),
+        **{
+            f"reward/{name}/mean": sum_and_count(score.parts[name] for score in all_scores)
+            for name in all_scores[0].parts
+        },
+        **{f"advantage/{name}/abs_mean": sum_and_count(np.abs(share).flatten()) for name, share in shares.items()},
         **_dropped_stats(step),
         **_token_stats(step, account, config.loss.kl),
     }
     return {
         "step": step.number,
-        "loss": exact_sum(account.loss[0]),
+        "loss": fsum_or_nan(account.loss[0]),
         "loss/trained": step.backward_loss,
         "grad_norm": step.grad_norm,
         "skipped": step.skipped_updates,
         "reward/std_batch": float(rewards.std(ddof=1)),
-        **means(stats),
+        **to_means(stats),
     }
 
 
-def exact_sum(values: Tensor) -> float:
+def fsum_or_nan(values: Tensor) -> float:
     """Return the exactly rounded sum, or NaN if a value is not finite.
 
-    >>> exact_sum(torch.tensor([1e16, 1.0, -1e16], dtype=torch.float64))
+    >>> fsum_or_nan(torch.tensor([1e16, 1.0, -1e16], dtype=torch.float64))
     1.0
     """
     return math.fsum(values.tolist()) if bool(torch.isfinite(values).all()) else math.nan
 
 
-def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
+def _token_stats(step: StepRecord, account: TokenTerms, estimator: str) -> Stats:
     """Token statistics of the first inner epoch; ratios and clipping of all inner epochs."""
     tokens = step.logprobs
     count = float(tokens.entropy.numel())
@@ -141,25 +152,25 @@ def _token_stats(step: Step, account: TokenAccount, estimator: str) -> Stats:
     stats: Stats = {
         "clip_ratio/low": (float((account.clip_side == -1).sum()), float(account.clip_side.numel())),
         "clip_ratio/high": (float((account.clip_side == 1).sum()), float(account.clip_side.numel())),
-        "ratio": (exact_sum(account.ratio.flatten()), float(account.ratio.numel())),
-        "entropy": (exact_sum(tokens.entropy.double()), count),
-        "sampler/abs_logprob_diff": (exact_sum(logprob_diff.abs()), count),
+        "ratio": (fsum_or_nan(account.ratio.flatten()), float(account.ratio.numel())),
+        "entropy": (fsum_or_nan(tokens.entropy.double()), count),
+        "sampler/abs_logprob_diff": (fsum_or_nan(logprob_diff.abs()), count),
         "sampler/max_abs_logprob_diff": (float(logprob_diff.abs().max()), 1.0),
-        "sampler/kl_k3": (exact_sum(torch.expm1(logprob_diff) - logprob_diff), count),
+        "sampler/kl_k3": (fsum_or_nan(torch.expm1(logprob_diff) - logprob_diff), count),
     }
     if account.kl is not None:
-        stats[f"kl/{estimator}"] = (exact_sum(account.kl[0]), count)
+        stats[f"kl/{estimator}"] = (fsum_or_nan(account.kl[0]), count)
     return stats
 
 
-def _dropped_stats(step: Step) -> Stats:
+def _dropped_stats(step: StepRecord) -> Stats:
     """The cost of replacing groups, and the mean reward of everything sampled, of which the batch is a selection."""
     trained = rewards_of(step).flatten().tolist()
     replaced = [reward for group in step.replaced_groups for reward in group.rewards]
     return {
         "groups/dropped": (float(len(step.replaced_groups)), 1.0),
         "groups/dropped_tokens": (float(sum(sum(group.lengths) for group in step.replaced_groups)), 1.0),
-        "reward/mean_sampled": mean_of([*trained, *replaced]),
+        "reward/mean_sampled": sum_and_count([*trained, *replaced]),
     }
 
 
@@ -170,7 +181,7 @@ def _unpack(values: Tensor, mask: Tensor) -> Tensor:
     return padded
 
 
-def rows(step: Step) -> Iterator[tuple[int, int]]:
+def group_member_pairs(step: StepRecord) -> Iterator[tuple[int, int]]:
     """Yield (group, member) of each of the N rows, in the order of the batch."""
     for b, group in enumerate(step.groups):
         for g in range(len(group.completions)):

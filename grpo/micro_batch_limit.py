@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.config import Optim
+from grpo.config import OptimSection
 from grpo.forward import forward_of
 from grpo.policy.policy import Policy
 from grpo.qwen3_5.train_forward import shared
@@ -50,7 +50,7 @@ class Room:
         return sum(len(ids) for ids in prompts) + sum(len(batch.completion_ids[i]) for i in rows)
 
 
-def room(policy: Policy, section: Optim, batch: Batch) -> Room:
+def room(policy: Policy, section: OptimSection, batch: Batch) -> Room:
     """What ``optim.micro_batch_size`` and ``optim.micro_batch_tokens`` allow; "auto" is chosen from free memory, from
     what the backward pass keeps of the beginning of the longest row: so short a pass fits wherever training does."""
     tokens = section.micro_batch_tokens

@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from grpo.cases import cases_for_step, row_key
+from grpo.cases import cases_for_step, stable_seed
 from grpo.config import Config
 from grpo.runtime.errors import UserError
 from grpo.types import Case, Prompt
@@ -25,14 +25,14 @@ def prompts_for_step(
         epoch: indices into ``cases``, see `grpo.cases.stream`.
         resample_round: > 0 for the prompts that replace groups without variance; they have a shuffle of their own.
     """
-    seed = row_key("refill", config.train.seed, resample_round) if resample_round else config.train.seed
+    seed = stable_seed("refill", config.train.seed, resample_round) if resample_round else config.train.seed
     chosen = cases_for_step(cases, epoch, seed=seed, step=step, count=config.rollout.prompts_per_step)
     thinking_of = {"on": lambda i: True, "off": lambda i: False, "mixed": lambda i: (i + step) % 2 == 0}
     thinking, system = thinking_of[config.rollout.thinking], config.cases.system_prompt
     return [render_prompt(tokenizer, case, system_prompt=system, thinking=thinking(i)) for i, case in enumerate(chosen)]
 
 
-def end_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
+def end_token_ids(tokenizer: Any, base: Any) -> tuple[int, ...]:
     """Return every id that ends a completion: those of the generation config and the tokenizer, and both of Qwen's."""
     eos = base.generation_config.eos_token_id
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
@@ -65,12 +65,12 @@ def render_prompt(tokenizer: Any, case: Case, *, system_prompt: str, thinking: b
         raise UserError("the chat template must contain the system turn and then the user turn, each exactly once")
     opens_thinking = after.rstrip().endswith("<think>")
     head = encode(tokenizer, inline)
-    control, edges = control_ids(tokenizer), (encode(tokenizer, before_system), encode(tokenizer, after_system))
+    control, edges = control_token_ids(tokenizer), (encode(tokenizer, before_system), encode(tokenizer, after_system))
     if [i for i in head if i in control] != [i for part in edges for i in part if i in control]:
         intact = inline.startswith(before_system) and inline.endswith(after_system)  # the template may have trimmed it
         system_text = inline[len(before_system) : len(inline) - len(after_system)] if intact else system_prompt
-        head = [*edges[0], *encode_plain(tokenizer, system_text), *edges[1]]
-    ids = (*head, *encode_plain(tokenizer, case.text), *encode(tokenizer, after))
+        head = [*edges[0], *encode_as_plain_text(tokenizer, system_text), *edges[1]]
+    ids = (*head, *encode_as_plain_text(tokenizer, case.text), *encode(tokenizer, after))
     return Prompt(case, ids, opens_thinking)
 
 
@@ -85,12 +85,12 @@ def _rendered(tokenizer: Any, system_prompt: str, thinking: bool) -> str:
     return str(chat)
 
 
-def control_ids(tokenizer: Any) -> frozenset[int]:
+def control_token_ids(tokenizer: Any) -> frozenset[int]:
     """Return the ids that plain text must not contain: all tokens added to the vocabulary, except the unknown token."""
     return frozenset(tokenizer.get_added_vocab().values()) - {tokenizer.unk_token_id}
 
 
-def encode_plain(tokenizer: Any, text: str) -> list[int]:
+def encode_as_plain_text(tokenizer: Any, text: str) -> list[int]:
     """Return the ids of a text without any control token. A text that contains the spelling of one is split after its
     first character and encoded in pieces; if that is not enough (a normalizer may produce the spelling), each character
     is encoded separately.
@@ -98,7 +98,7 @@ def encode_plain(tokenizer: Any, text: str) -> list[int]:
     Raises:
         UserError: a single character is a control token, or the text contains a lone surrogate.
     """
-    control = control_ids(tokenizer)
+    control = control_token_ids(tokenizer)
     for cut in (_unsplit, _split_control_spellings, _split_characters):
         ids = [i for piece in cut(tokenizer, text) for i in encode(tokenizer, piece)]
         if control.isdisjoint(ids):

@@ -1,7 +1,7 @@
 """Prompts → `Group`s: what the rest of the project knows of the engines.
 
 Every prompt is prefilled once and its state expanded to the group; all rows are decoded together; finished rows leave.
-What a row draws is a function of its key alone (`grpo.cases.row_key` of seed, step, case and member).
+What a row draws is a function of its key alone (`grpo.cases.stable_seed` of seed, step, case and member).
 """
 
 from collections import Counter
@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from grpo.cases import row_key
+from grpo.cases import stable_seed
 from grpo.config import Config
 from grpo.engine.lockstep import sample_in_step
 from grpo.engine.reference_engine import sample_plainly
@@ -69,7 +69,7 @@ def sampling_keys(
         first = counts[prompt.case.id]
         counts[prompt.case.id] += config.rollout.group_size
         members = range(first, counts[prompt.case.id])
-        keys.append([row_key("rollout", config.train.seed, step, prompt.case.id, member) for member in members])
+        keys.append([stable_seed("rollout", config.train.seed, step, prompt.case.id, member) for member in members])
     return keys
 
 
@@ -100,7 +100,7 @@ def rollout(
     for prompt in prompts:
         check_length(policy, prompt, max_new_tokens)
     if ignore_end:
-        policy = replace(policy, end_ids=())
+        policy = replace(policy, end_token_ids=())
     was_training = policy.model.training
     policy.model.eval()
     try:
@@ -131,7 +131,7 @@ def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:
 
 
 def _completion(policy: Policy, ids: list[int], logprobs: list[float]) -> Completion:
-    finished = ids[-1] in policy.end_ids
+    finished = ids[-1] in policy.end_token_ids
     spoken = ids[:-1] if finished else ids
     text = policy.tokenizer.decode(spoken, skip_special_tokens=False, clean_up_tokenization_spaces=False)
     return Completion(tuple(ids), tuple(logprobs), finished, text)

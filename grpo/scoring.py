@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from grpo.config import Config
-from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.distributed import SINGLE_PROCESS, World
 from grpo.types import Group
 from rewards import Reward, Score, overlong
 
 
 def score_groups(
-    reward: Reward, groups: Sequence[Group], config: Config, ranks: Ranks = ALONE
+    reward: Reward, groups: Sequence[Group], config: Config, ranks: World = SINGLE_PROCESS
 ) -> tuple[tuple[Score, ...], ...]:
     """Return the scores [B][G] of the groups, the same on every rank: each scores its slice.
 
@@ -25,7 +25,7 @@ def score_groups(
                 thinking=group.prompt.thinking,
                 finished=completion.finished,
                 case_id=group.prompt.case.id,
-                length_penalty=length_penalty(len(completion.ids), config),
+                length_penalty=overlong_term(len(completion.ids), config),
             )
             for completion in group.completions
         )
@@ -34,7 +34,7 @@ def score_groups(
     return tuple(ranks.all_gather(rows))
 
 
-def length_penalty(length: int, config: Config) -> float:
+def overlong_term(length: int, config: Config) -> float:
     """Return what ``[reward.overlong]`` adds to the reward of a completion of ``length`` tokens; 0 without it."""
     section = config.reward.overlong
     if section is None:

@@ -10,20 +10,20 @@ Stats = dict[str, tuple[float, float]]
 """Name → (sum, count)."""
 
 
-def mean_of(values: Iterable[float]) -> tuple[float, float]:
+def sum_and_count(values: Iterable[float]) -> tuple[float, float]:
     """Return (sum, count) of the values.
 
-    >>> mean_of([1.0, 2.0, 6.0])
+    >>> sum_and_count([1.0, 2.0, 6.0])
     (9.0, 3.0)
     """
     floats = [float(value) for value in values]
     return math.fsum(floats), float(len(floats))
 
 
-def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
+def add_stats(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
     """Add up sums and counts by name.
 
-    >>> merge([{"kl": (1.0, 2.0)}, {"kl": (5.0, 1.0)}])
+    >>> add_stats([{"kl": (1.0, 2.0)}, {"kl": (5.0, 1.0)}])
     {'kl': (6.0, 3.0)}
     """
     total: Stats = {}
@@ -34,10 +34,10 @@ def merge(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
     return total
 
 
-def means(stats: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
+def to_means(stats: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
     """Divide each sum by its count; None for a count of 0, never NaN.
 
-    >>> means({"kl": (6.0, 3.0), "completions/mean_terminated_length": (0.0, 0.0)})
+    >>> to_means({"kl": (6.0, 3.0), "completions/mean_terminated_length": (0.0, 0.0)})
     {'kl': 2.0, 'completions/mean_terminated_length': None}
     """
     return {name: value / count if count else None for name, (value, count) in stats.items()}

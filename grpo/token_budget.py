@@ -13,22 +13,22 @@ from numpy.typing import ArrayLike
 
 from grpo.advantage import advantages
 from grpo.runtime.errors import UserError
-from grpo.stats import Stats, mean_of
+from grpo.stats import Stats, sum_and_count
 from grpo.types import Completion, Group
 from rewards.parse import END_TOKENS
 from rewards.types import Reason, Score
 
-StopCause = Literal["end", "budget", "other"]
+FinishReason = Literal["end", "budget", "other"]
 
 QUANTILES = (10, 50, 90, 99)
 """Percentiles of the completion lengths to log."""
-FORECASTS = (25, 50, 75)
+FORECAST_PERCENTS = (25, 50, 75)
 """Smaller budgets for which the clipped ratio is forecast, in percent of the run's budget."""
-NO_PARSE = tuple(reason for reason in get_args(Reason) if reason != "parsed")
+NO_PARSE_REASONS = tuple(reason for reason in get_args(Reason) if reason != "parsed")
 """Reasons why no level could be parsed from a completion."""
 
 
-def stop_cause(completion: Completion, max_new_tokens: int) -> StopCause:
+def finish_reason(completion: Completion, max_new_tokens: int) -> FinishReason:
     """Return why a completion of L tokens ended: "end" if its last token is an end token, else "budget" if L equals the
     budget, else "other" (an engine that was aborted or that has stop strings, which this project's engines do not).
 
@@ -40,8 +40,8 @@ def stop_cause(completion: Completion, max_new_tokens: int) -> StopCause:
     Raises:
         UserError: the budget is below 1, or the completion is longer than the budget.
 
-    >>> stop_cause(Completion((5, 2), (0.0, 0.0), True, "a"), 2), stop_cause(Completion((5,), (0.0,), False, "a"), 2)
-    ('end', 'other')
+    >>> finish_reason(Completion((5, 2), (0.0, 0.0), True, "a"), 2), finish_reason(Completion((5,), (0.0,), False, "a"),
+    2) ('end', 'other')
     """
     _check_lengths([len(completion.ids)], max_new_tokens)
     if completion.finished:
@@ -49,7 +49,7 @@ def stop_cause(completion: Completion, max_new_tokens: int) -> StopCause:
     return "budget" if len(completion.ids) >= max_new_tokens else "other"
 
 
-def budget_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
+def length_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
     """Return why the completions of a step ended and how long they are; metrics under ``completions/``.
 
     ``clipped_ratio`` has TRL's name and definition, so that it can be compared with other logs and model cards: the
@@ -57,7 +57,7 @@ def budget_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> S
     clipped_ratio = stop_budget + stop_other. (TRL accepts a final pad token as an end token; here it counts as
     clipped.) "Truncated" means clipped, "finished" the opposite.
 
-    stop_end, stop_budget, stop_other   fractions by `stop_cause`; they add up to 1
+    stop_end, stop_budget, stop_other   fractions by `finish_reason`; they add up to 1
     mean_, min_, max_length             tokens L, including the end token
     mean_, min_, max_terminated_length  the same over finished completions; null if there are none (TRL logs 0)
     length_p10, _p50, _p90, _p99        the ⌈p·N/100⌉-th smallest L (nearest rank), not interpolated
@@ -69,12 +69,12 @@ def budget_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> S
         max_new_tokens: the budget they were sampled with, >= 1.
 
     Raises:
-        UserError: as `stop_cause`.
+        UserError: as `finish_reason`.
 
     Source of clipped_ratio: TRL's ``GRPOTrainer``; of nearest rank: Hyndman and Fan 1996, definition 1.
 
     >>> done, cut = Completion((5, 2), (0.0,) * 2, True, "a"), Completion((5, 6, 7), (0.0,) * 3, False, "abc")
-    >>> stats = budget_stats([done, cut], max_new_tokens=3)
+    >>> stats = length_stats([done, cut], max_new_tokens=3)
     >>> stats["completions/clipped_ratio"], stats["completions/truncated_token_share"], stats["completions/length_p50"]
     ((1.0, 2.0), (3.0, 5.0), (2.0, 1.0))
     """
@@ -82,35 +82,38 @@ def budget_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> S
     _check_lengths(lengths, max_new_tokens)
     terminated = sorted(len(c.ids) for c in completions if c.finished)
     truncated = [len(c.ids) for c in completions if not c.finished]
-    causes = [stop_cause(c, max_new_tokens) for c in completions]
+    causes = [finish_reason(c, max_new_tokens) for c in completions]
     ordered = sorted(lengths)
     weight = float(bool(lengths))
     return {
-        "completions/clipped_ratio": mean_of(not c.finished for c in completions),
-        **{f"completions/stop_{name}": mean_of(cause == name for cause in causes) for name in get_args(StopCause)},
-        "completions/mean_length": mean_of(lengths),
-        "completions/min_length": mean_of(ordered[:1]),
-        "completions/max_length": mean_of(ordered[-1:]),
-        "completions/mean_terminated_length": mean_of(terminated),
-        "completions/min_terminated_length": mean_of(terminated[:1]),
-        "completions/max_terminated_length": mean_of(terminated[-1:]),
-        **{f"completions/length_p{p}": mean_of(_nearest_rank(ordered, p)) for p in QUANTILES},
+        "completions/clipped_ratio": sum_and_count(not c.finished for c in completions),
+        **{
+            f"completions/stop_{name}": sum_and_count(cause == name for cause in causes)
+            for name in get_args(FinishReason)
+        },
+        "completions/mean_length": sum_and_count(lengths),
+        "completions/min_length": sum_and_count(ordered[:1]),
+        "completions/max_length": sum_and_count(ordered[-1:]),
+        "completions/mean_terminated_length": sum_and_count(terminated),
+        "completions/min_terminated_length": sum_and_count(terminated[:1]),
+        "completions/max_terminated_length": sum_and_count(terminated[-1:]),
+        **{f"completions/length_p{p}": sum_and_count(_nearest_rank(ordered, p)) for p in QUANTILES},
         "completions/tokens": (float(sum(lengths)), weight),
         "completions/truncated_tokens": (float(sum(truncated)), weight),
         "completions/truncated_token_share": (float(sum(truncated)), float(sum(lengths))),
     }
 
 
-def answer_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Stats:
+def parse_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> Stats:
     """Return how many completions closed their thinking and could be parsed; metrics under ``completions/``.
 
     Fractions of all completions, except truncated_parsed:
 
-    opened_thinking                     the prompt or the completion opened ``<think>``
-    unclosed_thinking                   … and did not close the last one; opened_thinking is the number of candidates
-    truncated_parsed                    fraction *of the truncated completions* that could be parsed
-    no_parse                            no level was found, for any reason
-    no_parse/unclosed_thinking, …       for that reason, one of `NO_PARSE` (with underscores); they add up to no_parse
+    opened_thinking                     the prompt or the completion opened ``<think>`` unclosed_thinking
+    … and did not close the last one; opened_thinking is the number of candidates truncated_parsed
+    fraction *of the truncated completions* that could be parsed no_parse                            no level was found,
+    for any reason no_parse/unclosed_thinking, …       for that reason, one of `NO_PARSE_REASONS` (with underscores);
+    they add up to no_parse
 
     A completion can leave its thinking open and still parse, if the answer came before: unclosed_thinking is at least
     no_parse/unclosed_thinking. As in `rewards.parse`, text after an end token is ignored.
@@ -127,25 +130,27 @@ def answer_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> 
     >>> thought = Completion((5,), (0.0,), False, "Chest pain, so")
     >>> score = load_reward("v49").score(
     ...     text="Chest pain.", gold=2, completion=thought.text, thinking=True, finished=False, case_id="c1")
-    >>> stats = answer_stats([Group(Prompt(Case("c1", "Chest pain.", 2), (1,), True), (thought,))], [[score]])
+    >>> stats = parse_stats([Group(Prompt(Case("c1", "Chest pain.", 2), (1,), True), (thought,))], [[score]])
     >>> stats["completions/unclosed_thinking"], stats["completions/no_parse/unclosed_thinking"]
     ((1.0, 1.0), (1.0, 1.0))
     """
     scored = _scored(groups, scores)
     thoughts = [_thought(c.text, group.prompt.thinking) for group in groups for c in group.completions]
     return {
-        "completions/opened_thinking": mean_of(opened for opened, _ in thoughts),
-        "completions/unclosed_thinking": mean_of(unclosed for _, unclosed in thoughts),
-        "completions/truncated_parsed": mean_of(s.answer.level is not None for c, s in scored if not c.finished),
-        "completions/no_parse": mean_of(s.answer.level is None for _, s in scored),
+        "completions/opened_thinking": sum_and_count(opened for opened, _ in thoughts),
+        "completions/unclosed_thinking": sum_and_count(unclosed for _, unclosed in thoughts),
+        "completions/truncated_parsed": sum_and_count(s.answer.level is not None for c, s in scored if not c.finished),
+        "completions/no_parse": sum_and_count(s.answer.level is None for _, s in scored),
         **{
-            f"completions/no_parse/{reason.replace(' ', '_')}": mean_of(s.answer.reason == reason for _, s in scored)
-            for reason in NO_PARSE
+            f"completions/no_parse/{reason.replace(' ', '_')}": sum_and_count(
+                s.answer.reason == reason for _, s in scored
+            )
+            for reason in NO_PARSE_REASONS
         },
     }
 
 
-def reward_by_status(completions: Sequence[Completion], rewards: ArrayLike) -> Stats:
+def reward_by_truncation(completions: Sequence[Completion], rewards: ArrayLike) -> Stats:
     """Return ``reward/mean_finished`` and ``reward/mean_truncated``: the mean total reward of completions that ended
     with an end token, and of those that did not.
 
@@ -159,7 +164,7 @@ def reward_by_status(completions: Sequence[Completion], rewards: ArrayLike) -> S
         UserError: rewards that are not [N] or not finite.
 
     >>> done, cut = Completion((5, 2), (0.0, 0.0), True, "a"), Completion((5, 6), (0.0, 0.0), False, "ab")
-    >>> reward_by_status([done, done, cut], [1.0, -0.5, -2.0])
+    >>> reward_by_truncation([done, done, cut], [1.0, -0.5, -2.0])
     {'reward/mean_finished': (0.5, 2.0), 'reward/mean_truncated': (-2.0, 1.0)}
     """
     totals = np.asarray(rewards, dtype=np.float64)
@@ -170,15 +175,17 @@ def reward_by_status(completions: Sequence[Completion], rewards: ArrayLike) -> S
         )
     finished = np.array([c.finished for c in completions], dtype=np.bool_)
     return {
-        "reward/mean_finished": mean_of(totals[finished]),
-        "reward/mean_truncated": mean_of(totals[~finished]),
+        "reward/mean_finished": sum_and_count(totals[finished]),
+        "reward/mean_truncated": sum_and_count(totals[~finished]),
     }
 
 
-def truncation_pull(rewards: ArrayLike, finished: ArrayLike, *, kind: str, epsilon: float, ddof: int) -> Stats:
+def truncation_advantage_shift(
+    rewards: ArrayLike, finished: ArrayLike, *, kind: str, epsilon: float, ddof: int
+) -> Stats:
     """Return how truncated completions shift the advantages of the finished ones: A(all in the baseline) − A(truncated
     ones excluded from the baseline), averaged over the finished completions of groups that contain a truncated one;
-    signed as ``advantage/truncation_pull`` and in absolute value as ``advantage/truncation_pull_abs``.
+    signed as ``advantage/truncation_advantage_shift`` and in absolute value as ``advantage/truncation_pull_abs``.
 
     Truncated completions mostly score low and so lower the mean the others are compared with: the signed mean is then
     above 0, an advantage for having ended at all. Without the truncated ones a group's advantages sum to 0, so the
@@ -197,7 +204,7 @@ def truncation_pull(rewards: ArrayLike, finished: ArrayLike, *, kind: str, epsil
     Raises:
         ValueError: ``finished`` is not bool [B,G], or anything that `advantages` refuses.
 
-    >>> truncation_pull([[-1, -1, -1, 1]], [[False, False, False, True]], kind="group", epsilon=0.0, ddof=1)
+    >>> truncation_advantage_shift([[-1, -1, -1, 1]], [[False, False, False, True]], kind="group", epsilon=0.0, ddof=1)
     {'advantage/truncation_pull': (1.5, 1.0), 'advantage/truncation_pull_abs': (1.5, 1.0)}
     """
     mask, values = np.asarray(finished), np.asarray(rewards, dtype=np.float64)
@@ -207,8 +214,8 @@ def truncation_pull(rewards: ArrayLike, finished: ArrayLike, *, kind: str, epsil
     without_truncated = advantages(values, kind=kind, epsilon=epsilon, ddof=ddof, in_baseline=mask)
     shift = (with_truncated - without_truncated)[mask & ~mask.all(axis=1, keepdims=True)]
     return {
-        "advantage/truncation_pull": mean_of(shift),
-        "advantage/truncation_pull_abs": mean_of(np.abs(shift)),
+        "advantage/truncation_pull": sum_and_count(shift),
+        "advantage/truncation_pull_abs": sum_and_count(np.abs(shift)),
     }
 
 
@@ -251,7 +258,7 @@ def clipped_ratio_at(
     return [_clipped(lengths, finished, budget) / len(lengths) for budget in budgets]
 
 
-def forecast_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
+def clipped_ratio_forecast(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
     """Return ``completions/clipped_ratio_at/25``, ``…/50``, ``…/75``: the clipped ratio with that percentage of the
     budget, see `clipped_ratio_at`. The smaller budget is ⌊percent · max_new_tokens / 100⌋, but at least 1.
 
@@ -260,15 +267,15 @@ def forecast_stats(completions: Sequence[Completion], *, max_new_tokens: int) ->
         max_new_tokens: the budget they were sampled with, >= 1.
 
     Raises:
-        UserError: as `stop_cause`.
+        UserError: as `finish_reason`.
 
     >>> done, cut = Completion((5, 2), (0.0,) * 2, True, "a"), Completion((5,) * 6, (0.0,) * 6, False, "…")
-    >>> list(forecast_stats([done, cut], max_new_tokens=6).values())  # budgets 1, 3 and 4
+    >>> list(clipped_ratio_forecast([done, cut], max_new_tokens=6).values())  # budgets 1, 3 and 4
     [(2.0, 2.0), (1.0, 2.0), (1.0, 2.0)]
     """
     lengths, finished = [len(c.ids) for c in completions], [c.finished for c in completions]
     _check_lengths(lengths, max_new_tokens)
-    budgets = {percent: max(1, max_new_tokens * percent // 100) for percent in FORECASTS}
+    budgets = {percent: max(1, max_new_tokens * percent // 100) for percent in FORECAST_PERCENTS}
     return {
         f"completions/clipped_ratio_at/{percent}": (float(_clipped(lengths, finished, budget)), float(len(lengths)))
         for percent, budget in budgets.items()

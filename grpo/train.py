@@ -20,38 +20,46 @@ import torch
 from tqdm import tqdm
 
 from grpo.batch import group_advantages, make_batch, reward_matrix
-from grpo.config import Config, Source, load_config
+from grpo.config import Config, ConfigSource, load_config
 from grpo.dynamic_sampling import replace_uniform_groups
 from grpo.evaluation.during_training import evaluate_if_due
 from grpo.evaluation.records import before_after_table
-from grpo.metrics import advantage_shares, step_metrics, token_account
+from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
 from grpo.policy.policy import save_adapter
 from grpo.prompts import prompts_for_step
 from grpo.report.model_card import write_model_card
 from grpo.rollout import sample_groups, sampling_keys
 from grpo.run.checkpoint import Progress, find_damage, save_checkpoint
 from grpo.run.exit_messages import resume_hint, stopped_early
-from grpo.run.folder import Run, add_metrics, check_folder, evaluations, exclusive_lock, finite
+from grpo.run.folder import RunFolder, append_metrics, check_folder, exclusive_lock, nan_to_none, read_evaluations
 from grpo.run.ledger import LEDGER_VERSION, write_step
 from grpo.run.resume import bit_checksum, broadcast_start_state, check_ranks_agree, start_or_resume
 from grpo.run.self_check import DriftWarning, check_on_cuda
-from grpo.run.setup import Setup, build, plan, with_check
-from grpo.runtime.atomic_files import DiskError, placed
+from grpo.run.setup import Setup, describe_run, load_setup, with_check
+from grpo.runtime.atomic_files import DiskError, atomic_folder
 from grpo.runtime.cli import make_parser, run_command
-from grpo.runtime.distributed import QUIET_EXIT_DELAY_S, Elsewhere, RankLost, Ranks, joined, launched_world, leave
+from grpo.runtime.distributed import (
+    QUIET_EXIT_DELAY_S,
+    RankLost,
+    ReportedByMainRank,
+    World,
+    exit_process,
+    init_world,
+    launched_world,
+)
 from grpo.runtime.errors import INPUT_ERRORS, UserError
-from grpo.runtime.interrupts import Stop, Stopped, listening
+from grpo.runtime.interrupts import Interrupted, Interrupts, handle_signals
 from grpo.runtime.out_of_memory import OutOfMemory
-from grpo.runtime.terminal import print_unless_pipe_closed, visible
+from grpo.runtime.terminal import escape_control, print_unless_pipe_closed
 from grpo.scoring import score_groups
-from grpo.types import Group, Step
-from grpo.update import learning_rate, update
+from grpo.types import Group, StepRecord
+from grpo.update import learning_rate, update_policy
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
 """tqdm's format without the rate, which does not fit into 80 columns; the metrics record the seconds of each step."""
 
 
-def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
+def train(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) -> None:
     """Run the steps after ``progress`` up to ``train.steps``: sample, score, normalize, update, record.
 
     A signal interrupts anything but an update and files being written; the last completed step is then saved.
@@ -75,10 +83,10 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
                     batch = make_batch(groups, advantages, config)  # token weights are fixed here
                     stop_if_any_rank_was_asked(ranks, stop)
                     with stop.within_grace():
-                        result = update(policy, batch, config, setup.optimizer, setup.reference, step=step)
+                        result = update_policy(policy, batch, config, setup.optimizer, setup.reference, step=step)
                     seconds = {"rollout": sampled - started, "update": time.perf_counter() - sampled}
                     progress = progress.after(result.skipped)
-                    record = Step(progress.step, groups, scores, batch, result.logprobs, dropped, *result.figures)
+                    record = StepRecord(progress.step, groups, scores, batch, result.logprobs, dropped, *result.figures)
                     if ranks.is_main:
                         metrics = record_step(setup, run, record, seconds)
                         show_progress(bar, metrics, config)
@@ -86,14 +94,14 @@ def train(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
                 save_if_due(setup, run, stop, progress)
                 raise_if_diverged(setup, progress, groups)
                 evaluate_if_due(setup, run, progress.step)
-    except (Stopped, RankLost, OutOfMemory) as error:
+    except (Interrupted, RankLost, OutOfMemory) as error:
         if not getattr(error, "midway", False):  # else the policy has moved since the last completed step
             save_last_step(setup, run, progress)
         raise
     save_result(setup, run)
 
 
-def progress_bar(progress: Progress, config: Config, ranks: Ranks) -> Any:
+def progress_bar(progress: Progress, config: Config, ranks: World) -> Any:
     """Return the remaining steps, with a bar if rank 0's standard error is a terminal."""
     hidden = not (ranks.is_main and sys.stderr.isatty())
     steps = range(progress.step, config.train.steps)
@@ -118,16 +126,16 @@ def progress_text(metrics: dict[str, Any], config: Config) -> str:
     return text if kl is None else f"{text}, KL {kl:.4f}"
 
 
-def stop_if_any_rank_was_asked(ranks: Ranks, stop: Stop) -> None:
-    """Raise `Stopped` on all ranks if any rank received a signal, so that all stop before the same update. Each waits
-    for the others' replies up to the grace period."""
+def stop_if_any_rank_was_asked(ranks: World, stop: Interrupts) -> None:
+    """Raise `Interrupted` on all ranks if any rank received a signal, so that all stop before the same update. Each
+    waits for the others' replies up to the grace period."""
     with stop.within_grace():
         signals = [number for number in ranks.all_gather_object(stop.requested) if number is not None]
     if signals:
-        raise Stopped(signals[0])
+        raise Interrupted(signals[0])
 
 
-def save_if_due(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
+def save_if_due(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) -> None:
     """Save a checkpoint if the config schedules one, after the last step, and before a diverged run ends. The adapters
     of the ranks are compared first."""
     config, policy = setup.config, setup.policy
@@ -140,35 +148,35 @@ def save_if_due(setup: Setup, run: Run, stop: Stop, progress: Progress) -> None:
             save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
 
 
-def save_last_step(setup: Setup, run: Run, progress: Progress) -> None:
+def save_last_step(setup: Setup, run: RunFolder, progress: Progress) -> None:
     """Save the last completed step of a run that ends early, unless it is saved already."""
     if setup.policy.world.is_main and progress.step and find_damage(run.checkpoints / f"step_{progress.step:06d}"):
         save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
 
 
-def save_result(setup: Setup, run: Run) -> None:
+def save_result(setup: Setup, run: RunFolder) -> None:
     """Write the adapter and its model card."""
     if setup.policy.world.is_main:
-        with placed(run.adapter) as staging:
+        with atomic_folder(run.adapter) as staging:
             save_adapter(setup.policy, staging)
             write_model_card(run.path, staging / "README.md")
 
 
-def record_step(setup: Setup, run: Run, record: Step, seconds: dict[str, float]) -> dict[str, Any]:
+def record_step(setup: Setup, run: RunFolder, record: StepRecord, seconds: dict[str, float]) -> dict[str, Any]:
     """Write the step to the ledger and its metrics to ``metrics.jsonl``; return the metrics.
 
     Args:
         seconds: time of the rollout and of the update.
     """
     config, started = setup.config, time.perf_counter()
-    account = token_account(record.logprobs, record.batch, config.loss)
-    shares = advantage_shares(record, config.advantage)
+    account = compute_token_terms(record.logprobs, record.batch, config.loss)
+    shares = advantage_by_component(record, config.advantage)
     lr = learning_rate(config, record.number * config.optim.inner_epochs - 1)
-    metrics = finite(step_metrics(record, account, shares, config) | {"lr": lr})
+    metrics = nan_to_none(step_metrics(record, account, shares, config) | {"lr": lr})
     if config.ledger.every and record.number % config.ledger.every == 0:
         write_step(run.ledger, record, account, shares, metrics, text=config.ledger.text)
     metrics |= timing_metrics(record, setup, seconds | {"account": time.perf_counter() - started})
-    add_metrics(run, metrics)
+    append_metrics(run, metrics)
     return metrics
 
 
@@ -183,7 +191,7 @@ def raise_if_diverged(setup: Setup, progress: Progress, groups: Sequence[Group])
         )
 
 
-def timing_metrics(record: Step, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
+def timing_metrics(record: StepRecord, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
     """Return the seconds of each phase, the sampled tokens per second, and rank 0's peak memory so far (of the device
     with CUDA, else of the process)."""
     tokens = sum(len(completion.ids) for group in record.groups for completion in group.completions)
@@ -226,11 +234,11 @@ def argument_parser() -> argparse.ArgumentParser:
 
 
 def run_training(
-    arguments: argparse.Namespace, out: Path, config: Config, source: Source, stop: Stop, ranks: Ranks
+    arguments: argparse.Namespace, out: Path, config: Config, source: ConfigSource, stop: Interrupts, ranks: World
 ) -> None:
     """Load everything, open the run folder, which only rank 0 does, and train."""
     with contextlib.ExitStack() as lock:
-        existed, progress, run = out.is_dir(), Progress(), Run(out)
+        existed, progress, run = out.is_dir(), Progress(), RunFolder(out)
         with stop.at_once():
             # first of all: ranks with different configs would not make the same calls when loading the model
             versions = {"torch": torch.__version__, "ledger": LEDGER_VERSION}
@@ -241,15 +249,15 @@ def run_training(
                     if existed:
                         lock.enter_context(exclusive_lock(out))
             with ranks.fail_together(*INPUT_ERRORS):
-                setup = build(config, ranks)
+                setup = load_setup(config, ranks)
             check_ranks_agree(setup)
             with ranks.fail_together(*INPUT_ERRORS):
                 check = check_on_cuda(setup.policy)
             setup = with_check(setup, check)
         with ranks.fail_together(*INPUT_ERRORS):
             if ranks.is_main:
-                header = f"config    {source.path}\n{plan(setup)}"
-                print_unless_pipe_closed("\n".join(visible(line) for line in header.splitlines()))
+                header = f"config    {source.path}\n{describe_run(setup)}"
+                print_unless_pipe_closed("\n".join(escape_control(line) for line in header.splitlines()))
                 if not existed:  # the folder is created only now that the input is known to be valid
                     lock.enter_context(exclusive_lock(out))
                 check_folder(out, config, resume=arguments.resume)  # another process may have created it since
@@ -261,9 +269,9 @@ def run_training(
             print_result(run)
 
 
-def print_result(run: Run) -> None:
+def print_result(run: RunFolder) -> None:
     """Print the evaluations before and after training, and where the results are."""
-    records = evaluations(run)
+    records = read_evaluations(run)
     table = [f"\n{before_after_table(records)}\n"] if records else []
     answers = [f"answers   {run.path / 'eval'}"] if records else []
     paths = [f"adapter   {run.adapter}", f"metrics   {run.metrics}", *answers]
@@ -276,17 +284,17 @@ def run(arguments: argparse.Namespace) -> int:
     os.umask(0o077)  # narratives may be patients' data: the run folder is readable by its owner only
     out, ranks = None, None
     try:
-        with listening() as stop:
+        with handle_signals() as stop:
             config, source = load_config(arguments.config, arguments.set)
             out = arguments.out or Path("runs") / config.name
-            with joined(config.model.device, timeout_s=config.train.rank_timeout_s) as ranks:
+            with init_world(config.model.device, timeout_s=config.train.rank_timeout_s) as ranks:
                 run_training(arguments, out, config, source, stop, ranks)
         return 0
-    except (Stopped, RankLost) as error:
+    except (Interrupted, RankLost) as error:
         ranks = ranks or launched_world()
         return stopped_early(error, stop.requested, ranks, resume_hint(arguments, out, ranks))
     except (*INPUT_ERRORS, DiskError) as error:
-        if isinstance(error, Elsewhere) or (out is None and not launched_world().is_main):
+        if isinstance(error, ReportedByMainRank) or (out is None and not launched_world().is_main):
             time.sleep(QUIET_EXIT_DELAY_S)
             return 2
         resumable = isinstance(error, (DiskError, OutOfMemory))
@@ -303,4 +311,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    exit_process(main())

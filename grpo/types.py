@@ -88,7 +88,7 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class TokenRecord:
+class StepLogprobs:
     """Log-probabilities of one step's completion tokens as the update computed them; packed, on the CPU."""
 
     logprobs: Tensor
@@ -100,7 +100,7 @@ class TokenRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Dropped:
+class ReplacedGroup:
     """A sampled group that was replaced because its rewards did not vary: it cost tokens and gave no gradient."""
 
     case_id: str
@@ -111,7 +111,7 @@ class Dropped:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class StepRecord:
     """One completed training step: everything its metrics are computed from and the ledger stores."""
 
     number: int
@@ -120,8 +120,8 @@ class Step:
     scores: tuple[tuple[Score, ...], ...]
     """[B][G], in the order of ``groups``."""
     batch: Batch
-    logprobs: TokenRecord
-    replaced_groups: tuple[Dropped, ...]
+    logprobs: StepLogprobs
+    replaced_groups: tuple[ReplacedGroup, ...]
     backward_loss: float
     """Loss of the first inner epoch as the backward pass computed it, in fp32 on the training device."""
     grad_norm: float

@@ -21,15 +21,15 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from grpo.cases import row_key
+from grpo.cases import stable_seed
 from grpo.config import Config
 from grpo.forward import forward_of
 from grpo.logprobs import spread, token_logprobs, token_slots
 from grpo.loss import LossTerms, grpo_loss, silent_rows
 from grpo.micro_batch_limit import Room, room
-from grpo.policy.policy import Policy, adapter_swapped
+from grpo.policy.policy import Policy, as_reference
 from grpo.runtime.out_of_memory import UPDATE, OutOfMemory, memory_errors
-from grpo.types import Batch, TokenRecord
+from grpo.types import Batch, StepLogprobs
 
 T = TypeVar("T")
 SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -41,7 +41,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Cut:
+class MicroBatch:
     """A micro-batch."""
 
     rows: Tensor
@@ -53,10 +53,10 @@ class Cut:
 
 
 @dataclass(frozen=True, slots=True)
-class Updated:
-    """What `update` did."""
+class UpdateResult:
+    """What `update_policy` did."""
 
-    logprobs: TokenRecord
+    logprobs: StepLogprobs
     loss: float
     """Of the first inner epoch, as the backward pass had it."""
     grad_norm: float
@@ -69,7 +69,7 @@ class Updated:
         return self.loss, self.grad_norm, self.skipped
 
 
-def update(
+def update_policy(
     policy: Policy,
     batch: Batch,
     config: Config,
@@ -77,7 +77,7 @@ def update(
     reference: Mapping[str, Tensor] | None,
     *,
     step: int,
-) -> Updated:
+) -> UpdateResult:
     """Moves the adapter by μ = ``optim.inner_epochs`` clipped steps on one batch, alike on every rank of the policy:
     each computes the rows of its own groups, then the sums over all rows are exchanged.
 
@@ -100,14 +100,16 @@ def update(
     policy.model.train()
     for epoch in range(config.optim.inner_epochs):
         old = seen[0] if seen else None
-        noise = row_key("dropout", config.train.seed, step, epoch, *([policy.world.rank] if policy.world.rank else []))
+        noise = stable_seed(
+            "dropout", config.train.seed, step, epoch, *([policy.world.rank] if policy.world.rank else [])
+        )
 
         def one_pass(
-            cuts: tuple[Cut, ...], noise: int = noise, old: Tensor | None = old
+            cuts: tuple[MicroBatch, ...], noise: int = noise, old: Tensor | None = old
         ) -> tuple[Tensor, Tensor, Tensor]:
             optimizer.zero_grad(set_to_none=True)
             torch.manual_seed(noise % 2**63)  # the update's only noise
-            done = backward(policy, batch, cuts, config, old, ref)
+            done = forward_backward(policy, batch, cuts, config, old, ref)
             for p in policy.adapter_parameters().values():
                 if p.grad is None:  # nothing could move it, but AdamW's momentum still does
                     p.grad = torch.zeros_like(p)
@@ -129,26 +131,26 @@ def update(
             skipped += 1
     optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
-    return Updated(token_record(policy, batch, seen, ref, entropy), losses[0], norm, skipped)
+    return UpdateResult(token_record(policy, batch, seen, ref, entropy), losses[0], norm, skipped)
 
 
 def token_record(
     policy: Policy, batch: Batch, seen: Sequence[Tensor], ref: Tensor | None, entropy: Tensor
-) -> TokenRecord:
+) -> StepLogprobs:
     """Of all ranks' rows, from [N,T] that are zero but for this rank's."""
     matrices = [entropy, *seen, *(() if ref is None else (ref,))]
     values = torch.stack([packed(matrix, batch) for matrix in matrices]).to(policy.world.device)
     policy.world.all_reduce_(values.view(-1))
     values = values.cpu()
-    return TokenRecord(
+    return StepLogprobs(
         logprobs=values[1 : 1 + len(seen)],
         ref_logprobs=None if ref is None else values[-1],
         entropy=values[0],
     )
 
 
-def backward(
-    policy: Policy, batch: Batch, cuts: Sequence[Cut], config: Config, old: Tensor | None, ref: Tensor | None
+def forward_backward(
+    policy: Policy, batch: Batch, cuts: Sequence[MicroBatch], config: Config, old: Tensor | None, ref: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over this rank's rows: gradients are added up, and log-probabilities [N,T], entropies [N,T] and the loss
     [] returned, all on the policy's device, and zero where the rows are another rank's.
@@ -160,7 +162,7 @@ def backward(
     total = torch.zeros((), device=policy.device)
     for cut in cuts:
         with torch.set_grad_enabled(not cut.silent):
-            now, entropy, mask = score(policy, batch, cut, config.rollout.temperature)
+            now, entropy, mask = micro_batch_logprobs(policy, batch, cut, config.rollout.temperature)
         if cut.idle:
             if not cut.silent:
                 (now.sum() * 0.0).backward()
@@ -177,7 +179,7 @@ def backward(
     return logprobs, entropies, total
 
 
-def fitting(run: Callable[[tuple[Cut, ...]], T], policy: Policy, batch: Batch, config: Config, space: Room) -> T:
+def fitting(run: Callable[[tuple[MicroBatch, ...]], T], policy: Policy, batch: Batch, config: Config, space: Room) -> T:
     """``run`` over this rank's micro-batches; where the device has no room for one, again with half as much in each.
     The ranks of a sharded policy cut alike, so there it is not tried again.
 
@@ -208,15 +210,15 @@ def own_rows(policy: Policy, batch: Batch, config: Config) -> range:
     return range(groups.start * size, min(groups.stop * size, count))
 
 
-def in_step(cuts: Sequence[Cut], policy: Policy, batch: Batch) -> tuple[Cut, ...]:
+def in_step(cuts: Sequence[MicroBatch], policy: Policy, batch: Batch) -> tuple[MicroBatch, ...]:
     """As many micro-batches of each kind as the rank with most of them has: a sharded policy computes on all ranks at
     once. The shortest row fills up."""
     shortest = min(range(len(batch.prompt_ids)), key=lambda i: len(batch.prompt_ids[i]) + len(batch.completion_ids[i]))
-    filled: list[Cut] = []
+    filled: list[MicroBatch] = []
     for silent in (False, True):
         own = [cut for cut in cuts if cut.silent is silent]
         missing = max(policy.world.all_gather_object(len(own))) - len(own)
-        filled += [*own, *[Cut(torch.tensor([shortest]), silent, idle=True)] * missing]
+        filled += [*own, *[MicroBatch(torch.tensor([shortest]), silent, idle=True)] * missing]
     return tuple(filled)
 
 
@@ -239,7 +241,9 @@ def learning_rate(config: Config, position: int) -> float:
     return config.optim.learning_rate * SCHEDULES[config.optim.schedule]((position - warmup) / (total - warmup))
 
 
-def micro_batches(batch: Batch, space: Room, *, beta: float, rows: Sequence[int] | None = None) -> tuple[Cut, ...]:
+def micro_batches(
+    batch: Batch, space: Room, *, beta: float, rows: Sequence[int] | None = None
+) -> tuple[MicroBatch, ...]:
     """The rows, cut into pieces that fit ``space``; rows of one prompt stand together, the longest first.
 
     Args:
@@ -255,20 +259,22 @@ def micro_batches(batch: Batch, space: Room, *, beta: float, rows: Sequence[int]
     every = range(len(lengths)) if rows is None else rows
     order = sorted(every, key=lambda i: (-longest[prompts[i]], prompts[i], -lengths[i], i))
     silent = silent_rows(batch.advantages, batch.token_weights, beta=beta).tolist()
-    cuts: list[Cut] = []
+    cuts: list[MicroBatch] = []
     for kind in (False, True):
         piece: list[int] = []
         for i in (i for i in order if silent[i] is kind):
             if piece and not space.holds(batch, [*piece, i]):
-                cuts.append(Cut(torch.tensor(piece), kind))
+                cuts.append(MicroBatch(torch.tensor(piece), kind))
                 piece = []
             piece.append(i)
         if piece:
-            cuts.append(Cut(torch.tensor(piece), kind))
+            cuts.append(MicroBatch(torch.tensor(piece), kind))
     return tuple(cuts)
 
 
-def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+def micro_batch_logprobs(
+    policy: Policy, batch: Batch, cut: MicroBatch, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
     """Log-probabilities and entropies [n,T] of a micro-batch under the policy as it stands, and its mask [n,T], T being
     the micro-batch's own widest row."""
     rows = cut.rows.tolist()
@@ -292,22 +298,22 @@ def score(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> tuple[T
 def reference_logprobs(
     policy: Policy,
     batch: Batch,
-    cuts: Sequence[Cut],
+    cuts: Sequence[MicroBatch],
     config: Config,
     reference: Mapping[str, Tensor] | None,
 ) -> Tensor:
     """[N,T] under the reference, without dropout."""
     policy.model.eval()
-    with adapter_swapped(policy, reference):
+    with as_reference(policy, reference):
         return scored(policy, batch, cuts, config.rollout.temperature)
 
 
 @torch.no_grad()
-def scored(policy: Policy, batch: Batch, cuts: Sequence[Cut], temperature: float) -> Tensor:
+def scored(policy: Policy, batch: Batch, cuts: Sequence[MicroBatch], temperature: float) -> Tensor:
     """Log-probabilities [N,T] under the policy as it stands, on its device."""
     whole = blank(policy, batch)
     for cut in cuts:
-        logprobs, _, _ = score(policy, batch, cut, temperature)
+        logprobs, _, _ = micro_batch_logprobs(policy, batch, cut, temperature)
         if cut.idle:
             continue
         whole[cut.rows.to(policy.device, non_blocking=True), : logprobs.shape[1]] = logprobs.float()
@@ -315,7 +321,7 @@ def scored(policy: Policy, batch: Batch, cuts: Sequence[Cut], temperature: float
 
 
 def _loss(
-    logprobs: Tensor, old: Tensor, ref: Tensor | None, batch: Batch, cut: Cut, mask: Tensor, config: Config
+    logprobs: Tensor, old: Tensor, ref: Tensor | None, batch: Batch, cut: MicroBatch, mask: Tensor, config: Config
 ) -> LossTerms:
     section = config.loss
     width = logprobs.shape[1]

@@ -4,19 +4,19 @@ from rewards.overlong import Overlong, overlong
 from rewards.parse import parse_answer
 from rewards.reward import Reward, dump_reward, load_reward
 from rewards.rules import NumberTrigger, PatternTrigger, Rule
-from rewards.types import Answer, Fired, RewardError, Score, View
+from rewards.types import Answer, FiredRule, RewardError, RuleInput, Score
 
 __all__ = [
     "Answer",
-    "Fired",
+    "FiredRule",
     "NumberTrigger",
     "Overlong",
     "PatternTrigger",
     "Reward",
     "RewardError",
     "Rule",
+    "RuleInput",
     "Score",
-    "View",
     "dump_reward",
     "load_reward",
     "overlong",

@@ -32,35 +32,35 @@ Draws = list[tuple[float, str]]
 """(probability, completion) pairs of one policy on one case; the prompt has opened ``<think>``."""
 
 
-def committed(level: int) -> str:
+def answer_text(level: int) -> str:
     """Return a completion that closes its thinking and commits to the level."""
     return f"</think>\nANSWER: ESI {level}"
 
 
-def honest_draws(gold: int, accuracy: float) -> Draws:
+def honest_responses(gold: int, accuracy: float) -> Draws:
     """Return the exact level with probability ``accuracy``; errors are spread equally over the adjacent levels.
 
-    >>> honest_draws(1, 0.75)
+    >>> honest_responses(1, 0.75)
     [(0.75, '</think>\\nANSWER: ESI 1'), (0.25, '</think>\\nANSWER: ESI 2')]
     """
     neighbours = [level for level in (gold - 1, gold + 1) if level in LEVELS]
     share = (1 - accuracy) / len(neighbours)
-    return [(accuracy, committed(gold)), *((share, committed(level)) for level in neighbours)]
+    return [(accuracy, answer_text(gold)), *((share, answer_text(level)) for level in neighbours)]
 
 
-POLICIES: dict[str, str] = {
-    **{f"always {level}": committed(level) for level in LEVELS},
+BLIND_POLICIES: dict[str, str] = {
+    **{f"always {level}": answer_text(level) for level in LEVELS},
     "never answer": "</think>\nThis patient should be seen by a physician.",
     "list all five": "</think>\nANSWER: ESI " + ", ".join(map(str, LEVELS)),
     "list all five, blanks between": "</think>\nANSWER: ESI " + " ".join(map(str, LEVELS)),
     "answer inside <think> only": "ANSWER: ESI 2",
-    "two different answers": f"{committed(1)}\nANSWER: ESI 2",
+    "two different answers": f"{answer_text(1)}\nANSWER: ESI 2",
 }
 """Policies that ignore the case: name → completion."""
 
 
 @dataclass(frozen=True, slots=True)
-class Expectation:
+class PolicyReward:
     """Weighted mean and standard deviation of one policy's reward over the cases."""
 
     policy: str
@@ -74,12 +74,12 @@ class PolicyReport:
 
     accuracy: float
     """Accuracy of the honest policy."""
-    honest: Expectation
-    ranked: tuple[Expectation, ...]
+    honest: PolicyReward
+    ranked: tuple[PolicyReward, ...]
     """Every policy including the honest one, the highest mean first."""
 
     @property
-    def beaten_by(self) -> tuple[str, ...]:
+    def policies_that_beat_honest(self) -> tuple[str, ...]:
         """Policies that earn at least as much as the honest one, which makes the reward unsound for these cases."""
         return tuple(
             expectation.policy
@@ -104,15 +104,15 @@ def expected_rewards(reward: Reward, cases: Sequence[WeightedCase], *, accuracy:
     >>> from dataclasses import replace
     >>> from rewards import load_reward
     >>> arrest, sprain = WeightedCase("a", "arrest", 1, 20.0), WeightedCase("b", "sprain", 4, 1.0)
-    >>> expected_rewards(load_reward("v45c"), [arrest, sprain]).beaten_by
+    >>> expected_rewards(load_reward("v45c"), [arrest, sprain]).policies_that_beat_honest
     ('always 1',)
-    >>> expected_rewards(load_reward("v49"), [replace(arrest, weight=1.0), sprain]).beaten_by
+    >>> expected_rewards(load_reward("v49"), [replace(arrest, weight=1.0), sprain]).policies_that_beat_honest
     ()
     """
     _check_cases(cases)
     check_accuracy(accuracy)
-    honest = _expectation(f"honest, {accuracy:.0%} exact", reward, cases, partial(honest_draws, accuracy=accuracy))
-    blind = [_expectation(name, reward, cases, partial(_always, text)) for name, text in POLICIES.items()]
+    honest = _expectation(f"honest, {accuracy:.0%} exact", reward, cases, partial(honest_responses, accuracy=accuracy))
+    blind = [_expectation(name, reward, cases, partial(_always, text)) for name, text in BLIND_POLICIES.items()]
     ranked = sorted([honest, *blind], key=lambda expectation: -expectation.mean)
     return PolicyReport(accuracy, honest, tuple(ranked))
 
@@ -129,7 +129,7 @@ def _always(completion: str, gold: int) -> Draws:
 
 def _expectation(
     name: str, reward: Reward, cases: Sequence[WeightedCase], draws: Callable[[int], Draws]
-) -> Expectation:
+) -> PolicyReward:
     weights: list[float] = []
     values: list[float] = []
     for case in cases:
@@ -142,7 +142,7 @@ def _expectation(
     mass = math.fsum(weights)
     mean = math.fsum(w * v for w, v in zip(weights, values, strict=True)) / mass
     variance = math.fsum(w * (v - mean) ** 2 for w, v in zip(weights, values, strict=True)) / mass
-    return Expectation(name, mean, math.sqrt(variance))
+    return PolicyReward(name, mean, math.sqrt(variance))
 
 
 def _check_cases(cases: Sequence[WeightedCase]) -> None:

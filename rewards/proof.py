@@ -1,7 +1,7 @@
 """Prove a reward: enumerate everything it can give, before any completion is sampled.
 
 A completion has one of eight `OUTCOMES`: a level, or one of three ways to have none. For every gold level, outcome and
-combination of the triggers of the rules for this gold level, the totals are computed by the same `combine`
+combination of the triggers of the rules for this gold level, the totals are computed by the same `score_parts`
 that scores completions. Triggers are independent booleans, and rules with equal triggers share one. Code rules
 contribute their declared range, so a total is an interval [low, high].
 
@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from rewards.overlong import Overlong
-from rewards.reward import Reward, combinations, modifiers_range, triggers_for
+from rewards.reward import Reward, modifier_bounds, trigger_subsets, triggers_for
 from rewards.rules import Trigger
-from rewards.table import combine, total
+from rewards.table import score_parts, total
 from rewards.types import LEVELS
 
 NO_ANSWER = ("no parse", "truncated", "timeout")
@@ -28,7 +28,7 @@ NO_ANSWER = ("no parse", "truncated", "timeout")
 truncated after its answer counts as that level."""
 OUTCOMES: tuple[int | str, ...] = (*LEVELS, *NO_ANSWER)
 
-TIE = 1e-9
+TIE_TOLERANCE = 1e-9
 """Totals closer than this are equal: decimals such as 0.1 + 0.2 are not exact."""
 
 
@@ -73,13 +73,13 @@ class Invariant:
 
     @property
     def holds(self) -> bool:
-        """Whether margin > 0 for a strict claim, else margin >= 0, up to `TIE`."""
-        return self.margin > TIE if self.strict else self.margin >= -TIE
+        """Whether margin > 0 for a strict claim, else margin >= 0, up to `TIE_TOLERANCE`."""
+        return self.margin > TIE_TOLERANCE if self.strict else self.margin >= -TIE_TOLERANCE
 
     @property
     def ties(self) -> bool:
         """Whether the closest pair has equal totals."""
-        return abs(self.margin) <= TIE
+        return abs(self.margin) <= TIE_TOLERANCE
 
     def __str__(self) -> str:
         verdict = "holds" if self.holds else "FAILS"
@@ -149,13 +149,13 @@ def prove(reward: Reward, *, overlong: Overlong | None = None) -> Proof:
 
 
 def _rows(reward: Reward, gold: int, penalty: float) -> Iterator[Row]:
-    no_answer = combine(reward.table, None, {})
-    for firing in combinations(triggers_for(reward.rules, gold)):
+    no_answer = score_parts(reward.table, None, {})
+    for firing in trigger_subsets(triggers_for(reward.rules, gold)):
         names = _names(reward, gold, firing)
         for predicted in LEVELS:
             low, high = (
-                combine(reward.table, predicted - gold, modifiers)
-                for modifiers in modifiers_range(reward.rules, gold, predicted, firing)
+                score_parts(reward.table, predicted - gold, modifiers)
+                for modifiers in modifier_bounds(reward.rules, gold, predicted, firing)
             )
             yield Row(gold, predicted, names, _with_penalty(low, penalty), total(high))
         yield Row(gold, "no parse", names, _with_penalty(no_answer, penalty), total(no_answer))

@@ -15,26 +15,26 @@ from types import MappingProxyType
 
 from rewards.parse import parse_answer
 from rewards.rules import (
-    CodeRule,
     NumberTrigger,
     PatternTimeout,
     PatternTrigger,
     Rule,
+    RuleFunction,
     Trigger,
     find_trigger,
     levels,
 )
 from rewards.schema import NumberRow, PatternRow, ResolvedSet, RuleRow, SameRow
 from rewards.set_files import load_set
-from rewards.table import Table, combine, total
-from rewards.types import LARGEST, LEVELS, Fired, RewardError, Score, Span, View
+from rewards.table import Table, score_parts, total
+from rewards.types import LARGEST, LEVELS, FiredRule, RewardError, RuleInput, Score, Span
 
 CACHED_TEXTS = 4096
 """Number of case texts whose trigger matches are cached. Timeouts are all cached, by hash."""
-MOST_TRIGGERS = 12
+MAX_TRIGGERS = 12
 """Limit of distinct triggers of the rules for one gold level: floor and proof enumerate 2^n combinations."""
 
-Matches = tuple[Span | None, ...] | None
+TriggerMatches = tuple[Span | None, ...] | None
 """One entry per distinct trigger, or None if a pattern timed out."""
 
 
@@ -55,7 +55,7 @@ class Reward:
     """Least total over every gold level, outcome and combination of triggers, without a length term."""
     triggers: tuple[Trigger, ...]
     """The distinct triggers of the rules."""
-    matches: Callable[[str], Matches]
+    matches: Callable[[str], TriggerMatches]
     """Case text → the match of each distinct trigger. A timeout is not paid twice."""
 
     def score(
@@ -69,7 +69,7 @@ class Reward:
         case_id: str,
         length_penalty: float = 0.0,
     ) -> Score:
-        """Return the reward of one completion: total = fsum(parts), with the parts of `rewards.table.combine` and
+        """Return the reward of one completion: total = fsum(parts), with the parts of `rewards.table.score_parts` and
         ``overlong`` = length_penalty.
 
         Args:
@@ -103,16 +103,16 @@ class Reward:
         if spans is None:
             parts = dict.fromkeys(self.components, 0.0) | {"timeout": self.floor}
             return Score(self.floor, MappingProxyType(parts), answer, (), True)
-        fired: tuple[Fired, ...] = ()
+        fired: tuple[FiredRule, ...] = ()
         if answer.level is not None:
-            view = View(text, gold, answer.level, completion, finished)
+            view = RuleInput(text, gold, answer.level, completion, finished)
             fired = tuple(
-                Fired(rule.name, self._span(rule, spans), _value(rule, view, case_id))
+                FiredRule(rule.name, self._span(rule, spans), _value(rule, view, case_id))
                 for rule in self.rules
                 if rule.concerns(gold, answer.level) and (rule.trigger is None or self._span(rule, spans) is not None)
             )
         error = None if answer.level is None else answer.level - gold
-        stacked = combine(self.table, error, {match.rule: match.value for match in fired})
+        stacked = score_parts(self.table, error, {match.rule: match.value for match in fired})
         parts = dict.fromkeys(self.components, 0.0) | stacked | {"overlong": length_penalty}
         return Score(total(parts), MappingProxyType(parts), answer, fired, False)
 
@@ -165,9 +165,9 @@ def load_reward(name_or_path: str | Path) -> Reward:
         high=resolved.bounds.high if resolved.bounds else math.inf,
     )
     for gold in LEVELS:
-        if len(triggers_for(rules, gold)) > MOST_TRIGGERS:
+        if len(triggers_for(rules, gold)) > MAX_TRIGGERS:
             raise RewardError(
-                f"{path}: rules for gold {gold} have more than {MOST_TRIGGERS} distinct triggers; merge some patterns"
+                f"{path}: rules for gold {gold} have more than {MAX_TRIGGERS} distinct triggers; merge some patterns"
             )
     return Reward(
         name=resolved.name,
@@ -202,7 +202,7 @@ def triggers_for(rules: tuple[Rule, ...], gold: int) -> tuple[Trigger, ...]:
     return tuple(dict.fromkeys(rule.trigger for rule in rules if rule.trigger and gold in rule.gold))
 
 
-def modifiers_range(
+def modifier_bounds(
     rules: tuple[Rule, ...], gold: int, predicted: int, firing: frozenset[Trigger]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Return the least and the greatest value of each rule that applies when exactly these triggers fire."""
@@ -212,22 +212,22 @@ def modifiers_range(
     return {rule.name: rule.low for rule in applying}, {rule.name: rule.high for rule in applying}
 
 
-def combinations(triggers: tuple[Trigger, ...]) -> list[frozenset[Trigger]]:
+def trigger_subsets(triggers: tuple[Trigger, ...]) -> list[frozenset[Trigger]]:
     """Return every subset of the triggers, smallest first; triggers are treated as independent."""
     return [frozenset(subset) for size in range(len(triggers) + 1) for subset in itertools.combinations(triggers, size)]
 
 
 def _floor(table: Table, rules: tuple[Rule, ...]) -> float:
     committed = (
-        total(combine(table, predicted - gold, modifiers_range(rules, gold, predicted, firing)[0]))
+        total(score_parts(table, predicted - gold, modifier_bounds(rules, gold, predicted, firing)[0]))
         for gold in LEVELS
-        for firing in combinations(triggers_for(rules, gold))
+        for firing in trigger_subsets(triggers_for(rules, gold))
         for predicted in LEVELS
     )
-    return min(total(combine(table, None, {})), *committed)
+    return min(total(score_parts(table, None, {})), *committed)
 
 
-def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str], Matches]:
+def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str], TriggerMatches]:
     # timeouts are cached too, so that all completions of a case are judged alike and only one waits
     timed_out: set[bytes] = set()
 
@@ -235,7 +235,7 @@ def _matcher(triggers: tuple[Trigger, ...], timeout_s: float) -> Callable[[str],
     def search(text: str) -> tuple[Span | None, ...]:
         return tuple(find_trigger(trigger, text, timeout_s=timeout_s) for trigger in triggers)
 
-    def matches(text: str) -> Matches:
+    def matches(text: str) -> TriggerMatches:
         if timed_out and _digest(text) in timed_out:
             return None
         try:
@@ -277,7 +277,7 @@ def _trigger(row: RuleRow) -> Trigger | None:
     return None
 
 
-def _function(row: RuleRow, path: Path) -> CodeRule:
+def _function(row: RuleRow, path: Path) -> RuleFunction:
     module_name, _, name = (row.function or "").partition(":")
     try:
         function = getattr(importlib.import_module(module_name), name)
@@ -290,7 +290,7 @@ def _function(row: RuleRow, path: Path) -> CodeRule:
     return function
 
 
-def _value(rule: Rule, view: View, case_id: str) -> float:
+def _value(rule: Rule, view: RuleInput, case_id: str) -> float:
     if rule.function is None:
         return rule.low
     try:
@@ -329,7 +329,7 @@ def _content_hash(resolved: ResolvedSet, rules: tuple[Rule, ...]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _source_hash(function: CodeRule, name: str) -> str:
+def _source_hash(function: RuleFunction, name: str) -> str:
     """Return the sha256 of a code rule's file: editing a rule gives another reward."""
     module = sys.modules.get(getattr(function, "__module__", None) or "") or sys.modules.get(name.partition(":")[0])
     file = getattr(module, "__file__", None)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import regex
 
 from rewards.blind_policies import WeightedCase
-from rewards.reward import Reward, combinations, triggers_for
+from rewards.reward import Reward, trigger_subsets, triggers_for
 from rewards.rules import PatternTimeout, Rule, Trigger, trigger_spans
-from rewards.table import Table, combine, total
+from rewards.table import Table, score_parts, total
 from rewards.types import LEVELS
 
 NEGATION = regex.compile(
@@ -150,14 +150,14 @@ def _total(
         for rule in rules
         if rule.concerns(gold, predicted) and (rule.trigger is None or rule.trigger in firing)
     }
-    return total(combine(table, predicted - gold, modifiers | override))
+    return total(score_parts(table, predicted - gold, modifiers | override))
 
 
-def never_matter(reward: Reward) -> tuple[str, ...]:
+def rules_without_effect(reward: Reward) -> tuple[str, ...]:
     """Return the rules that cannot change an advantage on any possible case.
 
     >>> from rewards import load_reward
-    >>> never_matter(load_reward("v49"))
+    >>> rules_without_effect(load_reward("v49"))
     ()
     """
     return tuple(
@@ -166,7 +166,7 @@ def never_matter(reward: Reward) -> tuple[str, ...]:
         if not any(
             _matters(reward, rule, gold, firing)
             for gold in rule.gold
-            for firing in combinations(triggers_for(reward.rules, gold))
+            for firing in trigger_subsets(triggers_for(reward.rules, gold))
             if rule.trigger is None or rule.trigger in firing
         )
     )

@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 
 import regex
 
-from rewards.types import LEVELS, Span, View
+from rewards.types import LEVELS, RuleInput, Span
 
 _WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 NUMBER_WORDS = {word: value for value, word in enumerate(_WORDS)}
@@ -24,7 +24,7 @@ NUMBER = rf"(?P<number>[0-9]{{1,3}}|{'|'.join(NUMBER_WORDS)})(?![0-9a-z])"
 TIMEOUT_RETRY_FACTOR = 4
 """A search that timed out is repeated once with the time limit multiplied by this."""
 
-CodeRule = Callable[[View], float]
+RuleFunction = Callable[[RuleInput], float]
 T = TypeVar("T")
 
 
@@ -82,7 +82,7 @@ class Rule:
     value: float | None
     low: float
     high: float
-    function: CodeRule | None = field(default=None, compare=False)
+    function: RuleFunction | None = field(default=None, compare=False)
     function_name: str | None = None
 
     def concerns(self, gold: int, predicted: int | None) -> bool:

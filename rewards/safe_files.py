@@ -1,6 +1,6 @@
 """Read untrusted files as bytes, lines, JSON or TOML, in bounded memory and without ever blocking.
 
-Every function raises one error, `Unreadable`. Its message gives the reason and the position but neither the file name,
+Every function raises one error, `InvalidFile`. Its message gives the reason and the position but neither the file name,
 which callers add, nor any content, which may be patient data.
 """
 
@@ -37,7 +37,7 @@ KINDS = {
 }
 
 
-class Unreadable(ValueError):
+class InvalidFile(ValueError):
     """An invalid file. The message gives the reason and the position, never the content."""
 
 
@@ -58,54 +58,54 @@ def open_regular(path: Path) -> BufferedReader:
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
+        raise InvalidFile(f"cannot be read: {error.strerror}") from None
     except ValueError:
-        raise Unreadable("cannot be read: no file can have this name") from None
+        raise InvalidFile("cannot be read: no file can have this name") from None
     kind = stat.S_IFMT(os.fstat(handle).st_mode)
     if kind != stat.S_IFREG:
         os.close(handle)
-        raise Unreadable(f"cannot be read: expected a file, found {KINDS.get(kind, 'something else')}")
+        raise InvalidFile(f"cannot be read: expected a file, found {KINDS.get(kind, 'something else')}")
     return os.fdopen(handle, "rb")
 
 
 def read_bytes(path: Path, *, most: int = MOST_BYTES) -> bytes:
-    """Return the content of a file of at most ``most`` bytes. Raises `Unreadable`."""
+    """Return the content of a file of at most ``most`` bytes. Raises `InvalidFile`."""
     try:
         with open_regular(path) as file:
             content = file.read(most + 1)
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
+        raise InvalidFile(f"cannot be read: {error.strerror}") from None
     if len(content) > most:
-        raise Unreadable(f"over {most:,} bytes: not a file of this kind")
+        raise InvalidFile(f"over {most:,} bytes: not a file of this kind")
     return content
 
 
 def read_text(path: Path, *, most: int = MOST_BYTES) -> str:
-    """Return a UTF-8 text of at most ``most`` bytes without its byte-order mark. Raises `Unreadable`."""
-    return decoded(read_bytes(path, most=most))
+    """Return a UTF-8 text of at most ``most`` bytes without its byte-order mark. Raises `InvalidFile`."""
+    return decode_utf8(read_bytes(path, most=most))
 
 
-def decoded(content: bytes) -> str:
+def decode_utf8(content: bytes) -> str:
     r"""Decode UTF-8, dropping a byte-order mark.
 
     Raises:
         Unreadable: another encoding, or a NUL byte.
 
-    >>> decoded(b"\xef\xbb\xbfESI 2\r\n")
+    >>> decode_utf8(b"\xef\xbb\xbfESI 2\r\n")
     'ESI 2\r\n'
     """
     for mark, name in MARKS.items():
         if content.startswith(mark):
-            raise Unreadable(f"not UTF-8 but {name}, by its byte-order mark: save it as UTF-8")
+            raise InvalidFile(f"not UTF-8 but {name}, by its byte-order mark: save it as UTF-8")
     if (place := content.find(b"\0")) >= 0:
-        raise Unreadable(f"contains a NUL (byte {place}): not a text file, or damaged")
+        raise InvalidFile(f"contains a NUL (byte {place}): not a text file, or damaged")
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 (byte {error.start}): save it as UTF-8") from None
+        raise InvalidFile(f"not UTF-8 (byte {error.start}): save it as UTF-8") from None
 
 
-def raw_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
+def iter_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
     """Yield the lines of a file with their line ends, one at a time.
 
     Raises:
@@ -117,14 +117,14 @@ def raw_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
             while line := file.readline(longest + 1):
                 number += 1
                 if len(line) > longest:
-                    raise Unreadable(f"line {number}: over {longest:,} bytes: not a file of this kind")
+                    raise InvalidFile(f"line {number}: over {longest:,} bytes: not a file of this kind")
                 yield line
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror}") from None
+        raise InvalidFile(f"cannot be read: {error.strerror}") from None
 
 
 def read_json(path: Path, *, most: int = MOST_BYTES, foreign: bool = False) -> Any:
-    """Return the value in a JSON file. Raises `Unreadable`; see `parse_json`."""
+    """Return the value in a JSON file. Raises `InvalidFile`; see `parse_json`."""
     return parse_json(read_text(path, most=most), foreign=foreign)
 
 
@@ -143,9 +143,9 @@ def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
     {'step': 1}
     >>> parse_json('{"step": 1, "step": 2}')
     Traceback (most recent call last):
-    rewards.safe_files.Unreadable: not valid JSON: an object contains a key twice
+    rewards.safe_files.InvalidFile: not valid JSON: an object contains a key twice
     """
-    text = decoded(text) if isinstance(text, bytes) else text
+    text = decode_utf8(text) if isinstance(text, bytes) else text
     try:
         value = json.loads(
             text,
@@ -156,42 +156,42 @@ def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
         )
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
-        raise Unreadable(f"not valid JSON: {error.msg} at {line}column {error.colno}") from None
+        raise InvalidFile(f"not valid JSON: {error.msg} at {line}column {error.colno}") from None
     except RecursionError:
-        raise Unreadable("not valid JSON: nested too deep") from None
-    except Unreadable:
+        raise InvalidFile("not valid JSON: nested too deep") from None
+    except InvalidFile:
         raise
     except ValueError:
-        raise Unreadable("not valid JSON: a number of too many digits") from None
+        raise InvalidFile("not valid JSON: a number of too many digits") from None
     if text.count("[") + text.count("{") > DEEPEST:
         _refuse_depth(value, "JSON")
     return value
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parse TOML in bounded time. Raises `Unreadable`.
+    """Parse TOML in bounded time. Raises `InvalidFile`.
 
     >>> parse_toml("steps = 3")
     {'steps': 3}
     """
     if len(text) > MOST_TOML:
-        raise Unreadable(f"not valid TOML: over {MOST_TOML:,} characters: not a file of this kind")
+        raise InvalidFile(f"not valid TOML: over {MOST_TOML:,} characters: not a file of this kind")
     for number, line in enumerate(text.split("\n"), 1):
         if len(line) > LONGEST_TOML_LINE and line.count(".") > DEEPEST:
-            raise Unreadable(f"not valid TOML: line {number} has over {LONGEST_TOML_LINE:,} characters: break it")
+            raise InvalidFile(f"not valid TOML: line {number} has over {LONGEST_TOML_LINE:,} characters: break it")
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise Unreadable(f"not valid TOML: {error}") from None
+        raise InvalidFile(f"not valid TOML: {error}") from None
     except RecursionError:
-        raise Unreadable("not valid TOML: nested too deep") from None
+        raise InvalidFile("not valid TOML: nested too deep") from None
     except ValueError:
-        raise Unreadable("not valid TOML: a number of too many digits") from None
+        raise InvalidFile("not valid TOML: a number of too many digits") from None
     _refuse_depth(table, "TOML")
     return table
 
 
-def check_contents(folder: Path) -> None:
+def check_no_links_out(folder: Path) -> None:
     """Check that a folder contains only files and folders, and no links out of it.
 
     Raises:
@@ -208,20 +208,20 @@ def check_contents(folder: Path) -> None:
                     if entry.is_symlink():
                         target = os.path.realpath(entry.path)
                         if os.path.commonpath([root, target]) != root or not os.path.exists(target):
-                            raise Unreadable(f"{inner}: a link out of this folder: replace it with its target")
+                            raise InvalidFile(f"{inner}: a link out of this folder: replace it with its target")
                     elif entry.is_dir():
                         waiting.append(Path(entry.path))
                     elif not entry.is_file():
                         kind = KINDS.get(stat.S_IFMT(entry.stat().st_mode), "something else")
-                        raise Unreadable(f"{inner}: expected only files and folders, found {kind}")
+                        raise InvalidFile(f"{inner}: expected only files and folders, found {kind}")
         except OSError as error:
-            raise Unreadable(f"cannot be read: {error.strerror}") from None
+            raise InvalidFile(f"cannot be read: {error.strerror}") from None
 
 
-def clipped(value: object, most: int = 80) -> str:
+def shorten(value: object, most: int = 80) -> str:
     """Return the repr of a value, shortened for a message.
 
-    >>> clipped("a" * 100, 10)
+    >>> shorten("a" * 100, 10)
     "'aaaaaaaa…"
     """
     try:
@@ -234,24 +234,24 @@ def clipped(value: object, most: int = 80) -> str:
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     table = dict(pairs)
     if len(table) < len(pairs):
-        raise Unreadable("not valid JSON: an object contains a key twice")
+        raise InvalidFile("not valid JSON: an object contains a key twice")
     return table
 
 
 def _small(digits: str) -> int:
     if len(digits) > 20 or not -LARGEST <= (value := int(digits)) < LARGEST:
-        raise Unreadable("not valid JSON: a whole number of more than 64 bits")
+        raise InvalidFile("not valid JSON: a whole number of more than 64 bits")
     return value
 
 
 def _finite(digits: str) -> float:
     if not math.isfinite(value := float(digits)):
-        raise Unreadable("not valid JSON: a number too large for a float")
+        raise InvalidFile("not valid JSON: a number too large for a float")
     return value
 
 
 def _no_constant(name: str) -> Never:
-    raise Unreadable(f"not valid JSON: {name} is not a JSON number")
+    raise InvalidFile(f"not valid JSON: {name} is not a JSON number")
 
 
 def _refuse_depth(value: Any, kind: str) -> None:
@@ -265,4 +265,4 @@ def _refuse_depth(value: Any, kind: str) -> None:
         ]
         if not level:
             return
-    raise Unreadable(f"not valid {kind}: nested too deep")
+    raise InvalidFile(f"not valid {kind}: nested too deep")

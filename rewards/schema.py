@@ -75,11 +75,11 @@ Pattern = Annotated[str, Field(min_length=1), AfterValidator(_compilable)]
 Condition = Annotated[str, AfterValidator(_checked_condition)]
 
 
-class Section(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
-class Graded(Section):
+class Graded(StrictModel):
     grade: Grade
     source: Text
 
@@ -112,7 +112,7 @@ class Bounds(Graded):
         return self
 
 
-class AnswerSection(Section):
+class AnswerSection(StrictModel):
     """The answer formats that the parser accepts."""
 
     formats: Annotated[
@@ -120,13 +120,13 @@ class AnswerSection(Section):
     ]
 
 
-class PatternRow(Section):
+class PatternRow(StrictModel):
     kind: Literal["pattern"]
     pattern: Pattern
     unless: Pattern | None = None
 
 
-class NumberRow(Section):
+class NumberRow(StrictModel):
     kind: Literal["number"]
     patterns: Annotated[
         tuple[Annotated[str, AfterValidator(_captures_number), AfterValidator(_compilable)], ...],
@@ -145,7 +145,7 @@ class NumberRow(Section):
         return self
 
 
-class SameRow(Section):
+class SameRow(StrictModel):
     """The trigger of another rule of the set."""
 
     kind: Literal["same"]
@@ -174,7 +174,7 @@ class RuleRow(Graded):
         return self
 
 
-class ExampleCase(Section):
+class ExampleCase(StrictModel):
     """An example the tests run: the expected score of one completion."""
 
     name: Name
@@ -193,7 +193,7 @@ RuleRows = Annotated[tuple[RuleRow, ...], BeforeValidator(_tuple)]
 ExampleCases = Annotated[tuple[ExampleCase, ...], BeforeValidator(_tuple)]
 
 
-class SetFile(Section):
+class SetFile(StrictModel):
     """One file as written; missing keys come from the set it extends."""
 
     name: SetName
@@ -210,7 +210,7 @@ class SetFile(Section):
     case: ExampleCases = ()
 
 
-class ResolvedSet(Section):
+class ResolvedSet(StrictModel):
     """A complete set with extensions applied, as stored in JSON."""
 
     name: SetName
@@ -225,6 +225,6 @@ class ResolvedSet(Section):
     case: ExampleCases
 
 
-def all_models(base: type[Section] = Section) -> list[type[Section]]:
+def all_models(base: type[StrictModel] = StrictModel) -> list[type[StrictModel]]:
     """Return every model whose keys may occur in a file."""
     return [model for child in base.__subclasses__() for model in (child, *all_models(child))]

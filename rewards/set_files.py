@@ -15,14 +15,14 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
-from rewards.safe_files import Unreadable, clipped, parse_json, parse_toml, read_text
-from rewards.schema import Outcome, ResolvedSet, RuleRow, SameRow, Section, SetFile, all_models
-from rewards.table import ERRORS
+from rewards.safe_files import InvalidFile, parse_json, parse_toml, read_text, shorten
+from rewards.schema import Outcome, ResolvedSet, RuleRow, SameRow, SetFile, StrictModel, all_models
+from rewards.table import SIGNED_ERRORS
 from rewards.types import RewardError
 
 SHIPPED_SETS_DIR = Path(__file__).parent / "sets"
 """Folder of the shipped sets."""
-Model = TypeVar("Model", bound=Section)
+Model = TypeVar("Model", bound=StrictModel)
 KNOWN_KEYS = tuple(dict.fromkeys(key for model in all_models() for key in model.model_fields))
 """Every key that may occur in a file."""
 MAX_FAULTS_SHOWN = 20
@@ -84,7 +84,7 @@ def _extends_chain(path: Path) -> list[tuple[Path, SetFile]]:
 def _read(path: Path, parse: Callable[[str], object]) -> object:
     try:
         return parse(read_text(path))
-    except Unreadable as error:
+    except InvalidFile as error:
         raise RewardError(f"{path}: {error}") from None
 
 
@@ -105,10 +105,10 @@ def _fault(path: Path, table: object, loc: tuple[int | str, ...], kind: str, mes
         if isinstance(node, list) and isinstance(step, int):
             node = node[step]
             label = node.get("name") if isinstance(node, dict) else None
-            where += f"[{step + 1}]" + (f' "{clipped(label)[1:-1]}"' if isinstance(label, str) else "")
+            where += f"[{step + 1}]" + (f' "{shorten(label)[1:-1]}"' if isinstance(label, str) else "")
         elif step not in ("pattern", "number", "same") or (isinstance(node, dict) and step in node):
             node = node.get(step) if isinstance(node, dict) else None
-            where += f"{'.' * bool(where)}{clipped(step)[1:-1] if isinstance(step, str) else step}"
+            where += f"{'.' * bool(where)}{shorten(step)[1:-1] if isinstance(step, str) else step}"
     if kind == "extra_forbidden":
         return f"{path}: {where}: unknown key{_did_you_mean(str(loc[-1])[:80], KNOWN_KEYS)}"
     return f"{path}: {where or 'the file'}: {message.removeprefix('Value error, ')[:500]}"
@@ -151,7 +151,7 @@ def _check_unique_names(path: Path, rows: Iterable[RuleRow]) -> None:
 def _check(resolved: ResolvedSet, path: Path) -> None:
     """Check the set as a whole: the base table covers each error once, names are unique and allowed."""
     counts = Counter(error for row in resolved.base.values() for error in row.errors)
-    for error in ERRORS:
+    for error in SIGNED_ERRORS:
         if counts[error] != 1:
             rows = ", ".join(name for name, row in resolved.base.items() if error in row.errors) or "none"
             raise RewardError(

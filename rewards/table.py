@@ -1,13 +1,13 @@
 """The arithmetic of a reward: outcome, no-parse, rule values, stacking and bounds.
 
-Scoring and the proof both call `combine`, so the proof holds for what is scored.
+Scoring and the proof both call `score_parts`, so the proof holds for what is scored.
 """
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-ERRORS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
+SIGNED_ERRORS = (-4, -3, -2, -1, 0, 1, 2, 3, 4)
 """Signed error = predicted − gold; negative is over-triage (too acute), positive under-triage."""
 
 
@@ -19,10 +19,10 @@ def _keep_one(pick: Callable[[list[float]], float]) -> Callable[[list[float]], l
     return keep
 
 
-PENALTIES: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "worst": _keep_one(min)}
+PENALTY_STACKING: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "worst": _keep_one(min)}
 """How several negative values combine: all of them count, or only the worst (the first if equal)."""
 
-BONUSES: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "best": _keep_one(max)}
+BONUS_STACKING: dict[str, Callable[[list[float]], list[float]]] = {"sum": list, "best": _keep_one(max)}
 """How several positive values combine: all of them count, or only the best (the first if equal)."""
 
 
@@ -31,18 +31,18 @@ class Table:
     """The numbers of a set: the value of each outcome, and how modifiers combine."""
 
     by_error: Mapping[int, float]
-    """Signed error → value, all nine of `ERRORS`."""
+    """Signed error → value, all nine of `SIGNED_ERRORS`."""
     no_parse: float
     penalties: str
-    """Key of `PENALTIES`."""
+    """Key of `PENALTY_STACKING`."""
     bonuses: str
-    """Key of `BONUSES`."""
+    """Key of `BONUS_STACKING`."""
     low: float
     """Bounds of the total; infinite if the set has none."""
     high: float
 
 
-def combine(table: Table, error: int | None, modifiers: Mapping[str, float]) -> dict[str, float]:
+def score_parts(table: Table, error: int | None, modifiers: Mapping[str, float]) -> dict[str, float]:
     """Return the parts of one score: outcome or no_parse, each modifier after stacking, and the effect of the bounds.
 
     total = clip(base + Σ stacked modifiers, low, high); the ``bounds`` part is what clipping added.
@@ -55,7 +55,7 @@ def combine(table: Table, error: int | None, modifiers: Mapping[str, float]) -> 
     The total is monotone in every modifier, so the proof needs only the two ends of a range.
 
     >>> table = Table({0: 1.0, 2: -1.0}, -2.0, "worst", "sum", -math.inf, math.inf)
-    >>> combine(table, 2, {"open_injury": -0.5, "severe_pain": -0.5})
+    >>> score_parts(table, 2, {"open_injury": -0.5, "severe_pain": -0.5})
     {'outcome': -1.0, 'no_parse': 0.0, 'open_injury': -0.5, 'severe_pain': 0.0, 'bounds': 0.0}
     """
     if error is None:
@@ -63,8 +63,8 @@ def combine(table: Table, error: int | None, modifiers: Mapping[str, float]) -> 
     else:
         parts = {"outcome": table.by_error[error], "no_parse": 0.0, **modifiers}
         for names, policy in (
-            ([name for name, value in modifiers.items() if value < 0], PENALTIES[table.penalties]),
-            ([name for name, value in modifiers.items() if value > 0], BONUSES[table.bonuses]),
+            ([name for name, value in modifiers.items() if value < 0], PENALTY_STACKING[table.penalties]),
+            ([name for name, value in modifiers.items() if value > 0], BONUS_STACKING[table.bonuses]),
         ):
             if len(names) > 1:
                 parts |= dict(zip(names, policy([modifiers[name] for name in names]), strict=True))

@@ -31,7 +31,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Fired:
+class FiredRule:
     """A rule that applied. ``Score.parts`` has its value after stacking."""
 
     rule: str
@@ -52,13 +52,13 @@ class Score:
     parts: Mapping[str, float]
     """One entry for each of ``Reward.components``, in that order; 0.0 for a component that does not apply."""
     answer: Answer
-    fired: tuple[Fired, ...]
+    fired: tuple[FiredRule, ...]
     timed_out: bool
     """Whether a pattern timed out on this case; the total is then the set's floor, without a length term."""
 
 
 @dataclass(frozen=True, slots=True)
-class View:
+class RuleInput:
     """The input of a code rule. Rules see only completions that commit to a level."""
 
     text: str

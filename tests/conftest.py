@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.tiny_world.model import make_model, make_tokenizer
-from grpo.config import Lora, Model
+from grpo.config import LoraSection, ModelSection
 from grpo.policy.policy import Policy, load_policy
-from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.distributed import SINGLE_PROCESS, World
 
 TEXTS = (
     "Extract clinical fields, apply the ESI algorithm, then state the ESI level.",
@@ -60,14 +60,14 @@ def policy_on(
     dropout: float = 0.0,
     checkpointing: bool = False,
     moved: bool = True,
-    ranks: Ranks = ALONE,
+    ranks: World = SINGLE_PROCESS,
     shard: bool = False,
     **lora: object,
 ) -> Policy:
     """A policy on the random base whose fresh adapter is no longer zero."""
     policy = load_policy(
-        Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing, shard=shard),
-        Lora(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
+        ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing, shard=shard),
+        LoraSection(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
         seed=1,
         ranks=ranks,
     )

@@ -127,7 +127,7 @@ def test_split_adds_up_and_is_linear(maths: Maths) -> None:
         for kind in KINDS:
             for mask in (None, members):
                 settings = {"kind": kind, "epsilon": 1e-4, "ddof": 1, "in_baseline": mask}
-                split = maths.advantage.split_by_component(parts, **settings)
+                split = maths.advantage.advantages_by_component(parts, **settings)
                 whole = maths.advantage.advantages(total, **settings)
                 assert list(split) == list(parts)
                 np.testing.assert_allclose(sum(split.values()), whole, atol=1e-9)
@@ -140,7 +140,7 @@ def test_split_adds_up_and_is_linear(maths: Maths) -> None:
 def test_split_of_components_that_cancel(maths: Maths) -> None:
     parts = {"up": [[1.0, 0.0]], "down": [[0.0, 1.0]]}
     for kind in KINDS:
-        split = maths.advantage.split_by_component(parts, kind=kind, epsilon=1e-4, ddof=1)
+        split = maths.advantage.advantages_by_component(parts, kind=kind, epsilon=1e-4, ddof=1)
         assert all((part == 0.0).all() for part in split.values())
 
 
@@ -173,11 +173,11 @@ def test_refusals(maths: Maths) -> None:
         with pytest.raises(ValueError, match=message):
             maths.advantage.advantages(rewards, **{**good, **changed})
     with pytest.raises(ValueError, match="at least one reward component"):
-        maths.advantage.split_by_component({}, **good)
+        maths.advantage.advantages_by_component({}, **good)
     with pytest.raises(ValueError, match="one shape"):
-        maths.advantage.split_by_component({"a": [[1.0, 2.0]], "b": [[1.0, 2.0, 3.0]]}, **good)
+        maths.advantage.advantages_by_component({"a": [[1.0, 2.0]], "b": [[1.0, 2.0, 3.0]]}, **good)
     with pytest.raises(ValueError, match="component 'b'"):
-        maths.advantage.split_by_component({"a": [[1.0, 2.0]], "b": [[1.0, float("inf")]]}, **good)
+        maths.advantage.advantages_by_component({"a": [[1.0, 2.0]], "b": [[1.0, float("inf")]]}, **good)
 
 
 def test_inputs_are_not_written_to(maths: Maths) -> None:
@@ -185,7 +185,7 @@ def test_inputs_are_not_written_to(maths: Maths) -> None:
     kept = rewards.copy()
     for kind in KINDS:
         maths.advantage.advantages(rewards, kind=kind, epsilon=1e-4, ddof=1, in_baseline=members)
-        maths.advantage.split_by_component({"a": rewards, "b": rewards}, kind=kind, epsilon=1e-4, ddof=1)
+        maths.advantage.advantages_by_component({"a": rewards, "b": rewards}, kind=kind, epsilon=1e-4, ddof=1)
         np.testing.assert_array_equal(rewards, kept)
 
 

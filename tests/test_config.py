@@ -10,7 +10,7 @@ import pytest
 from grpo import loss
 from grpo.advantage import ADVANTAGES
 from grpo.cases import LOADERS
-from grpo.config import Advantage, Cases, Loss, Optim, load_config
+from grpo.config import AdvantageSection, CasesSection, LossSection, OptimSection, load_config
 from grpo.runtime.errors import UserError
 from grpo.update import SCHEDULES
 
@@ -149,12 +149,12 @@ def test_the_config_offers_exactly_the_entries_of_the_tables() -> None:
     offered = {
         name: set(typing.get_args(model.model_fields[name].annotation))
         for model, name in (
-            (Loss, "surrogate"),
-            (Loss, "kl"),
-            (Loss, "token_weights"),
-            (Advantage, "kind"),
-            (Optim, "schedule"),
-            (Cases, "format"),
+            (LossSection, "surrogate"),
+            (LossSection, "kl"),
+            (LossSection, "token_weights"),
+            (AdvantageSection, "kind"),
+            (OptimSection, "schedule"),
+            (CasesSection, "format"),
         )
     }
     assert offered == {

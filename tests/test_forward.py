@@ -13,7 +13,7 @@ from torch.autograd import gradcheck
 
 from grpo.micro_batch_limit import kept_bytes
 from grpo.policy.policy import Policy
-from grpo.policy.transformers_forward import predicting_states_by_modules
+from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5 import train_forward as shared_prefix
 from grpo.qwen3_5.gated_delta_scan import (
     CHUNK,
@@ -238,7 +238,9 @@ def states_and_gradients(policy: Policy, forward: Pass, rows: tuple[Ids, Ids]) -
     states = forward(policy, *rows)
     weights = torch.sin(torch.arange(states.numel(), dtype=states.dtype)).view_as(states)
     (states * weights).sum().backward()
-    return states.detach(), {name: p.grad.clone() for name, p in policy.adapter_parameters().items() if p.grad is not None}
+    return states.detach(), {
+        name: p.grad.clone() for name, p in policy.adapter_parameters().items() if p.grad is not None
+    }
 
 
 def assert_same(ours: tuple[Tensor, dict[str, Tensor]], theirs: tuple[Tensor, dict[str, Tensor]]) -> None:
@@ -260,7 +262,7 @@ def test_the_shared_pass_is_the_models_own(make_policy: Callable[..., Policy], l
     rows = rows_of(policy, *lengths)
     assert_same(
         states_and_gradients(policy, predicting_states_shared, rows),
-        states_and_gradients(policy, predicting_states_by_modules, rows),
+        states_and_gradients(policy, transformers_hidden_states, rows),
     )
 
 
@@ -361,9 +363,9 @@ def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(make_policy: Callable[..
     for p, q in zip(exact.model.parameters(), low.model.parameters(), strict=True):
         p.data = q.data.float()
     rows = rows_of(exact, [70, 64], [[30, 50], [40, 20]])
-    truth = states_and_gradients(exact, predicting_states_by_modules, rows)
+    truth = states_and_gradients(exact, transformers_hidden_states, rows)
     ours = states_and_gradients(low, predicting_states_shared, rows)
-    peft = states_and_gradients(low, predicting_states_by_modules, rows)
+    peft = states_and_gradients(low, transformers_hidden_states, rows)
     assert ours[0].dtype == torch.bfloat16 and all(g.dtype == torch.float32 for g in ours[1].values())
 
     def off(found: tuple[Tensor, dict[str, Tensor]]) -> tuple[float, float]:

@@ -16,16 +16,16 @@ import torch
 
 from benchmarks.bench import main as bench
 from grpo.batch import group_advantages, make_batch, reward_matrix
-from grpo.config import Lora, Model, load_config
+from grpo.config import LoraSection, ModelSection, load_config
 from grpo.dynamic_sampling import sample_step
 from grpo.engine.sampling import draw, uniforms
 from grpo.logprobs import head_logits
 from grpo.policy.policy import Kernels, Policy, load_policy
 from grpo.qwen3_5 import decode
 from grpo.run.self_check import self_check
-from grpo.run.setup import build
+from grpo.run.setup import load_setup
 from grpo.train import main
-from grpo.update import update
+from grpo.update import update_policy
 from tests.conftest import TARGETS
 from tests.engine.test_engines import FEW, buffers, logprobs, move, prompts_of, sample, scored
 
@@ -48,8 +48,10 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def device_policy(random_base: Path, device: str) -> Callable[[str], Policy]:
     def load(dtype: str) -> Policy:
-        model = Model(name=str(random_base), device=device, dtype=dtype, gradient_checkpointing=False)
-        policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+        model = ModelSection(name=str(random_base), device=device, dtype=dtype, gradient_checkpointing=False)
+        policy = load_policy(
+            model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1
+        )
         move(policy)
         return policy
 
@@ -116,8 +118,8 @@ def test_the_self_check_passes_and_is_fast(device_policy: Callable[[str], Policy
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_capture_that_fails_on_the_card_gives_way(random_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For real: a step that waits for the device cannot be captured. The card still works afterwards."""
-    model = Model(name=str(random_base), device="cuda", dtype="float32", gradient_checkpointing=False)
-    policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    model = ModelSection(name=str(random_base), device="cuda", dtype="float32", gradient_checkpointing=False)
+    policy = load_policy(model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
     step = decode.step
 
     def waits(*given: Any) -> torch.Tensor:
@@ -156,7 +158,7 @@ def test_a_step_that_does_not_fit_is_cut_in_half(device: str, capsys: pytest.Cap
     """Out of memory for real: the process may hold less than the whole batch needs, and more than its half. On a CPU,
     whose memory nobody bounds, only that the halves make the same update."""
     config, _ = load_config("configs/tiny.toml", tiny_on(device))
-    setup = build(config)
+    setup = load_setup(config)
     groups, scores, _ = sample_step(setup, 0)
     batch = make_batch(
         groups,
@@ -171,7 +173,7 @@ def test_a_step_that_does_not_fit_is_cut_in_half(device: str, capsys: pytest.Cap
         optim = config.optim.model_copy(update={"micro_batch_size": micro_batch, "learning_rate": 1e-12})
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats() if device == "cuda" else None
-        done = update(
+        done = update_policy(
             setup.policy, batch, config.model_copy(update={"optim": optim}), setup.optimizer, setup.reference, step=0
         )
         assert done.skipped == 0 and done.grad_norm > 0
@@ -232,7 +234,7 @@ def test_whole_steps_on_the_device(tmp_path: Path, device: str, dtype: str) -> N
 
 def test_the_same_step_twice_draws_the_same_tokens(device: str) -> None:
     config, _ = load_config("configs/tiny.toml", tiny_on(device))
-    setup = build(config)
+    setup = load_setup(config)
     first, second = (sample_step(setup, 0)[0] for _ in range(2))
     same = [
         a.ids == b.ids

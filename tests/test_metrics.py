@@ -14,9 +14,16 @@ from hypothesis import strategies as st
 
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
-from grpo.metrics import advantage_shares, exact_sum, rewards_of, step_metrics, token_account, token_slices
-from grpo.types import Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
-from rewards import Answer, Fired, Score
+from grpo.metrics import (
+    advantage_by_component,
+    compute_token_terms,
+    fsum_or_nan,
+    rewards_of,
+    step_metrics,
+    token_slices,
+)
+from grpo.types import Case, Completion, Group, Prompt, ReplacedGroup, StepLogprobs, StepRecord
+from rewards import Answer, FiredRule, Score
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
 PARTS = {
@@ -33,7 +40,7 @@ def config_with(*overrides: str) -> Config:
                               "optim.micro_batch_size=6", *overrides])[0]  # fmt: skip
 
 
-def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[Dropped, ...] = ()) -> Step:
+def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[ReplacedGroup, ...] = ()) -> StepRecord:
     """Two groups of three, with log-probabilities as if the policy had moved between the inner epochs."""
     noise = np.random.default_rng(seed)
     scores, groups, row = [], [], 0
@@ -52,7 +59,7 @@ def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[
                     math.fsum(parts.values()),
                     MappingProxyType(parts),
                     Answer(2, "parsed", (0, 13)),
-                    (Fired("open_injury", None, -0.5),),
+                    (FiredRule("open_injury", None, -0.5),),
                     False,
                 )
                 for g in range(3)
@@ -62,20 +69,20 @@ def make_step(config: Config, *, epochs: int = 1, seed: int = 0, dropped: tuple[
     count = sum(LENGTHS)
     old = -noise.random(count)
     moved = [old + 0.5 * epoch * noise.standard_normal(count) for epoch in range(epochs)]
-    tokens = TokenRecord(
+    tokens = StepLogprobs(
         logprobs=torch.tensor(np.array(moved), dtype=torch.float32),
         ref_logprobs=torch.tensor(old + 0.3 * noise.standard_normal(count), dtype=torch.float32),
         entropy=torch.tensor(noise.random(count), dtype=torch.float32),
     )
     rewards = np.array([[score.total for score in row] for row in scores])
     batch = make_batch(groups, group_advantages(groups, rewards, config.advantage), config)
-    return Step(3, tuple(groups), tuple(scores), batch, tokens, dropped, 0.5, 0.25, 0)
+    return StepRecord(3, tuple(groups), tuple(scores), batch, tokens, dropped, 0.5, 0.25, 0)
 
 
 def test_every_token_term_is_the_formulas() -> None:
     config = config_with("loss.beta=0.3", "optim.inner_epochs=3")
     step = make_step(config, epochs=3)
-    account = token_account(step.logprobs, step.batch, config.loss)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
     advantages = step.batch.advantages.tolist()
     new, ref = step.logprobs.logprobs.tolist(), step.logprobs.ref_logprobs.tolist()
     sides = set()
@@ -102,8 +109,8 @@ def test_every_token_term_is_the_formulas() -> None:
 def test_the_token_terms_are_the_logged_loss_to_the_last_bit() -> None:
     config = config_with("loss.beta=0.3")
     step = make_step(config)
-    account = token_account(step.logprobs, step.batch, config.loss)
-    record = step_metrics(step, account, advantage_shares(step, config.advantage), config)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
+    record = step_metrics(step, account, advantage_by_component(step, config.advantage), config)
     terms = account.loss[0].tolist()
     assert record["loss"] == math.fsum(terms) == math.fsum(reversed(terms)) != 0.0
 
@@ -112,7 +119,7 @@ def test_the_token_terms_are_the_logged_loss_to_the_last_bit() -> None:
 def test_the_shares_add_up_to_the_advantage(kind: str) -> None:
     config = config_with(f'advantage.kind="{kind}"')
     step = make_step(config)
-    shares = advantage_shares(step, config.advantage)
+    shares = advantage_by_component(step, config.advantage)
     assert list(shares) == list(PARTS)
     total = np.sum(list(shares.values()), axis=0)
     largest = np.abs(list(shares.values())).max()
@@ -133,15 +140,15 @@ def test_equal_totals_of_different_parts_have_no_shares() -> None:
     )
     even = dataclasses.replace(step, scores=(row, step.scores[1]))
     assert len({sum(values) for values in orders}) == 2 and len(set(rewards_of(even)[0])) == 1
-    assert all((share[0] == 0).all() for share in advantage_shares(even, config.advantage).values())
+    assert all((share[0] == 0).all() for share in advantage_by_component(even, config.advantage).values())
 
 
 def test_metrics_by_hand() -> None:
     config = config_with("loss.beta=0.3")
-    dropped = (Dropped("c9", (2, 2, 3), (True, True, False), (1.0, 1.0, -0.5)),)
+    dropped = (ReplacedGroup("c9", (2, 2, 3), (True, True, False), (1.0, 1.0, -0.5)),)
     step = make_step(config, dropped=dropped)
-    account = token_account(step.logprobs, step.batch, config.loss)
-    m = step_metrics(step, account, advantage_shares(step, config.advantage), config)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
+    m = step_metrics(step, account, advantage_by_component(step, config.advantage), config)
     rewards = rewards_of(step)
     assert (m["step"], m["loss/trained"], m["grad_norm"], m["skipped"]) == (3, 0.5, 0.25, 0)
     assert m["reward/mean"] == pytest.approx(sum([1.0, -1.0, 1.0, 0.0, 0.1, -2.0]) / 6)
@@ -158,15 +165,15 @@ def test_metrics_by_hand() -> None:
     ref, new = step.logprobs.ref_logprobs.double(), step.logprobs.logprobs[0].double()
     assert m["kl/k3"] == pytest.approx(float(((ref - new).exp() - (ref - new) - 1).mean()), rel=1e-9)
     assert m["entropy"] == pytest.approx(float(step.logprobs.entropy.double().mean()))
-    shares = advantage_shares(step, config.advantage)
+    shares = advantage_by_component(step, config.advantage)
     assert m["advantage/no_parse/abs_mean"] == pytest.approx(np.abs(shares["no_parse"]).mean())
 
 
 def test_the_sampler_mismatch_is_of_the_first_inner_epoch() -> None:
     config = config_with("optim.inner_epochs=2")
     step = make_step(config, epochs=2)
-    account = token_account(step.logprobs, step.batch, config.loss)
-    m = step_metrics(step, account, advantage_shares(step, config.advantage), config)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
+    m = step_metrics(step, account, advantage_by_component(step, config.advantage), config)
     drawn = [lp for group in step.groups for c in group.completions for lp in c.sampler_logprobs]
     apart = [a - np.float32(b) for a, b in zip(step.logprobs.logprobs[0].tolist(), drawn, strict=True)]
     assert m["sampler/abs_logprob_diff"] == pytest.approx(np.mean(np.abs(apart)), rel=1e-5)
@@ -177,7 +184,7 @@ def test_the_sampler_mismatch_is_of_the_first_inner_epoch() -> None:
 def test_masked_completions_weigh_nothing_and_are_in_no_denominator() -> None:
     config = config_with("loss.mask_truncated=true", "loss.beta=0.3")
     step = make_step(config)
-    account = token_account(step.logprobs, step.batch, config.loss)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
     for i, where in enumerate(token_slices(LENGTHS)):
         terms = account.loss[0, where]
         assert bool(terms.any()) == FINISHED[i]
@@ -193,12 +200,12 @@ def test_truncated_completions_can_leave_the_baseline() -> None:
     assert a[0, 2] == 0 and a[1, 2] == 0 and float(a[0].sum()) == pytest.approx(0)
     assert a[0].tolist() == pytest.approx([2 / (math.sqrt(2) + 1e-4) / 2, -2 / (math.sqrt(2) + 1e-4) / 2, 0.0])
     assert not torch.equal(inside.batch.advantages, outside.batch.advantages)
-    shares = advantage_shares(outside, config_with("advantage.truncated_in_baseline=false").advantage)
+    shares = advantage_by_component(outside, config_with("advantage.truncated_in_baseline=false").advantage)
     assert np.allclose(np.sum(list(shares.values()), axis=0), a.numpy())
 
 
 def test_a_loss_that_is_not_finite_is_nan_and_not_an_error() -> None:
-    assert math.isnan(exact_sum(torch.tensor([math.inf, -math.inf], dtype=torch.float64)))
+    assert math.isnan(fsum_or_nan(torch.tensor([math.inf, -math.inf], dtype=torch.float64)))
 
 
 @given(st.lists(st.floats(-1e12, 1e12), min_size=1, max_size=30), st.randoms())
@@ -206,6 +213,6 @@ def test_sums_do_not_depend_on_the_order(values: list[float], random: object) ->
     shuffled = values.copy()
     shuffle: Callable[[list[float]], None] = random.shuffle  # type: ignore[attr-defined]
     shuffle(shuffled)
-    assert exact_sum(torch.tensor(values, dtype=torch.float64)) == exact_sum(
+    assert fsum_or_nan(torch.tensor(values, dtype=torch.float64)) == fsum_or_nan(
         torch.tensor(shuffled, dtype=torch.float64)
     )

@@ -19,7 +19,7 @@ from grpo.policy.policy import Policy
 from grpo.runtime.errors import INPUT_ERRORS, UserError
 from grpo.runtime.free_memory import card_free, free_bytes, group_rooms, host_available
 from grpo.types import Batch
-from grpo.update import Cut, OutOfMemory, fitting, micro_batches, update
+from grpo.update import MicroBatch, OutOfMemory, fitting, micro_batches, update_policy
 from tests.test_update import batch_of, close, config_with, gradients
 
 
@@ -40,7 +40,7 @@ def batch(make_policy: Callable[..., Policy]) -> Batch:
     return with_lengths(batch_of(make_policy(), config_with()), [5, 6, 7, 8, 9, 10])
 
 
-def rows_of(cuts: tuple[Cut, ...]) -> list[list[int]]:
+def rows_of(cuts: tuple[MicroBatch, ...]) -> list[list[int]]:
     return [cut.rows.tolist() for cut in cuts]
 
 
@@ -82,22 +82,22 @@ def test_masked_rows_cost_no_backward_and_change_nothing(
     weights[masked] = 0
     batch = replace(batch, token_weights=weights)
     trained: set[int] = set()
-    plain = grpo.update.score
+    plain = grpo.update.micro_batch_logprobs
 
-    def watched(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+    def watched(policy: Policy, batch: Batch, cut: MicroBatch, temperature: float) -> Any:
         if torch.is_grad_enabled():
             trained.update(cut.rows.tolist())
         return plain(policy, batch, cut, temperature)
 
-    monkeypatch.setattr(grpo.update, "score", watched)
+    monkeypatch.setattr(grpo.update, "micro_batch_logprobs", watched)
     done: list[Any] = []
 
     def keeping(*args: Any, **kwargs: Any) -> None:
-        done.append(update(*args, **kwargs))
+        done.append(update_policy(*args, **kwargs))
 
     skipped = gradients(policy, batch, config, run=keeping)
     assert trained == set(range(12 if beta else 8)) - set(masked), "the third group has no advantage"
-    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (Cut(torch.arange(12)),))
+    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (MicroBatch(torch.arange(12)),))
     close(skipped, gradients(policy, batch, config, run=keeping))
     assert trained == set(range(12))
     silent, whole = (one.tokens for one in done)
@@ -113,16 +113,16 @@ def test_silent_rows_cost_no_backward_and_change_nothing(
     batch = batch_of(policy, config)
     assert [bool(a) for a in batch.advantages.view(3, 4).abs().sum(1)] == [True, True, False]
     recorded: list[tuple[int, bool]] = []
-    plain = grpo.update.score
+    plain = grpo.update.micro_batch_logprobs
 
-    def watched(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+    def watched(policy: Policy, batch: Batch, cut: MicroBatch, temperature: float) -> Any:
         recorded.append((len(cut.rows), torch.is_grad_enabled()))
         return plain(policy, batch, cut, temperature)
 
-    monkeypatch.setattr(grpo.update, "score", watched)
+    monkeypatch.setattr(grpo.update, "micro_batch_logprobs", watched)
     skipped = gradients(policy, batch, config)
     assert recorded == [(8, True), (4, False)]
-    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (Cut(torch.arange(12)),))
+    monkeypatch.setattr(grpo.update, "micro_batches", lambda *_, **__: (MicroBatch(torch.arange(12)),))
     close(skipped, gradients(policy, batch, config))
 
 
@@ -171,7 +171,7 @@ def test_what_is_measured_is_what_is_trained_through(
 
     monkeypatch.setitem(FORWARDS, name, watched)
     kept_bytes(policy, (1,) * 4, (2,) * 4)
-    grpo.update.score(policy, batch, Cut(torch.arange(12)), 1.0)
+    grpo.update.micro_batch_logprobs(policy, batch, MicroBatch(torch.arange(12)), 1.0)
     assert calls == [1, 12]
 
 
@@ -191,9 +191,9 @@ def test_a_random_model_larger_than_memory_is_refused(monkeypatch: pytest.Monkey
 def refuse(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
     """The device has no room for a backward pass the first so many times; the sizes of all that were tried."""
     tried: list[int] = []
-    plain = grpo.update.score
+    plain = grpo.update.micro_batch_logprobs
 
-    def full(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+    def full(policy: Policy, batch: Batch, cut: MicroBatch, temperature: float) -> Any:
         out = plain(policy, batch, cut, temperature)
         if torch.is_grad_enabled():
             tried.append(len(cut.rows))
@@ -201,7 +201,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return out
 
-    monkeypatch.setattr(grpo.update, "score", full)
+    monkeypatch.setattr(grpo.update, "micro_batch_logprobs", full)
     return tried
 
 
@@ -223,16 +223,16 @@ def test_a_pass_that_failed_midway_leaves_no_gradient_behind(
     policy, config = make_policy(), config_with("optim.micro_batch_size=6")
     batch = batch_of(policy, config)
     whole = gradients(policy, batch, config)
-    plain, calls = grpo.update.score, []
+    plain, calls = grpo.update.micro_batch_logprobs, []
 
-    def full(policy: Policy, batch: Batch, cut: Cut, temperature: float) -> Any:
+    def full(policy: Policy, batch: Batch, cut: MicroBatch, temperature: float) -> Any:
         if torch.is_grad_enabled():
             calls.append(len(cut.rows))
             if len(calls) == 2:
                 raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(policy, batch, cut, temperature)
 
-    monkeypatch.setattr(grpo.update, "score", full)
+    monkeypatch.setattr(grpo.update, "micro_batch_logprobs", full)
     close(gradients(policy, batch, config), whole)
     assert calls == [6, 6, 3, 3, 3, 3]
 
@@ -245,7 +245,7 @@ def test_twice_out_of_memory_names_the_keys(
     refuse(monkeypatch, 2)
     before = {name: p.clone() for name, p in policy.adapter_parameters().items()}
     with pytest.raises(OutOfMemory, match=r"6 rows .*optim.micro_batch_size or optim.micro_batch_tokens"):
-        update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0)
+        update_policy(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0)
     assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
     assert issubclass(OutOfMemory, INPUT_ERRORS)
 
@@ -253,7 +253,7 @@ def test_twice_out_of_memory_names_the_keys(
 def test_the_reference_is_tried_again_as_well(make_policy: Callable[..., Policy], batch: Batch) -> None:
     seen: list[int] = []
 
-    def run(cuts: tuple[Cut, ...]) -> int:
+    def run(cuts: tuple[MicroBatch, ...]) -> int:
         seen.append(len(cuts))
         if len(seen) == 1:
             raise torch.OutOfMemoryError("CUDA out of memory")

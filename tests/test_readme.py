@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from grpo.config import EMBEDDED
+from grpo.config import TINY_WORLD_DIR
 from rewards import load_reward
 
 ROOT = Path(__file__).parent.parent
@@ -26,8 +26,8 @@ TOML = re.findall(r"```toml\n(.*?)```", README, re.DOTALL)
 
 @pytest.mark.parametrize("block", PYTHON, ids=lambda block: block.split("\n")[0][:40])
 def test_python_blocks_run(block: str, capsys: pytest.CaptureFixture[str]) -> None:
-    block = block.replace('"grpo/tiny/base"', f'"{EMBEDDED / "base"}"')
-    block = block.replace('"runs/tiny/adapter"', f'"{EMBEDDED / "v46"}"')
+    block = block.replace('"grpo/tiny/base"', f'"{TINY_WORLD_DIR / "base"}"')
+    block = block.replace('"runs/tiny/adapter"', f'"{TINY_WORLD_DIR / "v46"}"')
     exec(compile(block, "README.md", "exec"), {})
     if "model.generate" in block:
         assert "ANSWER: ESI" in capsys.readouterr().out

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from grpo.cases import row_key
+from grpo.cases import stable_seed
 from grpo.engine.sampling import draw, uniforms
 from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
@@ -29,7 +29,7 @@ def prompts_of(policy: Policy, texts: Sequence[str] = TEXTS) -> list[Prompt]:
 
 
 def keys_of(prompts: Sequence[Prompt], members: int) -> list[list[int]]:
-    return [[row_key(0, p.case.id, g) for g in range(members)] for p in prompts]
+    return [[stable_seed(0, p.case.id, g) for g in range(members)] for p in prompts]
 
 
 def sample(
@@ -50,7 +50,7 @@ def plainly(policy: Policy, prompt: Prompt, key: int, budget: int, temperature: 
         p /= p.sum()
         ids.append(int(np.searchsorted(np.cumsum(p), u, side="right")))
         logprobs.append(float(np.log(p[ids[-1]])))
-        if ids[-1] in policy.end_ids:
+        if ids[-1] in policy.end_token_ids:
             break
     return ids, logprobs
 
@@ -90,7 +90,7 @@ def test_finished_means_an_end_token_and_the_end_token_is_kept(make_policy: Call
     completions = [c for g in sample(policy, prompts_of(policy), 40, budget=40) for c in g.completions]
     assert {c.finished for c in completions} == {True, False}
     for c in completions:
-        ends = [i for i, token in enumerate(c.ids) if token in policy.end_ids]
+        ends = [i for i, token in enumerate(c.ids) if token in policy.end_token_ids]
         assert ends == ([len(c.ids) - 1] if c.finished else [])
         assert c.finished or len(c.ids) == 40
         assert len(c.sampler_logprobs) == len(c.ids) and max(c.sampler_logprobs) <= 0

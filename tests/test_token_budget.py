@@ -12,16 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.runtime.errors import UserError
-from grpo.stats import Stats, means, merge
+from grpo.stats import Stats, add_stats, to_means
 from grpo.token_budget import (
-    NO_PARSE,
-    answer_stats,
-    budget_stats,
+    NO_PARSE_REASONS,
     clipped_ratio_at,
-    forecast_stats,
-    reward_by_status,
-    stop_cause,
-    truncation_pull,
+    clipped_ratio_forecast,
+    finish_reason,
+    length_stats,
+    parse_stats,
+    reward_by_truncation,
+    truncation_advantage_shift,
 )
 from grpo.types import Case, Completion, Group, Prompt
 from rewards import load_reward
@@ -53,12 +53,12 @@ STEP = tuple(
 
 
 def test_stop_causes() -> None:
-    causes = [stop_cause(completion, BUDGET) for completion in STEP]
+    causes = [finish_reason(completion, BUDGET) for completion in STEP]
     assert causes == ["end", "end", "budget", "other", "end", "budget", "end", "end"]
 
 
 def test_budget_statistics_by_hand() -> None:
-    assert budget_stats(STEP, max_new_tokens=BUDGET) == {
+    assert length_stats(STEP, max_new_tokens=BUDGET) == {
         "completions/clipped_ratio": (3, 8),
         "completions/stop_end": (5, 8),
         "completions/stop_budget": (2, 8),
@@ -80,26 +80,28 @@ def test_budget_statistics_by_hand() -> None:
 
 
 def test_quantiles_are_the_nearest_rank() -> None:
-    ladder = budget_stats([made(length, True) for length in range(1, 101)], max_new_tokens=100)
+    ladder = length_stats([made(length, True) for length in range(1, 101)], max_new_tokens=100)
     assert [ladder[f"completions/length_p{p}"] for p in (10, 50, 90, 99)] == [(10, 1), (50, 1), (90, 1), (99, 1)]
-    ladder = budget_stats([made(length, True) for length in range(1, 12)], max_new_tokens=100)
+    ladder = length_stats([made(length, True) for length in range(1, 12)], max_new_tokens=100)
     assert [ladder[f"completions/length_p{p}"] for p in (10, 50, 90, 99)] == [(2, 1), (6, 1), (10, 1), (11, 1)]
 
 
 def test_ending_exactly_at_the_budget_is_finished() -> None:
-    stats = means(budget_stats([made(BUDGET, True)] * 2, max_new_tokens=BUDGET))
+    stats = to_means(length_stats([made(BUDGET, True)] * 2, max_new_tokens=BUDGET))
     assert stats["completions/clipped_ratio"] == 0 and stats["completions/stop_end"] == 1
     assert stats["completions/truncated_tokens"] == 0 and stats["completions/truncated_token_share"] == 0
 
 
 def test_lengths_of_the_finished_leave_the_truncated_out() -> None:
-    stats = means(budget_stats([made(3, False), made(4, True), made(6, True), made(9, False)], max_new_tokens=BUDGET))
+    stats = to_means(
+        length_stats([made(3, False), made(4, True), made(6, True), made(9, False)], max_new_tokens=BUDGET)
+    )
     ends = [stats[f"completions/{one}_length"] for one in ("min", "min_terminated", "max_terminated", "max")]
     assert ends == [3, 4, 6, 9]
 
 
 def test_nothing_finished_has_no_terminated_length() -> None:
-    stats = budget_stats([made(BUDGET, False)], max_new_tokens=BUDGET)
+    stats = length_stats([made(BUDGET, False)], max_new_tokens=BUDGET)
     assert all(stats[f"completions/{one}_terminated_length"] == (0, 0) for one in ("mean", "min", "max"))
     assert stats["completions/clipped_ratio"] == (1, 1)
 
@@ -152,7 +154,7 @@ def scores_of(groups: Sequence[Group]) -> list[list[Score]]:
 
 def test_answer_statistics_by_hand() -> None:
     groups = groups_of(ANSWERS)
-    assert answer_stats(groups, scores_of(groups)) == {
+    assert parse_stats(groups, scores_of(groups)) == {
         "completions/opened_thinking": (8, 11),
         "completions/unclosed_thinking": (4, 11),
         "completions/truncated_parsed": (2, 5),  # of the finished, 2 of 6
@@ -167,7 +169,7 @@ def test_answer_statistics_by_hand() -> None:
 
 def test_what_follows_an_end_token_opens_and_closes_no_thought() -> None:
     groups = groups_of([(THINKING, [("So<|im_end|></think>", True)]), (PLAIN, [("ANSWER: 2<|im_end|><think>", True)])])
-    stats = answer_stats(groups, scores_of(groups))
+    stats = parse_stats(groups, scores_of(groups))
     assert stats["completions/opened_thinking"] == stats["completions/unclosed_thinking"] == (1, 2)
 
 
@@ -193,13 +195,13 @@ def test_answer_statistics_agree_with_a_walk_over_the_text(table: list[tuple[Pro
                 i += 1
             opened, unclosed = opened + ever, unclosed + now
     count = sum(len(row) for _, row in table)
-    stats = answer_stats(groups, scores)
+    stats = parse_stats(groups, scores)
     assert stats["completions/opened_thinking"] == (opened, count)
     assert stats["completions/unclosed_thinking"] == (unclosed, count)
     cut_answers = [one.answer for row, (_, texts) in zip(scores, table, strict=True)
                    for one, (_, done) in zip(row, texts, strict=True) if not done]  # fmt: skip
     assert stats["completions/truncated_parsed"] == (sum(a.reason == "parsed" for a in cut_answers), len(cut_answers))
-    reasons = [stats[f"completions/no_parse/{reason.replace(' ', '_')}"] for reason in NO_PARSE]
+    reasons = [stats[f"completions/no_parse/{reason.replace(' ', '_')}"] for reason in NO_PARSE_REASONS]
     assert (sum(total for total, _ in reasons), count) == stats["completions/no_parse"]
     assert stats["completions/no_parse/unclosed_thinking"] <= stats["completions/unclosed_thinking"]
 
@@ -207,15 +209,15 @@ def test_answer_statistics_agree_with_a_walk_over_the_text(table: list[tuple[Pro
 def test_reward_by_status_by_hand() -> None:
     rewards = [1.0, 0.5, -2.0, -0.5, -0.5, 1.0, 1.5, -1.0]
     expected = {"reward/mean_finished": (1.5, 5), "reward/mean_truncated": (-1.5, 3)}
-    assert reward_by_status(STEP, rewards) == expected
-    assert reward_by_status(STEP, np.array(rewards)) == expected
+    assert reward_by_truncation(STEP, rewards) == expected
+    assert reward_by_truncation(STEP, np.array(rewards)) == expected
     finished = [one for one in STEP if one.finished]
-    assert reward_by_status(finished, [1.0] * 5)["reward/mean_truncated"] == (0, 0)
+    assert reward_by_truncation(finished, [1.0] * 5)["reward/mean_truncated"] == (0, 0)
 
 
 @pytest.mark.parametrize("kind", ["group", "batch"])
 def test_three_truncated_give_the_finished_one_an_advantage_of_one_and_a_half(kind: str) -> None:
-    stats = truncation_pull([[-1, 1, -1, -1]], [[False, True, False, False]], kind=kind, epsilon=0.0, ddof=1)
+    stats = truncation_advantage_shift([[-1, 1, -1, -1]], [[False, True, False, False]], kind=kind, epsilon=0.0, ddof=1)
     assert stats == {"advantage/truncation_pull": (1.5, 1), "advantage/truncation_pull_abs": (1.5, 1)}
 
 
@@ -224,23 +226,23 @@ def test_pull_by_hand_without_a_std() -> None:
     finished = [[True, True, False, True], [True] * 4, [False] * 4, [True, True, False, False]]
     # Group 0: mean −1/2 with everybody, 0 without the truncated one: +1/2 for each of three.
     # Groups 1 and 2: nothing truncated; nothing finished. Group 3: mean 2 against 1/2: −3/2 for each of two.
-    stats = truncation_pull(rewards, finished, kind="none", epsilon=0.0, ddof=1)
+    stats = truncation_advantage_shift(rewards, finished, kind="none", epsilon=0.0, ddof=1)
     assert stats == {"advantage/truncation_pull": (-1.5, 5), "advantage/truncation_pull_abs": (4.5, 5)}
 
 
 def test_pull_by_hand_with_a_std_and_epsilon() -> None:
     # Both means are 0. Everybody: squares 1 + 16 + 16 + 1, std √(34/4). The finished: squares 1 + 1, std 1.
     rewards, finished = [[1, -4, 4, -1]], [[True, False, False, True]]
-    stats = truncation_pull(rewards, finished, kind="group", epsilon=0.5, ddof=0)
+    stats = truncation_advantage_shift(rewards, finished, kind="group", epsilon=0.5, ddof=0)
     shrunk = 1 / 1.5 - 1 / (math.sqrt(8.5) + 0.5)  # outliers in the std shrink +1 and −1 alike: no signed pull
     assert stats["advantage/truncation_pull"] == pytest.approx((0, 2))
     assert stats["advantage/truncation_pull_abs"] == pytest.approx((2 * shrunk, 2))
-    assert set(truncation_pull(rewards, finished, kind="none", epsilon=0.5, ddof=0).values()) == {(0, 2)}
+    assert set(truncation_advantage_shift(rewards, finished, kind="none", epsilon=0.5, ddof=0).values()) == {(0, 2)}
 
 
 def test_no_pull_where_nothing_is_truncated_or_nothing_finished() -> None:
     for finished in (np.ones((2, 3), bool), np.zeros((2, 3), bool), np.array([[True] * 3, [False] * 3])):
-        stats = truncation_pull(np.arange(6).reshape(2, 3), finished, kind="group", epsilon=1e-4, ddof=1)
+        stats = truncation_advantage_shift(np.arange(6).reshape(2, 3), finished, kind="group", epsilon=1e-4, ddof=1)
         assert set(stats.values()) == {(0.0, 0.0)}
 
 
@@ -263,7 +265,7 @@ def test_pull_agrees_with_a_loop(groups: list[list[tuple[float, bool]]], ddof: i
         if len(without) < len(everybody):
             pulls += [advantage(r, everybody) - advantage(r, without) for r in without]
     rewards, finished = [[r for r, _ in group] for group in groups], [[done for _, done in group] for group in groups]
-    stats = truncation_pull(rewards, finished, kind="group" if std else "none", epsilon=epsilon, ddof=ddof)
+    stats = truncation_advantage_shift(rewards, finished, kind="group" if std else "none", epsilon=epsilon, ddof=ddof)
     assert stats["advantage/truncation_pull"] == pytest.approx((sum(pulls), len(pulls)), abs=1e-9)
     assert stats["advantage/truncation_pull_abs"] == pytest.approx((sum(map(abs, pulls)), len(pulls)), abs=1e-9)
 
@@ -272,7 +274,7 @@ def test_forecast_by_hand() -> None:
     lengths, finished = [len(one.ids) for one in STEP], [one.finished for one in STEP]
     # Finished lengths 4, 5, 6, 8, 10: none within 3, three within 7, four within 9, all five within 10.
     assert clipped_ratio_at(lengths, finished, [10, 3, 9, 7], max_new_tokens=10) == [3 / 8, 1, 4 / 8, 5 / 8]
-    assert forecast_stats(STEP, max_new_tokens=BUDGET) == {
+    assert clipped_ratio_forecast(STEP, max_new_tokens=BUDGET) == {
         "completions/clipped_ratio_at/25": (8, 8),  # 2.5 tokens, so 2
         "completions/clipped_ratio_at/50": (6, 8),  # 5 tokens: 4 and 5 are finished
         "completions/clipped_ratio_at/75": (5, 8),  # 7.5, so 7
@@ -282,7 +284,7 @@ def test_forecast_by_hand() -> None:
 def test_a_smaller_budget_is_rounded_down_and_at_least_one() -> None:
     short = [made(length, True) for length in (1, 2, 3)]
     # 25, 50 and 75 % of 3 are 0.75, 1.5 and 2.25: budgets 1, 1 and 2.
-    assert [total for total, _ in forecast_stats(short, max_new_tokens=3).values()] == [2, 2, 1]
+    assert [total for total, _ in clipped_ratio_forecast(short, max_new_tokens=3).values()] == [2, 2, 1]
 
 
 def stepped(budget: int) -> st.SearchStrategy[list[Completion]]:
@@ -306,7 +308,7 @@ def test_budget_statistics_agree_with_loops(step: tuple[int, list[Completion]]) 
     ends = [one.ids[-1] == END for one in completions]
     lengths = [len(one.ids) for one in completions]
     full = sum(not end and length == budget for end, length in zip(ends, lengths, strict=True))
-    stats, count = budget_stats(completions, max_new_tokens=budget), len(completions)
+    stats, count = length_stats(completions, max_new_tokens=budget), len(completions)
     assert stats["completions/clipped_ratio"] == (count - sum(ends), count)
     assert stats["completions/stop_end"] == (sum(ends), count)
     assert stats["completions/stop_budget"] == (full, count)
@@ -324,14 +326,14 @@ def test_forecast_is_what_cutting_by_hand_and_counting_again_gives(
 ) -> None:
     recorded, completions = step
     budget = data.draw(st.integers(1, recorded))
-    recounted = budget_stats(cut(completions, budget), max_new_tokens=budget)["completions/clipped_ratio"]
+    recounted = length_stats(cut(completions, budget), max_new_tokens=budget)["completions/clipped_ratio"]
     if completions:
         lengths, finished = [len(one.ids) for one in completions], [one.finished for one in completions]
         assert clipped_ratio_at(lengths, finished, [budget], max_new_tokens=recorded) == [recounted[0] / recounted[1]]
-    forecast = forecast_stats(completions, max_new_tokens=recorded)
+    forecast = clipped_ratio_forecast(completions, max_new_tokens=recorded)
     for percent in (25, 50, 75):
         smaller = max(1, math.floor(percent * recorded / 100))
-        recounted = budget_stats(cut(completions, smaller), max_new_tokens=smaller)["completions/clipped_ratio"]
+        recounted = length_stats(cut(completions, smaller), max_new_tokens=smaller)["completions/clipped_ratio"]
         assert forecast[f"completions/clipped_ratio_at/{percent}"] == recounted
 
 
@@ -341,7 +343,7 @@ def test_forecast_never_rises_with_the_budget_and_ends_at_the_clipped_ratio(step
     lengths, finished = [len(one.ids) for one in completions], [one.finished for one in completions]
     curve = clipped_ratio_at(lengths, finished, range(1, recorded + 1), max_new_tokens=recorded)
     assert curve == sorted(curve, reverse=True)
-    assert curve[-1] == means(budget_stats(completions, max_new_tokens=recorded))["completions/clipped_ratio"]
+    assert curve[-1] == to_means(length_stats(completions, max_new_tokens=recorded))["completions/clipped_ratio"]
 
 
 ADDITIVE = (
@@ -353,10 +355,10 @@ ADDITIVE = (
 def every_statistic(groups: Sequence[Group], rewards: Sequence[Sequence[float]], budget: int) -> Stats:
     completions = [one for group in groups for one in group.completions]
     return {
-        **budget_stats(completions, max_new_tokens=budget),
-        **forecast_stats(completions, max_new_tokens=budget),
-        **answer_stats(groups, scores_of(groups)),
-        **reward_by_status(completions, [reward for row in rewards for reward in row]),
+        **length_stats(completions, max_new_tokens=budget),
+        **clipped_ratio_forecast(completions, max_new_tokens=budget),
+        **parse_stats(groups, scores_of(groups)),
+        **reward_by_truncation(completions, [reward for row in rewards for reward in row]),
     }
 
 
@@ -368,10 +370,10 @@ def test_parts_merge_to_the_whole(
     rewards = [[reward + i for i in range(len(row))] for row, _, reward in rows]
     at = sorted(data.draw(st.lists(st.integers(0, len(groups)), max_size=3)))
     bounds = list(zip([0, *at], [*at, len(groups)], strict=True))
-    merged = merge(every_statistic(groups[i:j], rewards[i:j], BUDGET) for i, j in bounds)
+    merged = add_stats(every_statistic(groups[i:j], rewards[i:j], BUDGET) for i, j in bounds)
     whole = every_statistic(groups, rewards, BUDGET)
     additive = {f"completions/{name}" for name in ADDITIVE} | {"reward/mean_finished", "reward/mean_truncated"}
-    additive |= set(answer_stats([], []))
+    additive |= set(parse_stats([], []))
     for name in sorted(additive):
         assert merged[name] == whole[name], name
     for name in ("completions/tokens", "completions/truncated_tokens"):
@@ -382,9 +384,9 @@ def test_parts_merge_to_the_whole(
 def test_pull_merges_over_groups(groups: list[list[tuple[float, bool]]], at: int) -> None:
     def pull(part: list[list[tuple[float, bool]]]) -> Stats:
         rewards, finished = [[r for r, _ in group] for group in part], [[done for _, done in group] for group in part]
-        return truncation_pull(rewards, finished, kind="group", epsilon=1e-4, ddof=1)
+        return truncation_advantage_shift(rewards, finished, kind="group", epsilon=1e-4, ddof=1)
 
-    merged = merge(pull(part) for part in (groups[:at], groups[at:]) if part)
+    merged = add_stats(pull(part) for part in (groups[:at], groups[at:]) if part)
     for name, value in pull(groups).items():
         assert merged[name] == pytest.approx(value, abs=1e-9)
 
@@ -392,51 +394,51 @@ def test_pull_merges_over_groups(groups: list[list[tuple[float, bool]]], at: int
 def test_nothing_at_all_counts_nothing() -> None:
     stats = every_statistic([], [], BUDGET)
     assert set(stats.values()) == {(0, 0)}
-    assert set(means(stats).values()) == {None}
+    assert set(to_means(stats).values()) == {None}
 
 
 def test_an_empty_part_changes_nothing() -> None:
-    whole = budget_stats(STEP, max_new_tokens=BUDGET)
-    assert merge([whole, budget_stats([], max_new_tokens=BUDGET)]) == whole
+    whole = length_stats(STEP, max_new_tokens=BUDGET)
+    assert add_stats([whole, length_stats([], max_new_tokens=BUDGET)]) == whole
 
 
 def test_the_names_are_apart_and_all_there() -> None:
     parts = [
-        budget_stats(STEP, max_new_tokens=BUDGET),
-        forecast_stats(STEP, max_new_tokens=BUDGET),
-        answer_stats([], []),
-        reward_by_status([], []),
-        truncation_pull([[1, 2]], [[True, False]], kind="none", epsilon=0.0, ddof=1),
+        length_stats(STEP, max_new_tokens=BUDGET),
+        clipped_ratio_forecast(STEP, max_new_tokens=BUDGET),
+        parse_stats([], []),
+        reward_by_truncation([], []),
+        truncation_advantage_shift([[1, 2]], [[True, False]], kind="none", epsilon=0.0, ddof=1),
     ]
-    assert len(merge(parts)) == sum(len(part) for part in parts) == 17 + 3 + 9 + 2 + 2
-    assert merge([budget_stats([], max_new_tokens=1)]).keys() == parts[0].keys()
+    assert len(add_stats(parts)) == sum(len(part) for part in parts) == 17 + 3 + 9 + 2 + 2
+    assert add_stats([length_stats([], max_new_tokens=1)]).keys() == parts[0].keys()
 
 
 def test_what_does_not_belong_together_is_refused() -> None:
     groups = groups_of(ANSWERS)
     scores = scores_of(groups)
     with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
-        budget_stats(STEP, max_new_tokens=9)
+        length_stats(STEP, max_new_tokens=9)
     with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
-        forecast_stats(STEP, max_new_tokens=9)
+        clipped_ratio_forecast(STEP, max_new_tokens=9)
     with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
-        stop_cause(STEP[1], 9)
+        finish_reason(STEP[1], 9)
     with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
-        budget_stats([], max_new_tokens=0)
+        length_stats([], max_new_tokens=0)
     with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
-        forecast_stats([], max_new_tokens=0)
+        clipped_ratio_forecast([], max_new_tokens=0)
     with pytest.raises(UserError, match=r"one row of scores for each of 2 groups, got 1"):
-        answer_stats(groups, scores[:1])
+        parse_stats(groups, scores[:1])
     with pytest.raises(UserError, match=r"case 'c-plain': expected one score for each of 6 completions, got 4"):
-        answer_stats(groups, [scores[0], scores[1][:4]])
+        parse_stats(groups, [scores[0], scores[1][:4]])
     with pytest.raises(UserError, match=r"8 finite values.*got shape \[2, 4\]"):
-        reward_by_status(STEP, np.zeros((2, 4)))
+        reward_by_truncation(STEP, np.zeros((2, 4)))
     with pytest.raises(UserError, match=r"with 1 not finite"):
-        reward_by_status(STEP, [0.0] * 7 + [math.nan])
+        reward_by_truncation(STEP, [0.0] * 7 + [math.nan])
     with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got bool \[2, 1\]"):
-        truncation_pull([[1, 2]], [[True], [False]], kind="none", epsilon=0.0, ddof=1)
+        truncation_advantage_shift([[1, 2]], [[True], [False]], kind="none", epsilon=0.0, ddof=1)
     with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got int64"):
-        truncation_pull([[1, 2]], [[1, 0]], kind="none", epsilon=0.0, ddof=1)
+        truncation_advantage_shift([[1, 2]], [[1, 0]], kind="none", epsilon=0.0, ddof=1)
 
 
 @pytest.mark.parametrize(

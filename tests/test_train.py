@@ -26,10 +26,10 @@ from tqdm import tqdm
 from grpo import dynamic_sampling as groups
 from grpo import train as train_module
 from grpo.commands.replay import main as replay
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.rollout import sampling_keys
-from grpo.run.ledger import ledger_steps, read_step
-from grpo.runtime.terminal import columns
+from grpo.run.ledger import read_step, recorded_steps
+from grpo.runtime.terminal import display_width
 from grpo.train import main
 from grpo.types import Case, Prompt
 
@@ -39,7 +39,9 @@ TINY = str(Path(__file__).parent.parent / "configs" / "tiny.toml")
 @pytest.fixture
 def world(tmp_path: Path) -> list[str]:
     """Overrides that make the tiny run short: ten cases, two of each level, four steps."""
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     chosen = [row for level in range(1, 6) for row in [r for r in rows if r["esi"] == level][:2]]
     cases = tmp_path / "cases.jsonl"
     cases.write_text("".join(json.dumps(row | {"id": f"c{i}"}) + "\n" for i, row in enumerate(chosen)))
@@ -138,7 +140,7 @@ def test_everything_a_run_prints_fits_a_terminal_of_80_columns(world: list[str],
     text = said.decode()
     assert process.returncode == 0, text
     drawn = [line for line in re.split(r"[\r\n]+|\x1b\[A", text) if line.strip()]
-    assert max(map(columns, drawn)) <= 80, [line for line in drawn if columns(line) > 80]
+    assert max(map(display_width, drawn)) <= 80, [line for line in drawn if display_width(line) > 80]
     for complete in (
         r"evaluate validation, thinking off: +\d+%\|.+\| +\d+/20 \[\d\d:\d\d<\d\d:\d\d\]",
         r"100%\|.+\| 2/2 \[.*, reward [+-]\d\.\d\d, clipped \d+ %, KL \d\.\d{4}\]",
@@ -193,7 +195,7 @@ def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path)
 
     assert run(world, tmp_path / "run", "--set", "train.steps=1") == 0
     model = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(EMBEDDED / "base"), tmp_path / "run" / "adapter"
+        AutoModelForCausalLM.from_pretrained(TINY_WORLD_DIR / "base"), tmp_path / "run" / "adapter"
     )
     ids = torch.tensor([[10, 20, 30]])
     with torch.no_grad():
@@ -209,7 +211,7 @@ def test_interrupted_and_resumed_is_bit_identical(
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(world, whole, *more) == 0
 
-    true_update, steps = train_module.update, iter(range(100))
+    true_update, steps = train_module.update_policy, iter(range(100))
 
     def dies_in_the_fourth(*args: Any, **kwargs: Any) -> Any:
         if next(steps) == 3:
@@ -418,7 +420,7 @@ def test_texts_stay_out_of_the_ledger_when_the_config_says_so(world: list[str], 
     assert run(world, tmp_path / "none", "--set", "train.steps=1", "--set", "ledger.every=0") == 0
     assert not (tmp_path / "none" / "ledger").exists()
     assert run(world, tmp_path / "second", "--set", "train.steps=4", "--set", "ledger.every=2") == 0
-    assert ledger_steps(tmp_path / "second" / "ledger") == (2, 4)
+    assert recorded_steps(tmp_path / "second" / "ledger") == (2, 4)
 
 
 def test_the_overlong_penalty_reaches_the_reward_and_the_proof(

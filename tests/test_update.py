@@ -14,12 +14,12 @@ from torch import Tensor
 from grpo import update as update_module
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
-from grpo.metrics import token_account
+from grpo.metrics import compute_token_terms
 from grpo.micro_batch_limit import Room
-from grpo.policy.policy import Policy, adapter_copy
+from grpo.policy.policy import Policy, copy_adapter
 from grpo.rollout import rollout
 from grpo.types import Batch, Completion, Group
-from grpo.update import learning_rate, micro_batches, update
+from grpo.update import learning_rate, micro_batches, update_policy
 from tests.test_rollout import keys_of, prompts_of
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
@@ -42,9 +42,9 @@ def gradients(
     batch: Batch,
     config: Config,
     reference: dict[str, Tensor] | None = None,
-    run: Callable[..., Any] = update,
+    run: Callable[..., Any] = update_policy,
 ) -> dict[str, Tensor]:
-    """Gradients that `update` hands to the optimiser, before the step."""
+    """Gradients that `update_policy` hands to the optimiser, before the step."""
     seen: dict[str, Tensor] = {}
 
     class Recorder(torch.optim.SGD):
@@ -121,10 +121,10 @@ def test_the_first_pass_is_on_policy_and_later_ones_are_not(make_policy: Callabl
     for epochs in (1, 3):
         config = config_with(f"optim.inner_epochs={epochs}", "optim.learning_rate=0.02", "loss.beta=0.0")
         optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.02)
-        before = adapter_copy(policy)
+        before = copy_adapter(policy)
         batch = batch_of(policy, config)
-        done = update(policy, batch, config, optimizer, None, step=0)
-        account = token_account(done.logprobs, batch, config.loss)
+        done = update_policy(policy, batch, config, optimizer, None, step=0)
+        account = compute_token_terms(done.logprobs, batch, config.loss)
         assert (account.ratio[0] == 1).all(), "the policy has not moved before its first optimiser step"
         assert all((ratio != 1).any() for ratio in account.ratio[1:])
         assert optimizer.state[next(iter(policy.adapter_parameters().values()))]["step"] == epochs
@@ -137,7 +137,7 @@ def test_the_base_never_moves(make_policy: Callable[..., Policy]) -> None:
     config = config_with("optim.learning_rate=0.1")
     base = {n: p.detach().clone() for n, p in policy.model.named_parameters() if not p.requires_grad}
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1)
-    update(policy, batch_of(policy, config), config, optimizer, None, step=0)
+    update_policy(policy, batch_of(policy, config), config, optimizer, None, step=0)
     assert all(torch.equal(base[n], p) for n, p in policy.model.named_parameters() if not p.requires_grad)
     assert all(p.grad is None for p in policy.model.parameters())
 
@@ -150,11 +150,11 @@ def test_beta_zero_never_runs_the_reference(
 
     policy = make_policy()
     batch = batch_of(policy, config_with())
-    monkeypatch.setattr(update_module, "adapter_swapped", never)
+    monkeypatch.setattr(update_module, "as_reference", never)
     still = torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0)
     config = config_with("loss.beta=0.0")
-    tokens = update(policy, batch, config, still, None, step=0).logprobs
-    assert tokens.ref_logprobs is None and token_account(tokens, batch, config.loss).kl is None
+    tokens = update_policy(policy, batch, config, still, None, step=0).logprobs
+    assert tokens.ref_logprobs is None and compute_token_terms(tokens, batch, config.loss).kl is None
     with pytest.raises(AssertionError, match="reference was run"):
         gradients(policy, batch, config_with())
 
@@ -164,9 +164,11 @@ def test_kl_is_zero_against_oneself_and_positive_against_the_base(make_policy: C
     config = config_with()
     batch = batch_of(policy, config)
     still = torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0)
-    oneself = update(policy, batch, config, still, adapter_copy(policy), step=0).logprobs
-    assert (token_account(oneself, batch, config.loss).kl == 0).all()
-    base = token_account(update(policy, batch, config, still, None, step=0).logprobs, batch, config.loss).kl
+    oneself = update_policy(policy, batch, config, still, copy_adapter(policy), step=0).logprobs
+    assert (compute_token_terms(oneself, batch, config.loss).kl == 0).all()
+    base = compute_token_terms(
+        update_policy(policy, batch, config, still, None, step=0).logprobs, batch, config.loss
+    ).kl
     assert base is not None and (base >= 0).all() and float(base.mean()) > 1e-4
 
 
@@ -174,7 +176,9 @@ def test_sampler_and_trainer_agree(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     config = config_with("rollout.temperature=0.8")
     batch = batch_of(policy, config)
-    tokens = update(policy, batch, config, torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0), None, step=0).logprobs
+    tokens = update_policy(
+        policy, batch, config, torch.optim.SGD(policy.adapter_parameters().values(), lr=0.0), None, step=0
+    ).logprobs
     drawn = batch.sampler_logprobs[batch.completion_mask]
     assert tokens.logprobs.shape == (1, len(drawn)) == (1, len(tokens.entropy))
     assert float((tokens.logprobs[0] - drawn).abs().max()) < 2e-5
@@ -194,7 +198,9 @@ def test_the_record_is_in_the_batchs_order_whatever_the_cut(make_policy: Callabl
         law = logits[len(prompt) - 1 : -1].log_softmax(-1)
         logprobs.append(law.gather(1, torch.tensor(ids)[:, None])[:, 0])
         entropies.append(-(law.exp() * law).sum(1))
-    tokens = update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0).logprobs
+    tokens = update_policy(
+        policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values()), None, step=0
+    ).logprobs
     torch.testing.assert_close(tokens.logprobs[0], torch.cat(logprobs), atol=2e-5, rtol=1e-5)
     torch.testing.assert_close(tokens.entropy, torch.cat(entropies), atol=2e-5, rtol=1e-5)
 
@@ -212,8 +218,10 @@ def test_the_accounts_loss_is_the_updates(make_policy: Callable[..., Policy], mo
         return terms
 
     monkeypatch.setattr(update_module, "grpo_loss", recorded)
-    done = update(policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.02), None, step=0)
-    loss = token_account(done.logprobs, batch, config.loss).loss.sum(1).tolist()
+    done = update_policy(
+        policy, batch, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.02), None, step=0
+    )
+    loss = compute_token_terms(done.logprobs, batch, config.loss).loss.sum(1).tolist()
     assert done.loss == pytest.approx(sum(seen[:3]), rel=1e-6)
     assert loss == pytest.approx([sum(seen[:3]), sum(seen[3:])], rel=1e-5, abs=1e-6) and abs(loss[1]) > 1e-3
 
@@ -223,8 +231,10 @@ def test_a_step_that_is_not_finite_is_skipped(make_policy: Callable[..., Policy]
     config = config_with()
     batch = batch_of(policy, config)
     poisoned = dataclasses.replace(batch, advantages=torch.full_like(batch.advantages, math.nan))
-    before = adapter_copy(policy)
-    done = update(policy, poisoned, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1), None, step=0)
+    before = copy_adapter(policy)
+    done = update_policy(
+        policy, poisoned, config, torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1), None, step=0
+    )
     assert done.skipped == 1
     assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
 
@@ -233,8 +243,8 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
     make_policy: Callable[..., Policy], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     policy, config = make_policy(), config_with()
-    batch, before = batch_of(policy, config), adapter_copy(policy)
-    true = update_module.backward
+    batch, before = batch_of(policy, config), copy_adapter(policy)
+    true = update_module.forward_backward
 
     def without_end(*given: Any) -> Any:
         logprobs, entropies, total = true(*given)
@@ -242,7 +252,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
 
     monkeypatch.setattr(update_module, "backward", without_end)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1)
-    done = update(policy, batch, config, optimizer, None, step=0)
+    done = update_policy(policy, batch, config, optimizer, None, step=0)
     assert done.skipped == 1 and math.isfinite(done.grad_norm) and done.grad_norm > 0
     assert all(torch.equal(before[name], p) for name, p in policy.adapter_parameters().items())
 
@@ -250,9 +260,9 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
 def test_the_reference_is_scored_without_dropout(make_policy: Callable[..., Policy]) -> None:
     noisy, still = make_policy(dropout=0.5), make_policy()
     config = config_with("loss.beta=0.1", "lora.dropout=0.5")
-    batch, copy = batch_of(still, config), adapter_copy(still)
+    batch, copy = batch_of(still, config), copy_adapter(still)
     found, expected = (
-        update(p, batch, config, torch.optim.SGD(p.adapter_parameters().values(), lr=0.0), copy, step=0).logprobs
+        update_policy(p, batch, config, torch.optim.SGD(p.adapter_parameters().values(), lr=0.0), copy, step=0).logprobs
         for p in (noisy, still)
     )
     torch.testing.assert_close(found.ref_logprobs, expected.ref_logprobs, atol=2e-5, rtol=0)
@@ -265,7 +275,7 @@ def test_the_recorded_entropy_is_the_first_epochs(make_policy: Callable[..., Pol
     for policy, epochs in ((one, 1), (two, 3)):
         config = config_with(f"optim.inner_epochs={epochs}")
         optimizer = torch.optim.SGD(policy.adapter_parameters().values(), lr=50.0)
-        found.append(update(policy, batch_of(policy, config), config, optimizer, None, step=0).logprobs)
+        found.append(update_policy(policy, batch_of(policy, config), config, optimizer, None, step=0).logprobs)
     assert torch.equal(found[0].entropy, found[1].entropy)
     assert not torch.allclose(found[1].logprobs[0], found[1].logprobs[2], atol=1e-3)
 
@@ -280,17 +290,17 @@ def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
         policy = make_policy()
         optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-2)
         batch = batch_of(policy, config)
-        update(policy, batch, config, optimizer, None, step=0)
-        before = adapter_copy(policy)
+        update_policy(policy, batch, config, optimizer, None, step=0)
+        before = copy_adapter(policy)
         second(policy, dataclasses.replace(batch, advantages=torch.zeros_like(batch.advantages)), optimizer)
-        return {name: tensor - before[name] for name, tensor in adapter_copy(policy).items()}
+        return {name: tensor - before[name] for name, tensor in copy_adapter(policy).items()}
 
     def by_hand(policy: Policy, batch: Batch, optimizer: Any) -> None:
         for p in policy.adapter_parameters().values():
             p.grad = torch.zeros_like(p)
         optimizer.step()
 
-    ours = moved(lambda policy, batch, optimizer: update(policy, batch, config, optimizer, None, step=0))
+    ours = moved(lambda policy, batch, optimizer: update_policy(policy, batch, config, optimizer, None, step=0))
     theirs = moved(by_hand)
     assert max(float(tensor.abs().max()) for tensor in ours.values()) > 1e-4
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

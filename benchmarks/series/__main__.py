@@ -23,9 +23,9 @@ from benchmarks.series.runner import Job, LabError, check_place, cost_of, damage
 from grpo.commands.report import write
 from grpo.config import Config, load_config
 from grpo.run.folder import provenance, write_json
-from grpo.runtime.distributed import require_alone
+from grpo.runtime.distributed import require_single_process
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 from rewards.safe_files import read_json
 
 SEEDS = (42, 43, 44)
@@ -53,8 +53,8 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
-    require_alone("benchmarks.series")
+    tolerate_narrow_encodings()
+    require_single_process("benchmarks.series")
     arguments = parser().parse_args(argv)
     os.umask(0o077)
     try:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from benchmarks.tiny_world.vignettes import SEED, draw_vignettes, row
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 LAB_MIX: Mapping[str, int] = MappingProxyType(
     {
@@ -75,7 +75,7 @@ FILES = MappingProxyType({"lab": lab_file, "nurses": nurses_file})
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.series.cases", description="Write the lab's case files."
     )

@@ -8,7 +8,7 @@ from benchmarks.series.claims import CLAIMS, LAB, RULES, Judged, judge
 from benchmarks.series.hedging_thresholds import hedging_threshold, silence_threshold
 from benchmarks.series.plan import Entry
 from benchmarks.series.run_results import MODES, Place, Seen, pooled
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.config import Config
 from grpo.evaluation.metrics import baselines
 from grpo.preflight.checks import load_inputs, run_checks
@@ -148,7 +148,7 @@ def _thresholds(config: Config, runs: Sequence[Seen], lab: Mapping[str, Case]) -
     normalised = config.advantage.kind in ("group",)
     limit = hedging_threshold(load_reward(config.reward.set).table, normalised=normalised)
     labels: dict[str, list[int]] = {}
-    for case in load_jsonl(config.cases.train):
+    for case in load_jsonl_cases(config.cases.train):
         labels.setdefault(case.tags[0], []).append(case.gold_level)
     gold = {case.tags[0]: case.gold_level for case in lab.values()}
     found = []
@@ -188,7 +188,7 @@ def _cases(configs: Mapping[str, Config], name: str) -> dict[str, Case]:
     for config in configs.values():
         files = {**config.evaluate.ends, **config.evaluate.during}
         if name in files:
-            return {case.id: case for case in load_jsonl(files[name])}
+            return {case.id: case for case in load_jsonl_cases(files[name])}
     return {}
 
 

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.evaluation.metrics import RATES, RateTest
 from grpo.evaluation.statistics import clustered_wilson, mcnemar
 from grpo.inspection.run_reader import Metrics, RunRecord, read_run
-from grpo.run.ledger import ledger_steps, read_step
+from grpo.run.ledger import read_step, recorded_steps
 from grpo.runtime.errors import UserError
 
 MODES = ("on", "off")
@@ -165,7 +165,7 @@ def read_seen(folder: Path, name: str, seed: int, *, seconds: float, cpu_s: floa
 def rolled(folder: Path) -> list[Metrics]:
     """What the training answers named, by recorded step: ``rollout/RATE`` for those of `ROLLED`, over completions."""
     found: list[Metrics] = []
-    for number in ledger_steps(folder / "ledger"):
+    for number in recorded_steps(folder / "ledger"):
         step = read_step(folder / "ledger", number).step
         said = [
             Said(group.prompt.case.id, group.prompt.case.gold_level, score.answer.level, True)
@@ -180,7 +180,7 @@ def rolled(folder: Path) -> list[Metrics]:
 def tags_of(run: RunRecord) -> dict[str, tuple[str, ...]]:
     """Case id → tags, over the sets that the run was evaluated on."""
     files = {**run.config.evaluate.ends, **run.config.evaluate.during}
-    return {case.id: case.tags for file in files.values() for case in load_jsonl(file)}
+    return {case.id: case.tags for file in files.values() for case in load_jsonl_cases(file)}
 
 
 def _require(file: Path, held: int, due: int, what: str) -> None:

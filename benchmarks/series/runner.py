@@ -17,7 +17,7 @@ from benchmarks.series.plan import Entry
 from grpo.config import load_config
 from grpo.run.folder import check_folder, write_json
 from grpo.runtime.errors import UserError
-from rewards.safe_files import Unreadable, is_regular, read_json
+from rewards.safe_files import InvalidFile, is_regular, read_json
 
 DONE = "lab.json"
 """In a run's folder: the lab's own mark that it is finished, with its seconds."""
@@ -112,7 +112,7 @@ def cost_of(job: Job) -> Cost | None:
         adapter = job.folder / "adapter" / "adapter_model.safetensors"
         if not (is_regular(adapter) and adapter.stat().st_size):
             raise ValueError("its adapter is gone")
-    except (Unreadable, ValueError, KeyError, TypeError) as error:
+    except (InvalidFile, ValueError, KeyError, TypeError) as error:
         raise damaged(job, error) from None
     if command != list(job.command[1:]):
         raise LabError(

@@ -26,7 +26,7 @@ from benchmarks.tiny_world.build import MIX, Lesson, Plan, pupils_of, save_embed
 from benchmarks.tiny_world.patients import summary
 from benchmarks.tiny_world.teacher import Teacher, too_mild, v43
 from benchmarks.tiny_world.vignettes import draw_vignettes
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 SEED = 20260144
 
@@ -51,10 +51,10 @@ def build_start(name: str, out: Path) -> float:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from grpo.config import resolve
+    from grpo.config import resolve_path
 
     start, plan = STARTS[name], Plan()
-    base = str(resolve("embedded:base"))
+    base = str(resolve_path("embedded:base"))
     tokenizer: Any = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base)
     drawn = draw_vignettes("train", start.vignettes, mix=MIX, seed=SEED)
@@ -73,7 +73,7 @@ def build_start(name: str, out: Path) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.series.warm_starts", description="Teach the lab's starts."
     )

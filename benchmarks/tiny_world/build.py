@@ -31,7 +31,7 @@ from benchmarks.tiny_world.patients import Summary, summary
 from benchmarks.tiny_world.teacher import Teacher, answer, completion, right, thought, unsure_v46
 from benchmarks.tiny_world.vignettes import STRATA, draw_vignettes
 from grpo.logprobs import join
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 SYSTEM_PROMPT = "Extract clinical fields, apply the ESI algorithm, then state the ESI level."
 """A short form of the card's system prompt: the tiny model has few tokens to spend."""
@@ -258,26 +258,26 @@ def save_embedded(adapted: Any, folder: Path) -> None:
 
 def held_out_scores(out: Path, plan: Plan) -> dict[str, dict[str, float]]:
     """Exact share of greedy answers on the validation vignettes, by model and mode, and by stratum for v46."""
-    from grpo.cases import load_jsonl
-    from grpo.config import Lora, Model
-    from grpo.policy.policy import adapter_swapped, load_policy
+    from grpo.cases import load_jsonl_cases
+    from grpo.config import LoraSection, ModelSection
+    from grpo.policy.policy import as_reference, load_policy
     from grpo.prompts import render_prompt
     from grpo.rollout import rollout
     from rewards import parse_answer
 
-    lora = Lora(
+    lora = LoraSection(
         r=plan.lora_r, alpha=plan.lora_alpha, dropout=0.0, target_modules=plan.targets, warm_start=str(out / "v46")
     )
-    model = Model(name=str(out / "base"), device="cpu", dtype="float32", gradient_checkpointing=False)
+    model = ModelSection(name=str(out / "base"), device="cpu", dtype="float32", gradient_checkpointing=False)
     policy = load_policy(model, lora, seed=0)
-    cases = load_jsonl("embedded:cases/validation.jsonl")
+    cases = load_jsonl_cases("embedded:cases/validation.jsonl")
     scores: dict[str, dict[str, float]] = {}
     for name, reference in (("base", True), ("v46", False)):
         for thinking in (True, False):
             prompts = [
                 render_prompt(policy.tokenizer, case, system_prompt=SYSTEM_PROMPT, thinking=thinking) for case in cases
             ]
-            with adapter_swapped(policy, None) if reference else contextlib.nullcontext():
+            with as_reference(policy, None) if reference else contextlib.nullcontext():
                 groups = rollout(policy, prompts, [[0]] * len(prompts), max_new_tokens=160, temperature=0.0)
             hits = {
                 group.prompt.case: parse_answer(group.completions[0].text, thinking=thinking).level
@@ -315,7 +315,7 @@ def write_manifest(out: Path, plan: Plan, facts: Mapping[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tiny_world.build", description="Build the embedded model."
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 PLAIN_ADDED = ("<think>", "</think>")
@@ -104,10 +104,10 @@ def make_full_width(layers: int, seed: int) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """``python -m benchmarks.tiny_world.model --layers 4 --out DIR``: a full-width random model to try the real recipe
     on, with the embedded model's tokenizer. Returns the exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     from transformers import AutoTokenizer
 
-    from grpo.config import EMBEDDED
+    from grpo.config import TINY_WORLD_DIR
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tiny_world.model", description=main.__doc__)
     parser.add_argument("--layers", type=int, default=4, choices=range(4, 33, 4))
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     model = make_full_width(arguments.layers, seed=0)
     model.save_pretrained(arguments.out)
-    AutoTokenizer.from_pretrained(EMBEDDED / "base").save_pretrained(arguments.out)
+    AutoTokenizer.from_pretrained(TINY_WORLD_DIR / "base").save_pretrained(arguments.out)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters in {arguments.out}")
     return 0
 

@@ -33,7 +33,7 @@ from benchmarks.tiny_world.lexicon import (
     Trigger,
 )
 from benchmarks.tiny_world.patients import SEVERE_PAIN, STRATA, Patient, Step, draw_patient, fingerprint, triage
-from grpo.runtime.terminal import say_anyhow
+from grpo.runtime.terminal import tolerate_narrow_encodings
 
 RESIDUES: Mapping[str, frozenset[int]] = MappingProxyType(
     {
@@ -474,7 +474,7 @@ def fixed_file(name: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code."""
-    say_anyhow()
+    tolerate_narrow_encodings()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tiny_world.vignettes", description="Write the fixed case files."
     )

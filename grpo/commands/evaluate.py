@@ -21,23 +21,23 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo.config import Thinking
+from grpo.config import ThinkingMode
 from grpo.evaluation.answers import answer, append_answers, in_order, read_answers
-from grpo.evaluation.comparison import FORMAT, AnsweredCase, compare_evaluations, compare_modes
+from grpo.evaluation.comparison import EVAL_FORMAT, AnsweredCase, compare_evaluations, compare_modes
 from grpo.evaluation.failures import count_failures, failures
 from grpo.evaluation.metrics import JudgedAnswer, baselines, levels_by_case, multi_sample_stats, summarize
 from grpo.evaluation.request import MODES, EvaluationRequest, check_output_folder, default_folder, parse_request
 from grpo.evaluation.table import evaluation_table
-from grpo.policy.policy import adapter_swapped, load_policy
+from grpo.policy.policy import as_reference, load_policy
 from grpo.run.folder import provenance, write_json
 from grpo.run.input_hashes import text_sha256
 from grpo.run.self_check import with_checked_kernels
 from grpo.runtime.cli import make_parser, run_command
-from grpo.runtime.distributed import require_alone
+from grpo.runtime.distributed import require_single_process
 from grpo.runtime.out_of_memory import EVALUATION, memory_errors
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 
-Part = tuple[str, Thinking]
+Part = tuple[str, ThinkingMode]
 """(set, mode)."""
 AnswersByPart = Mapping[Part, Sequence[JudgedAnswer]]
 """The answers of each part are in the order of its cases."""
@@ -65,7 +65,7 @@ def answer_all(request: EvaluationRequest, out: Path) -> AnswersByPart:
         with memory_errors("evaluation", EVALUATION), contextlib.ExitStack() as stack:
             policy = with_checked_kernels(load_policy(config.model, config.lora, seed=config.train.seed))
             if not config.lora.warm_start:
-                stack.enter_context(adapter_swapped(policy, None))  # a fresh adapter changes nothing: skip it
+                stack.enter_context(as_reference(policy, None))  # a fresh adapter changes nothing: skip it
             (out / "answers").mkdir(parents=True, exist_ok=True)
             out.chmod(0o700)
             write_json(out / "settings.json", request.settings)
@@ -95,7 +95,7 @@ def evaluation_record(request: EvaluationRequest, answers: AnswersByPart, agains
     failed = {part: failures(members, reward) for part, members in answers.items()}
     cases = {name: answered_cases(request, name, answers) for name in request.sets}
     return {
-        "format": FORMAT,
+        "format": EVAL_FORMAT,
         "model": {"name": config.model.name, "sha256": settings["model_sha256"]},
         "adapter": {"name": adapter, "sha256": settings["adapter_sha256"]} if adapter else None,
         "reward": {"name": reward.name, "sha256": reward.sha256},
@@ -180,11 +180,11 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(record, indent=2))
     else:
         paths = (f"record     {out / 'eval.json'}", f"answers    {out / 'answers'}")
-        print("\n".join((evaluation_table(record), "", *map(visible, paths))))
+        print("\n".join((evaluation_table(record), "", *map(escape_control, paths))))
     return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    require_alone("grpo evaluate")
+    require_single_process("grpo evaluate")
     return run_command(argument_parser(), run, argv, if_interrupted="the same command resumes")

@@ -12,7 +12,14 @@ from pathlib import Path
 
 from grpo.config import Config
 from grpo.inspection.run_reader import read_header
-from grpo.inspection.step_records import Record, find_groups, finite_values, group_record, step_record, token_records
+from grpo.inspection.step_records import (
+    JsonObject,
+    find_groups,
+    finite_values,
+    group_record,
+    step_record,
+    token_records,
+)
 from grpo.inspection.step_text import (
     Style,
     case_lines,
@@ -23,11 +30,11 @@ from grpo.inspection.step_text import (
     token_lines,
 )
 from grpo.policy.base_model import load_tokenizer
-from grpo.run.folder import Run
-from grpo.run.ledger import Entry, ledger_steps, read_step
+from grpo.run.folder import RunFolder
+from grpo.run.ledger import LedgerStep, read_step, recorded_steps
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import painted, screen_width, wants_colour, wrap
+from grpo.runtime.terminal import screen_width, styled, wants_colour, wrap
 
 NOT_RECORDED = {
     "redacted": 'texts and token ids were not recorded (ledger.text = "redacted")',
@@ -53,14 +60,14 @@ def argument_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[Record, list[str]]:
+def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[JsonObject, list[str]]:
     """Return the selected part of a run as a JSON value and as lines of at most ``width`` columns.
 
     Raises:
         UserError: the run cannot be read, or it has no such step, case or member.
     """
-    config, folder = read_header(arguments.run).config, Run(arguments.run).ledger
-    steps = ledger_steps(folder)
+    config, folder = read_header(arguments.run).config, RunFolder(arguments.run).ledger
+    steps = recorded_steps(folder)
     if not steps:
         raise UserError(f"{folder}: no step in this ledger")
     entry = read_step(folder, steps[-1] if arguments.step is None else arguments.step)
@@ -82,7 +89,7 @@ def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[Rec
 
 
 def _select_member(
-    records: list[Record], groups: list[int], g: int, entry: Entry, config: Config, width: int, style: Style
+    records: list[JsonObject], groups: list[int], g: int, entry: LedgerStep, config: Config, width: int, style: Style
 ) -> list[str]:
     """Reduce the records of groups to completion ``g``, add its tokens, and return the lines that show it."""
     size = len(records[0]["completions"])
@@ -113,7 +120,7 @@ def _token_decoder(config: Config) -> tuple[Callable[[int], str] | None, str]:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.member is not None and arguments.case is None:
         raise UserError("--member needs --case")
-    style = partial(painted, colour=wants_colour(sys.stdout))
+    style = partial(styled, colour=wants_colour(sys.stdout))
     record, lines = render(arguments, screen_width(sys.stdout), style)
     print(json.dumps(finite_values(record), allow_nan=False) if arguments.json else "\n".join(lines))
     return 0

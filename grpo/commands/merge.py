@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo.config import embedded, resolve
+from grpo.config import embedded_path, resolve_path
 from grpo.policy.adapter_files import (
     adapter_sha256,
-    base_of,
+    base_model_of,
     check_lora_tensors,
     check_not_merged_already,
     check_same_base,
@@ -32,16 +32,16 @@ from grpo.policy.adapter_files import (
     read_json_object,
     system_prompt,
 )
-from grpo.policy.base_model import HUB_ID, device_option, load_base, load_tokenizer, model_folder, pick_device
+from grpo.policy.base_model import HUB_ID, device_option, load_base, load_tokenizer, model_folder, resolve_device
 from grpo.policy.merging import merge_adapter
-from grpo.prompts import end_ids, render_prompt
+from grpo.prompts import end_token_ids, render_prompt
 from grpo.report.model_card import model_card
 from grpo.run.folder import write_json
-from grpo.runtime.atomic_files import placed, writing
+from grpo.runtime.atomic_files import atomic_folder, disk_errors
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from grpo.types import Case
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
@@ -107,8 +107,8 @@ def merge(
         UserError: the adapter or the base cannot be merged.
         DiskError: ``out`` cannot be written.
     """
-    name = base_of(adapter) if base is None else base
-    check_device = pick_device(device) if check else None
+    name = base_model_of(adapter) if base is None else base
+    check_device = resolve_device(device) if check else None
     if os.path.lexists(out):
         raise UserError(f"{out}: already exists, and is never overwritten: choose another folder")
     config = read_adapter_config(adapter)
@@ -122,9 +122,9 @@ def merge(
     size = sum(tensor.nbytes for tensor in state.values())
     generation = _generation_config(model_folder(name), tokenizer, model)
     _check_space(out, size)
-    with writing(out):
+    with disk_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
-    with placed(out) as staging:
+    with atomic_folder(out) as staging:
         _save(model, state, generation, model_folder(name), staging)
         weights_dtype = model.dtype
         del model, state
@@ -192,7 +192,7 @@ def _generation_config(base: Path, tokenizer: Any, model: Any) -> dict[str, Any]
     ends = eos if isinstance(eos, list) else [] if eos is None else [eos]
     if not all(type(end) is int for end in ends):
         raise UserError(f"{path}: eos_token_id must be a token id or a list of them, got {eos!r:.80}")
-    generation["eos_token_id"] = ends + [i for i in end_ids(tokenizer, model) if i not in ends]
+    generation["eos_token_id"] = ends + [i for i in end_token_ids(tokenizer, model) if i not in ends]
     if generation.get("pad_token_id") is None:
         generation["pad_token_id"] = tokenizer.pad_token_id
     return generation
@@ -214,7 +214,7 @@ def _record(
 ) -> dict[str, Any]:
     """Return the contents of ``merge.json``. Of folders it has only the last name: the file is published."""
     return {
-        "base": base if HUB_ID.fullmatch(base) or embedded(base) else Path(base).name,
+        "base": base if HUB_ID.fullmatch(base) or embedded_path(base) else Path(base).name,
         "adapter": {"name": adapter.name, "sha256": adapter_sha256(adapter), "modules": modules},
         "merged_before": list(merged_adapter_hashes(base)),
         "dtype": dtype,
@@ -262,7 +262,7 @@ def argument_parser() -> argparse.ArgumentParser:
 
 def run(arguments: argparse.Namespace) -> int:
     result = merge(
-        resolve(arguments.adapter),
+        resolve_path(arguments.adapter),
         arguments.out,
         base=arguments.base,
         dtype=arguments.dtype,
@@ -270,7 +270,7 @@ def run(arguments: argparse.Namespace) -> int:
         device=arguments.device,
         progress=sys.stderr.isatty(),
     )
-    print("\n".join(visible(line) for line in format_result(result).splitlines()))
+    print("\n".join(escape_control(line) for line in format_result(result).splitlines()))
     return 0
 
 

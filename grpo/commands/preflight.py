@@ -11,9 +11,9 @@ from grpo.preflight.checks import HONEST_ACCURACY, load_inputs, overlong_setting
 from grpo.preflight.text import explain, format_report, record
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from rewards.blind_policies import check_accuracy
-from rewards.safe_files import MEBIBYTE, Unreadable, read_text
+from rewards.safe_files import MEBIBYTE, InvalidFile, read_text
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         print(format_report(config, inputs, result))
     for fault in result.file_errors:
-        print(f"error: {visible(fault)}", file=sys.stderr)
+        print(f"error: {escape_control(fault)}", file=sys.stderr)
     return 2 if result.file_errors else 0 if result.sound else 1
 
 
@@ -83,5 +83,5 @@ def _completion(argument: str) -> str:
         return argument.removeprefix("@")
     try:
         return read_text(Path(argument[1:]), most=64 * MEBIBYTE)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"--completion {argument}: {error}") from None

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from grpo.cases import LOADERS, load
-from grpo.data.row_report import REASONS, Loaded, Record, Report
+from grpo.cases import LOADERS, load_cases
+from grpo.data.row_report import REASONS, CaseRow, Loaded, Report
 from grpo.data.split import (
     LEVELS,
     balance_levels,
@@ -28,7 +28,7 @@ from grpo.data.split import (
 )
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Prepared:
     source: str
     settings: Mapping[str, object]
     report: Report
-    parts: Mapping[str, Sequence[Record]]
+    parts: Mapping[str, Sequence[CaseRow]]
     """"read", "training part", "written" and, if there is one, "held out"."""
     notes: tuple[str, ...]
     files: Mapping[str, Iterable[str]]
@@ -50,18 +50,18 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     Raises:
         UserError: the input cannot be used.
     """
-    loaded = load(arguments.loader, arguments.file, strict=arguments.strict)
+    loaded = load_cases(arguments.loader, arguments.file, strict=arguments.strict)
     others = {file: _load_excluded(loader, file) for loader, file in arguments.exclude}
-    excluded: Sequence[Record] = [record for other in others.values() for record in other.rows]
+    excluded: Sequence[CaseRow] = [record for other in others.values() for record in other.rows]
     set_aside = frozenset().union(*(other.set_aside for other in others.values()))
-    records: Sequence[Record] = loaded.rows
+    records: Sequence[CaseRow] = loaded.rows
     if arguments.held_out or excluded:
         records = require_patients(records, each_its_own=arguments.each_case_a_patient)
         excluded = require_patients(excluded, each_its_own=arguments.each_case_a_patient)
     parts = split_by_patient(
         records, share=arguments.held_out, seed=arguments.seed, excluded=excluded, set_aside=set_aside
     )
-    written: Sequence[Record] = parts.train
+    written: Sequence[CaseRow] = parts.train
     if arguments.oversample:
         written = repeat_by_level(parts.train, dict(arguments.oversample))
     elif arguments.balance is not None:
@@ -151,8 +151,9 @@ def run(arguments: argparse.Namespace) -> int:
     _refuse_existing(arguments.out)
     prepared = prepare(arguments)
     write(arguments.out, {**prepared.files, "prepare.json": [_manifest(prepared)]})
-    print("\n".join(visible(line) for line in render(prepared).splitlines()))
-    print(f"wrote     {visible(', '.join(str(arguments.out / name) for name in (*prepared.files, 'prepare.json')))}")
+    print("\n".join(escape_control(line) for line in render(prepared).splitlines()))
+    written = ", ".join(str(arguments.out / name) for name in (*prepared.files, "prepare.json"))
+    print(f"wrote     {escape_control(written)}")
     return 0
 
 
@@ -162,7 +163,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _load_excluded(loader: str, file: str) -> Loaded:
     """Load a file of cases to keep out. No row may be dropped, because its patient could then be in a part."""
-    loaded = load(loader, file, strict=False)
+    loaded = load_cases(loader, file, strict=False)
     if dropped := [str(finding) for finding in loaded.report.faults if not REASONS[finding.reason].kept]:
         raise UserError(
             f"--exclude {loader}:{file}: {'; '.join(dropped)}: the patients of these rows could get into training: "
@@ -184,7 +185,7 @@ def _exclusion_notes(others: Mapping[str, Loaded]) -> list[str]:
 
 
 def _check_overlap(
-    train: Sequence[Record], held_out: Sequence[Record], excluded: Sequence[Record], set_aside: frozenset[str]
+    train: Sequence[CaseRow], held_out: Sequence[CaseRow], excluded: Sequence[CaseRow], set_aside: frozenset[str]
 ) -> list[str]:
     """Check the parts that are about to be written, independently of the code that split them."""
     notes = []
@@ -228,7 +229,7 @@ def _manifest(prepared: Prepared) -> str:
     )
 
 
-def _to_json(record: Record) -> str:
+def _to_json(record: CaseRow) -> str:
     case = record.case
     row = {"id": case.id, "text": case.text, "esi": case.gold_level, "patient": record.patient}
     return json.dumps(row | ({"tags": case.tags} if case.tags else {}), ensure_ascii=False)

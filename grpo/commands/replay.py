@@ -20,7 +20,7 @@ from grpo.policy.base_model import device_option
 from grpo.run.ledger import read_step
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from rewards import load_reward
 
 Output = tuple[dict[str, Any], list[str], int]
@@ -109,7 +109,7 @@ def _select_steps(recording: RecordedRun, step: int | None) -> tuple[int, ...]:
 def run(arguments: argparse.Namespace) -> int:
     recording = read_recorded_run(arguments.run)
     record, lines, code = (compare_rewards if arguments.reward else replay_run)(recording, arguments)
-    print(json.dumps(record) if arguments.json else "\n".join(visible(line) for line in lines))
+    print(json.dumps(record) if arguments.json else "\n".join(escape_control(line) for line in lines))
     return code
 
 

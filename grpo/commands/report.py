@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo.report.page import MEGABYTE, make_report
-from grpo.runtime.atomic_files import remove_if_present, write_whole
+from grpo.runtime.atomic_files import remove_if_present, write_atomic
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,12 +67,12 @@ def run(arguments: argparse.Namespace) -> int:
     out = arguments.out or (arguments.runs[0] if len(arguments.runs) == 1 else Path()) / "report.html"
     write(out, report.html)
     for remark in report.remarks:
-        print(f"note: {visible(remark)}")
-    print(f"wrote {visible(str(out))} ({len(report.html) / MEGABYTE:.2f} MB)")
+        print(f"note: {escape_control(remark)}")
+    print(f"wrote {escape_control(str(out))} ({len(report.html) / MEGABYTE:.2f} MB)")
     return 0
 
 
 def write(out: Path, html: bytes) -> None:
     """Write a page in one piece, readable by its owner alone because it may contain patients' texts."""
     remove_if_present(out.with_name(f".{out.name}.partial"))  # of an interrupted write, or a symlink
-    write_whole(out, html)
+    write_atomic(out, html)

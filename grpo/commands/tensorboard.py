@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from grpo.inspection.run_reader import Evaluation, RunRecord, read_run
-from grpo.runtime.atomic_files import make_folder
+from grpo.runtime.atomic_files import make_private_folder
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 
 RATES = ("exact", "adjacent", "dangerous_under", "high_acuity_under", "no_parse", "clipped_ratio", "mean_length")
 """Fields of an evaluation, written under ``eval/SET/thinking_MODE/``."""
@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.out or arguments.run / "tensorboard"
     record = read_run(arguments.run)
     count = write_events(record, folder)
-    shown = visible(str(folder))
+    shown = escape_control(str(folder))
     print(f"wrote {count} points of {len(record.metrics)} steps. View them with: tensorboard --logdir {shown}")
     return 0
 
@@ -57,13 +57,13 @@ def write_events(run: RunRecord, folder: Path) -> int:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise UserError("TensorBoard is not installed: pip install 'grpo-v49[tensorboard]'") from None
-    make_folder(folder)
+    make_private_folder(folder)
     count = 0
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=folder) as staging:
         with SummaryWriter(staging) as writer:
             for step, wall_time, values in scalars(run):
                 for name, value in values.items():
-                    writer.add_scalar(visible(name), value, step, walltime=wall_time)
+                    writer.add_scalar(escape_control(name), value, step, walltime=wall_time)
                 count += len(values)
         (event_file,) = Path(staging).iterdir()
         event_file.chmod(0o600)

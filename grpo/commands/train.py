@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from grpo import train
-from grpo.runtime.distributed import leave
+from grpo.runtime.distributed import exit_process
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the training command and end the process."""
-    leave(train.main(argv))
+    exit_process(train.main(argv))

@@ -6,20 +6,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.data.row_report import MAX_TEXT
 from grpo.evaluation.answers import answer
 from grpo.evaluation.request import NO_ADAPTER, config_for_model, fit_to_context
-from grpo.policy.adapter_files import base_of
+from grpo.policy.adapter_files import base_model_of
 from grpo.policy.base_model import device_option
 from grpo.policy.policy import load_policy
 from grpo.run.self_check import with_checked_kernels
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from grpo.types import Case
-from rewards.safe_files import Unreadable, decoded
+from rewards.safe_files import InvalidFile, decode_utf8
 
 NOTICE = "Research model, not approved for clinical use."
 DEFAULT_MODEL, DEFAULT_ADAPTER = "embedded:base", "embedded:v46"
@@ -49,8 +49,8 @@ def read_case(text: str | None) -> Case:
     text = "" if text is None and sys.stdin.isatty() else text
     raw = sys.stdin.buffer.read(4 * MAX_TEXT + 1) if text in (None, "-") else str(text).encode("utf-8", "surrogatepass")
     try:
-        narrative = decoded(raw).strip()
-    except Unreadable as error:
+        narrative = decode_utf8(raw).strip()
+    except InvalidFile as error:
         raise UserError(f"the case: {error}") from None
     if not 0 < (size := len(narrative)) <= MAX_TEXT:
         raise UserError(f"expected a case of 1 to {MAX_TEXT:,} characters as argument or standard input, got {size:,}")
@@ -59,7 +59,7 @@ def read_case(text: str | None) -> Case:
 
 def format_answer(result: Mapping[str, Any]) -> str:
     """Return the text, escaped for a terminal, and the level or the reason why there is none."""
-    text = "\n".join(visible(line) for line in result["text"].expandtabs().split("\n"))
+    text = "\n".join(escape_control(line) for line in result["text"].expandtabs().split("\n"))
     level = f"ESI {result['level']}" if result["level"] is not None else f"none: {result['reason']}"
     cut = "" if result["finished"] else f" (cut off after {result['tokens']} tokens)"
     return f"{text.strip()}\n\nlevel     {level}{cut}\nnotice    {NOTICE}"
@@ -71,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     options = {key: value for key, value in vars(arguments).items() if "." in key}
     if model is None:
         adapter = DEFAULT_ADAPTER if adapter is None else adapter
-        model = DEFAULT_MODEL if adapter in (NO_ADAPTER, DEFAULT_ADAPTER) else base_of(resolve(adapter))
+        model = DEFAULT_MODEL if adapter in (NO_ADAPTER, DEFAULT_ADAPTER) else base_model_of(resolve_path(adapter))
     config = config_for_model(model, adapter, options)
     config, thinking = fit_to_context(config, {"input": (case,)}, shorten=options["evaluate.max_new_tokens"] is None)
     (mode,) = config.evaluate.thinking

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Never, Protocol
 
 from grpo.runtime.errors import UserError
-from rewards.safe_files import Unreadable, open_regular
+from rewards.safe_files import InvalidFile, open_regular
 
 MAX_LINE = 4 * 2**20
 """Bytes. A longer line means that the file has no line ends or is not text."""
@@ -64,7 +64,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
                         f"{path}:{number}: expands over {MAX_GZIP_RATIO} times: if it is a table, unpack it first"
                     )
                 yield number, _decoded(path, number, line)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile):
         raise UserError(f"{path}:{number + 1}: gzip truncated or damaged here: download it again") from None

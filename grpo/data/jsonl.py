@@ -5,12 +5,12 @@ from collections.abc import Iterator
 from string import whitespace
 from typing import Any
 
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.data.csv_rows import numbered_lines
-from grpo.data.row_report import MAX_TEXT, BadRow, Record, Remark
+from grpo.data.row_report import MAX_TEXT, BadRow, CaseRow, RowNote
 from grpo.runtime.errors import UserError
 from grpo.types import Case
-from rewards.safe_files import Unreadable, parse_json
+from rewards.safe_files import InvalidFile, parse_json
 
 TAG = re.compile(r"[\w.:+-]{1,40}")
 MAX_TAGS = 20
@@ -19,7 +19,7 @@ INVISIBLE = whitespace + "\u00a0\u200b\u200c\u200d\u2060\ufeff"
 """Blanks and zero-width characters, which are stripped from a patient's id."""
 
 
-def read_jsonl(name: str) -> Iterator[Record | Remark]:
+def read_jsonl(name: str) -> Iterator[CaseRow | RowNote]:
     """Yield the rows of a JSONL file: one object per line with ``id`` (text), ``text`` (the narrative), ``esi`` (1–5)
     and, optionally, ``tags`` (a list of short names, see `TAG`) and ``patient`` (text or integer). Other fields are
     ignored, and only ``text`` ever reaches a prompt. Empty lines are skipped.
@@ -27,7 +27,7 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
     Raises:
         UserError: the file is damaged (see `numbered_lines`) or an id is repeated; gives file and line.
     """
-    path = resolve(name)
+    path = resolve_path(name)
     first_line: dict[str, int] = {}
     for number, line in numbered_lines(path):
         if not line.strip():
@@ -35,7 +35,7 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
         try:
             record = _record(line)
         except BadRow as bad:
-            yield Remark(path, number, bad.reason, detail=bad.detail)
+            yield RowNote(path, number, bad.reason, detail=bad.detail)
             continue
         case_id = record.case.id
         if case_id in first_line:
@@ -44,10 +44,10 @@ def read_jsonl(name: str) -> Iterator[Record | Remark]:
         yield record
 
 
-def _record(line: str) -> Record:
+def _record(line: str) -> CaseRow:
     try:
         row: Any = parse_json(line)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise BadRow("not_json", str(error)) from None
     if not isinstance(row, dict):
         raise BadRow("not_an_object", f"expected an object with id, text and esi, got a {type(row).__name__}")
@@ -73,7 +73,7 @@ def _record(line: str) -> Record:
         raise BadRow("bad_field", f"patient of case {case_id!r} must be a text of at most 200 characters or an integer")
     if not (patient := str(patient).strip(INVISIBLE)).isprintable():
         raise BadRow("bad_field", f"patient of case {case_id!r} contains an invisible character")
-    return Record(Case(case_id, text.strip(), esi, tuple(tags)), patient)
+    return CaseRow(Case(case_id, text.strip(), esi, tuple(tags)), patient)
 
 
 def _short_repr(value: object) -> str:

@@ -7,10 +7,10 @@ found by name. The file is credentialed: no part of it may be redistributed.
 from collections import Counter
 from collections.abc import Iterator
 
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.data.csv_fields import acuity, identifier, missing
 from grpo.data.csv_rows import table
-from grpo.data.row_report import MAX_TEXT, BadRow, Record, Remark
+from grpo.data.row_report import MAX_TEXT, BadRow, CaseRow, RowNote
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 
@@ -21,7 +21,7 @@ RETAINED = "retain"
 LACKS_VITAL = "lacks_vital"
 
 
-def read_validate(name: str) -> Iterator[Record | Remark]:
+def read_validate(name: str) -> Iterator[CaseRow | RowNote]:
     """Yield the rows of ``MIETIC-validate-samples.csv`` that the experts decided to RETAIN.
 
     Gold is ``acuity``. The narrative is ``tiragecase`` (sic; ``triagecase`` is accepted too), unchanged. It is the only
@@ -37,7 +37,7 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
     Raises:
         UserError: a column is missing, a stay_id is repeated, or the file is damaged.
     """
-    path = resolve(name)
+    path = resolve_path(name)
     first_line: dict[str, int] = {}
     levels: Counter[int] = Counter()
     columns = ("subject_id", "acuity", "tiragecase", "final_decision")
@@ -45,12 +45,12 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
     for number, (line, row) in enumerate(table(path, columns, ("stay_id", *VITALS), aliases), 1):
         if row and row["final_decision"].strip().casefold() != RETAINED:
             patient = _patient(row)  # --exclude needs the patient
-            yield Remark(path, line, "not_retained" if patient else "bad_id", patient=patient)
+            yield RowNote(path, line, "not_retained" if patient else "bad_id", patient=patient)
             continue
         try:
             record = _validated(row, number)
         except BadRow as bad:
-            yield Remark(path, line, bad.reason)
+            yield RowNote(path, line, bad.reason)
             continue
         case_id = record.case.id
         if case_id in first_line:
@@ -58,10 +58,10 @@ def read_validate(name: str) -> Iterator[Record | Remark]:
         first_line[case_id] = line
         levels[record.case.gold_level] += 1
         if record.case.tags:
-            yield Remark(path, line, "no_vital")
+            yield RowNote(path, line, "no_vital")
         yield record
     if levels and levels != PUBLISHED_LEVELS:
-        yield Remark(path, 1, "not_published")
+        yield RowNote(path, 1, "not_published")
 
 
 def _patient(row: dict[str, str]) -> str:
@@ -71,7 +71,7 @@ def _patient(row: dict[str, str]) -> str:
         return ""
 
 
-def _validated(row: dict[str, str] | None, number: int) -> Record:
+def _validated(row: dict[str, str] | None, number: int) -> CaseRow:
     if row is None:
         raise BadRow("ragged")
     subject, level, text = identifier(row["subject_id"]), acuity(row["acuity"]), row["tiragecase"].strip()
@@ -80,4 +80,4 @@ def _validated(row: dict[str, str] | None, number: int) -> Record:
     if missing(text) or len(text) > MAX_TEXT:
         raise BadRow("no_narrative" if missing(text) else "long_narrative")
     lacks = any(missing(row[column]) for column in VITALS if column in row)
-    return Record(Case(case_id, text, level, (LACKS_VITAL,) if lacks else ()), str(subject))
+    return CaseRow(Case(case_id, text, level, (LACKS_VITAL,) if lacks else ()), str(subject))

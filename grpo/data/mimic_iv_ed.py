@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.data.csv_fields import ID, acuity, identifier, missing
 from grpo.data.csv_rows import table
 from grpo.data.narrative import (
@@ -26,7 +26,7 @@ from grpo.data.narrative import (
     Presentation,
     narrative,
 )
-from grpo.data.row_report import BadRow, Record, Remark
+from grpo.data.row_report import BadRow, CaseRow, RowNote
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards.safe_files import is_regular
@@ -47,7 +47,7 @@ ANCHOR_YEAR = re.compile(r"\d{4}", re.ASCII)
 YEAR = re.compile(r"(\d{4})-\d\d-\d\d", re.ASCII)
 
 
-def read_mimic_iv_ed(name: str) -> Iterator[Record | Remark]:
+def read_mimic_iv_ed(name: str) -> Iterator[CaseRow | RowNote]:
     """Yield a case for each triage row with an acuity, in the order of triage; id ``stay-STAY_ID``, patient SUBJECT_ID.
 
     The narrative is `grpo.data.narrative.narrative` of the columns in `Presentation`; other columns never leave the CSV
@@ -64,7 +64,7 @@ def read_mimic_iv_ed(name: str) -> Iterator[Record | Remark]:
     Raises:
         UserError: a file is missing or damaged, a column is missing, or a stay_id occurs twice in a file.
     """
-    folder = resolve(name)
+    folder = resolve_path(name)
     triage, edstays = _required(folder, "triage"), _required(folder, "edstays")
     ages = yield from _read_ages(_find(folder, "patients"))
     stays = yield from _read_stays(edstays, ages)
@@ -73,14 +73,14 @@ def read_mimic_iv_ed(name: str) -> Iterator[Record | Remark]:
         try:
             record, notes = _record(row, stays, used_in_line, triage, line)
         except BadRow as bad:
-            yield Remark(triage, line, bad.reason, detail=bad.detail)
+            yield RowNote(triage, line, bad.reason, detail=bad.detail)
             continue
         for reason, column in notes:
-            yield Remark(triage, line, reason, column)
+            yield RowNote(triage, line, reason, column)
         yield record
     for place, line in enumerate(used_in_line):
         if not line:
-            yield Remark(edstays, int(stays.lines[place]), "no_triage")
+            yield RowNote(edstays, int(stays.lines[place]), "no_triage")
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ class _Ages:
 
 def _record(
     row: dict[str, str] | None, stays: _Stays, used_in_line: "array[int]", triage: Path, line: int
-) -> tuple[Record, tuple[tuple[str, str], ...]]:
+) -> tuple[CaseRow, tuple[tuple[str, str], ...]]:
     if row is None:
         raise BadRow("ragged")
     if any("\n" in value or "\r" in value for value in row.values()):
@@ -149,21 +149,21 @@ def _record(
         raise BadRow("no_narrative")
     if not known:
         notes = (*notes, ("no_age" if age == NO_AGE else "bad_age", ""))
-    return Record(Case(f"stay-{stay}", text, level), str(subject)), notes
+    return CaseRow(Case(f"stay-{stay}", text, level), str(subject)), notes
 
 
-def _read_stays(path: Path, ages: _Ages) -> Generator[Remark, None, _Stays]:
+def _read_stays(path: Path, ages: _Ages) -> Generator[RowNote, None, _Stays]:
     ids, subjects, lines, years = array("q"), array("q"), array("q"), array("h")
     sexes, arrivals = array("B"), array("B")
     for line, row in table(path, EDSTAYS):
         if row is None or not ID.fullmatch(row["subject_id"].strip()) or not ID.fullmatch(row["stay_id"].strip()):
-            yield Remark(path, line, "unreadable")
+            yield RowNote(path, line, "unreadable")
             continue
         gender, arrival = row["gender"].strip().upper(), " ".join(row["arrival_transport"].upper().split())
         if gender not in SEXES and not missing(gender):
-            yield Remark(path, line, "unlisted", "gender")
+            yield RowNote(path, line, "unlisted", "gender")
         if arrival not in (*ARRIVALS, *UNKNOWN_ARRIVALS) and not missing(arrival):
-            yield Remark(path, line, "unlisted", "arrival_transport")
+            yield RowNote(path, line, "unlisted", "arrival_transport")
         year = YEAR.match(row["intime"].strip())
         subject = int(row["subject_id"])
         ids.append(int(row["stay_id"]))
@@ -175,14 +175,14 @@ def _read_stays(path: Path, ages: _Ages) -> Generator[Remark, None, _Stays]:
     return _Stays(*_in_order(path, "stay_id", lines, ids, subjects, lines, years, sexes, arrivals))
 
 
-def _read_ages(path: Path | None) -> Generator[Remark, None, _Ages]:
+def _read_ages(path: Path | None) -> Generator[RowNote, None, _Ages]:
     subjects, lines, ages, years = array("q"), array("q"), array("h"), array("h")
     if path is None:
         return _Ages(*(memoryview(column) for column in (subjects, ages, years)))
     for line, row in table(path, PATIENTS):
         subject, age, year = (row[column].strip() for column in PATIENTS) if row else ("", "", "")
         if not ID.fullmatch(subject) or not AGE.fullmatch(age) or not ANCHOR_YEAR.fullmatch(year):
-            yield Remark(path, line, "unreadable")
+            yield RowNote(path, line, "unreadable")
             continue
         subjects.append(int(subject))
         lines.append(line)

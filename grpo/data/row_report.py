@@ -66,10 +66,10 @@ REASONS: dict[str, Reason] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class CaseRow:
     """A case together with its patient, which a split needs and a prompt must not contain.
 
-    Example: ``Record(Case("stay-30000001", "A 67-year-old female …", 2), patient="10000001")``
+    Example: ``CaseRow(Case("stay-30000001", "A 67-year-old female …", 2), patient="10000001")``
     """
 
     case: Case
@@ -78,7 +78,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Remark:
+class RowNote:
     """A note about one row."""
 
     path: Path
@@ -93,7 +93,7 @@ class Remark:
     """The patient of an excluded row, if known, so that `grpo prepare --exclude` keeps this patient out too."""
 
 
-Row = Record | Remark
+Row = CaseRow | RowNote
 
 
 class BadRow(ValueError):
@@ -105,7 +105,7 @@ class BadRow(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class NoteCount:
     """The number of notes with one reason on one column of a file."""
 
     path: Path
@@ -123,7 +123,7 @@ class Finding:
     def __str__(self) -> str:
         """Return one line of text.
 
-        >>> str(Finding(Path("ed/triage.csv.gz"), "zero", "o2sat", 1_200, (5, 17)))
+        >>> str(NoteCount(Path("ed/triage.csv.gz"), "zero", "o2sat", 1_200, (5, 17)))
         '1,200 × o2sat 0, either not measured or an arrest: omitted from the narrative (triage.csv.gz, lines 5, 17, …)'
         """
         more = ", …" if self.count > len(self.lines) else ""
@@ -133,10 +133,10 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """Counts for a file, ``rows == cases + dropped``, and one `Finding` per reason."""
+    """Counts for a file, ``rows == cases + dropped``, and one `NoteCount` per reason."""
 
     cases: int
-    findings: tuple[Finding, ...]
+    findings: tuple[NoteCount, ...]
 
     @property
     def dropped(self) -> int:
@@ -148,17 +148,17 @@ class Report:
         return self.cases + self.dropped
 
     @property
-    def faults(self) -> tuple[Finding, ...]:
+    def faults(self) -> tuple[NoteCount, ...]:
         """The findings for which ``strict`` refuses the file."""
         return tuple(finding for finding in self.findings if REASONS[finding.reason].fault)
 
 
 @dataclass(slots=True)
-class Tally:
+class NoteCounter:
     """Counts the notes of a loader in constant memory.
 
-    >>> tally = Tally()
-    >>> rows = tally.watch([Record(Case("a", "Rash.", 5), "p"), Remark(Path("t.csv"), 3, "no_acuity")])
+    >>> tally = NoteCounter()
+    >>> rows = tally.watch([CaseRow(Case("a", "Rash.", 5), "p"), RowNote(Path("t.csv"), 3, "no_acuity")])
     >>> [record.case.id for record in rows], tally.report().rows, [str(f) for f in tally.report().faults]
     (['a'], 2, ['1 × no acuity, so no gold level: dropped (t.csv, line 3)'])
     """
@@ -166,13 +166,13 @@ class Tally:
     cases: int = 0
     counts: dict[tuple[Path, str, str], int] = field(default_factory=dict)
     lines: dict[tuple[Path, str, str], list[int]] = field(default_factory=dict)
-    first_fault: Remark | None = None
+    first_fault: RowNote | None = None
     set_aside: set[str] = field(default_factory=set)
 
-    def watch(self, rows: Iterable[Row]) -> Iterator[Record]:
+    def watch(self, rows: Iterable[Row]) -> Iterator[CaseRow]:
         """Yield the rows that are cases and count the notes."""
         for row in rows:
-            if not isinstance(row, Remark):
+            if not isinstance(row, RowNote):
                 self.cases += 1
                 yield row
                 continue
@@ -189,7 +189,7 @@ class Tally:
         """Return the report so far, with the dropped rows first."""
         order = sorted(self.counts, key=lambda key: list(REASONS).index(key[1]))
         return Report(
-            self.cases, tuple(Finding(*key, count=self.counts[key], lines=tuple(self.lines[key])) for key in order)
+            self.cases, tuple(NoteCount(*key, count=self.counts[key], lines=tuple(self.lines[key])) for key in order)
         )
 
 
@@ -197,7 +197,7 @@ class Tally:
 class Loaded:
     """All cases of a file, and the report on its other rows."""
 
-    rows: tuple[Record, ...]
+    rows: tuple[CaseRow, ...]
     report: Report
     set_aside: frozenset[str] = frozenset()
     """Known patients of excluded rows."""
@@ -207,7 +207,7 @@ class Loaded:
         return tuple(record.case for record in self.rows)
 
 
-def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
+def read_rows(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
     """Read all rows of a loader.
 
     Args:
@@ -218,7 +218,7 @@ def gather(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
     Raises:
         UserError: the file has no cases; if ``strict``, the first fault, with the number of the others.
     """
-    tally = Tally()
+    tally = NoteCounter()
     records = tuple(tally.watch(rows))
     report, first = tally.report(), tally.first_fault
     if first and strict:

@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from grpo.data.row_report import Record
+from grpo.data.row_report import CaseRow
 from grpo.runtime.errors import UserError
-from grpo.runtime.seeds import row_key
+from grpo.runtime.seeds import stable_seed
 from grpo.types import Case
 
 LEVELS = (1, 2, 3, 4, 5)
@@ -15,8 +15,8 @@ LEVELS = (1, 2, 3, 4, 5)
 class PatientSplit:
     """Two parts without a common patient or narrative, and how many cases were removed to achieve this."""
 
-    train: tuple[Record, ...]
-    held_out: tuple[Record, ...]
+    train: tuple[CaseRow, ...]
+    held_out: tuple[CaseRow, ...]
     excluded: int
     """Cases whose patient or narrative is in an excluded file."""
     repeated: int
@@ -29,11 +29,11 @@ def normalized_text(text: str) -> str:
 
 
 def split_by_patient(
-    records: Sequence[Record],
+    records: Sequence[CaseRow],
     *,
     share: float,
     seed: int,
-    excluded: Iterable[Record] = (),
+    excluded: Iterable[CaseRow] = (),
     set_aside: Iterable[str] = (),
 ) -> PatientSplit:
     """Split into a training and a held-out part: a patient is held out if hash(seed, patient) < share.
@@ -52,7 +52,7 @@ def split_by_patient(
     Raises:
         UserError: a part is unexpectedly empty.
 
-    >>> records = [Record(Case(f"c{i}", f"Note {i}.", 3), patient=str(i // 2)) for i in range(12)]
+    >>> records = [CaseRow(Case(f"c{i}", f"Note {i}.", 3), patient=str(i // 2)) for i in range(12)]
     >>> parts = split_by_patient(records, share=0.5, seed=0)
     >>> {r.patient for r in parts.train} & {r.patient for r in parts.held_out}
     set()
@@ -65,7 +65,7 @@ def split_by_patient(
         for record in records
         if not others or (record.patient not in patients and normalized_text(record.case.text) not in texts)
     ]
-    held_out = tuple(record for record in allowed if row_key("held out", seed, record.patient) < share * 2**128)
+    held_out = tuple(record for record in allowed if stable_seed("held out", seed, record.patient) < share * 2**128)
     held_out_patients = {record.patient for record in held_out}
     held_out_texts = {normalized_text(record.case.text) for record in held_out}
     remaining = [record for record in allowed if not held_out or record.patient not in held_out_patients]
@@ -78,10 +78,10 @@ def split_by_patient(
     return PatientSplit(train, held_out, len(records) - len(allowed), len(remaining) - len(train))
 
 
-def count_overlap(part: Iterable[Record], other: Iterable[Record]) -> tuple[int, int]:
+def count_overlap(part: Iterable[CaseRow], other: Iterable[CaseRow]) -> tuple[int, int]:
     """Return how many (patients, narratives) two parts have in common.
 
-    >>> a, b = Record(Case("a", "Rash.", 5), "p"), Record(Case("b", "RASH.", 5), "q")
+    >>> a, b = CaseRow(Case("a", "Rash.", 5), "p"), CaseRow(Case("b", "RASH.", 5), "q")
     >>> count_overlap([a], [a, b]), count_overlap([a], [b])
     ((1, 1), (0, 1))
     """
@@ -92,7 +92,7 @@ def count_overlap(part: Iterable[Record], other: Iterable[Record]) -> tuple[int,
     )
 
 
-def require_patients(records: Sequence[Record], *, each_its_own: bool) -> tuple[Record, ...]:
+def require_patients(records: Sequence[CaseRow], *, each_its_own: bool) -> tuple[CaseRow, ...]:
     """Return the records, each with a patient.
 
     Raises:
@@ -104,19 +104,19 @@ def require_patients(records: Sequence[Record], *, each_its_own: bool) -> tuple[
             f"{len(unknown):,} of {len(records):,} cases, the first {unknown[0]!r}, have no patient, so a split could "
             "put one patient in both parts. Add a patient to each case, or use --each-case-a-patient if that is true"
         )
-    return tuple(record if record.patient else Record(record.case, f"case {record.case.id}") for record in records)
+    return tuple(record if record.patient else CaseRow(record.case, f"case {record.case.id}") for record in records)
 
 
-def repeat_by_level(records: Sequence[Record], times: Mapping[int, int]) -> tuple[Record, ...]:
+def repeat_by_level(records: Sequence[CaseRow], times: Mapping[int, int]) -> tuple[CaseRow, ...]:
     """Repeat every record as often as ``times`` gives for its level (default 1); copies of ``a`` are ``a#2``, ``a#3`` …
 
-    >>> [r.case.id for r in repeat_by_level([Record(Case("a", "…", 1), "p"), Record(Case("b", "…", 3), "q")], {1: 3})]
+    >>> [r.case.id for r in repeat_by_level([CaseRow(Case("a", "…", 1), "p"), CaseRow(Case("b", "…", 3), "q")], {1: 3})]
     ['a', 'a#2', 'a#3', 'b']
     """
     return tuple(_copy(record, n) for record in records for n in range(times.get(record.case.gold_level, 1)))
 
 
-def balance_levels(records: Sequence[Record], *, per_level: int | None, seed: int) -> tuple[Record, ...]:
+def balance_levels(records: Sequence[CaseRow], *, per_level: int | None, seed: int) -> tuple[CaseRow, ...]:
     """Return the same number of records for each level: ``per_level``, or the size of the rarest level.
 
     A level with more records is sampled without replacement; in one with n fewer, each case occurs ⌊per_level/n⌋ or
@@ -131,12 +131,14 @@ def balance_levels(records: Sequence[Record], *, per_level: int | None, seed: in
     size = per_level or min(map(len, of_level.values()))
     times: dict[str, int] = {}
     for members in of_level.values():
-        shuffled = sorted(members, key=lambda record: row_key("balance", seed, record.case.id))
+        shuffled = sorted(members, key=lambda record: stable_seed("balance", seed, record.case.id))
         every, extra = divmod(size, len(members))
         times |= {record.case.id: every + (place < extra) for place, record in enumerate(shuffled)}
     return tuple(_copy(record, n) for record in records for n in range(times[record.case.id]))
 
 
-def _copy(record: Record, n: int) -> Record:
+def _copy(record: CaseRow, n: int) -> CaseRow:
     case = record.case
-    return record if n == 0 else Record(Case(f"{case.id}#{n + 1}", case.text, case.gold_level, case.tags), record.patient)
+    return (
+        record if n == 0 else CaseRow(Case(f"{case.id}#{n + 1}", case.text, case.gold_level, case.tags), record.patient)
+    )

@@ -31,6 +31,6 @@ def _row(policy: Policy, prompt: Prompt, noise: np.ndarray, temperature: float) 
         drawn, logp = draw(logits, u[None], temperature)
         ids.append(int(drawn))
         logprobs.append(float(logp))
-        if ids[-1] in policy.end_ids:
+        if ids[-1] in policy.end_token_ids:
             break
     return ids, logprobs

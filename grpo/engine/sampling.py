@@ -120,7 +120,7 @@ def sample_without_grad(
     """
     device, (count, budget) = policy.device, noise.shape
     uniform = torch.from_numpy(noise).to(device).T.contiguous()
-    ends = torch.tensor(policy.end_ids, dtype=torch.long, device=device)
+    ends = torch.tensor(policy.end_token_ids, dtype=torch.long, device=device)
     ids = torch.zeros(count, budget, dtype=torch.long, device=device)
     logprobs = torch.zeros(count, budget, device=device)
 

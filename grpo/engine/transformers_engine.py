@@ -74,5 +74,7 @@ def _logits(policy: Policy, hidden: Tensor) -> Tensor:
 def _hidden(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
     """Last hidden states [n,H] after the last of ``ids`` [n,k]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-    out = policy.decoder(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+    out = policy.decoder(
+        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+    )
     return out.last_hidden_state[:, -1]

@@ -14,19 +14,19 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from grpo.cases import row_key
+from grpo.cases import stable_seed
 from grpo.config import Config
 from grpo.evaluation.metrics import JudgedAnswer, answer_row
 from grpo.policy.policy import Policy
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length, rollout
-from grpo.runtime.atomic_files import append_line, write_whole
+from grpo.runtime.atomic_files import append_line_synced, write_atomic
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import EVALUATION, memory_errors
 from grpo.types import Case, Prompt
 from rewards import Answer, parse_answer
 from rewards.parse import FORMATS
-from rewards.safe_files import MEBIBYTE, Unreadable, clipped, is_regular, raw_lines
+from rewards.safe_files import MEBIBYTE, InvalidFile, is_regular, iter_lines, shorten
 from rewards.types import Reason
 
 MAX_LINE_BYTES = 64 * MEBIBYTE
@@ -132,10 +132,10 @@ def _decode_batch(
 def sampling_key(seed: int, name: str, thinking: bool, case_id: str, sample: int) -> int:
     """Return the noise key of one answer. The first sample has the key of an evaluation during training.
 
-    >>> sampling_key(42, "test", True, "c1", 0) == row_key("evaluate", 42, "test", "True", "c1")
+    >>> sampling_key(42, "test", True, "c1", 0) == stable_seed("evaluate", 42, "test", "True", "c1")
     True
     """
-    return row_key("evaluate", seed, name, str(thinking), case_id, *([sample] if sample else []))
+    return stable_seed("evaluate", seed, name, str(thinking), case_id, *([sample] if sample else []))
 
 
 def in_order(answers: Sequence[JudgedAnswer], cases: Sequence[Case]) -> tuple[JudgedAnswer, ...]:
@@ -155,7 +155,7 @@ def answer_lines(answers: Sequence[JudgedAnswer], *, text: bool) -> str:
 
 def append_answers(path: Path, answers: Sequence[JudgedAnswer], *, text: bool = True) -> None:
     """Append at least one answer to a file, synced to the disk."""
-    append_line(path, answer_lines(answers, text=text).removesuffix("\n"))
+    append_line_synced(path, answer_lines(answers, text=text).removesuffix("\n"))
 
 
 class _StoredRow(BaseModel):
@@ -200,7 +200,7 @@ def read_answers(
             key = ".".join(str(part) for part in fault["loc"]) or "the line"
             raise UserError(f"{path}:{number}: {key}: {fault['type']}: not an answer; {START_OVER_HINT}") from None
         if row.id not in by_id or row.sample >= samples or (row.id, row.sample) in answers:
-            place = f"case {clipped(row.id)}, sample {row.sample}"
+            place = f"case {shorten(row.id)}, sample {row.sample}"
             raise UserError(f"{path}:{number}: {place}: not in this evaluation, or twice; {START_OVER_HINT}")
         parsed = _parse_row(row, thinking, formats)
         if parsed is None:
@@ -211,7 +211,7 @@ def read_answers(
             by_id[row.id], parsed, row.finished, row.tokens, row.completion or "", row.sample
         )
     if outdated:
-        write_whole(path, answer_lines(list(answers.values()), text=with_text))
+        write_atomic(path, answer_lines(list(answers.values()), text=with_text))
     return answers
 
 
@@ -229,11 +229,11 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
     """Yield the lines of a file; truncate the file if its last line has no end."""
     size = 0
     try:
-        for line in raw_lines(path, longest=MAX_LINE_BYTES):
+        for line in iter_lines(path, longest=MAX_LINE_BYTES):
             if not line.endswith(b"\n"):
                 os.truncate(path, size)
                 return
             size += len(line)
             yield line
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}; {START_OVER_HINT}") from None

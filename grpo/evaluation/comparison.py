@@ -6,17 +6,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from grpo.config import Thinking
+from grpo.config import ThinkingMode
 from grpo.evaluation.statistics import cohen_kappa, majority, mcnemar, wilson
 from grpo.evaluation.table import format_ids
 from grpo.run.input_hashes import text_sha256
 from grpo.runtime.errors import UserError
 from grpo.types import Case
-from rewards.safe_files import MEBIBYTE, Unreadable, clipped, read_json
+from rewards.safe_files import MEBIBYTE, InvalidFile, read_json, shorten
 
 MAX_EVAL_BYTES = 256 * MEBIBYTE
 """An ``eval.json`` has about 300 bytes per case."""
-FORMAT = 2
+EVAL_FORMAT = 2
 """Version of ``eval.json``, raised when a key changes its meaning. Since 2, ``high_acuity_under`` is a rate over the
 cases of ESI 1 and 2."""
 COMPARED_SETTINGS = ("samples", "max_new_tokens", "temperature", "seed", "system_prompt", "formats", "device", "dtype")
@@ -34,7 +34,7 @@ class AnsweredCase(_Record):
     esi: Level
     sha256: str
     """Of the UTF-8 text."""
-    levels: dict[Thinking, tuple[Level | None, ...]]
+    levels: dict[ThinkingMode, tuple[Level | None, ...]]
     """Mode → the level of each answer."""
 
 
@@ -56,7 +56,7 @@ def read_evaluation(path: Path) -> Evaluated:
     """
     try:
         value = read_json(path, most=MAX_EVAL_BYTES)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
     if isinstance(value, list):
         raise UserError(
@@ -67,7 +67,7 @@ def read_evaluation(path: Path) -> Evaluated:
         return Evaluated.model_validate(value)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
-        key = clipped(".".join(str(part) for part in fault["loc"]) or "the file", 200)[1:-1]
+        key = shorten(".".join(str(part) for part in fault["loc"]) or "the file", 200)[1:-1]
         raise UserError(f"{path}: {key}: {fault['msg']}; not an eval.json of a supported format") from None
 
 
@@ -78,7 +78,9 @@ def check_same_cases(sets: Mapping[str, Sequence[Case]], before: Evaluated, path
         earlier = {case.id: case for case in before.cases[name]}
         shared = [case for case in sets[name] if case.id in earlier]
         shared_ids += len(shared)
-        changed = [c.id for c in shared if (text_sha256(c.text), c.gold_level) != (earlier[c.id].sha256, earlier[c.id].esi)]
+        changed = [
+            c.id for c in shared if (text_sha256(c.text), c.gold_level) != (earlier[c.id].sha256, earlier[c.id].esi)
+        ]
         if changed:
             raise UserError(
                 f"{path}: {name}: {len(changed)} of {len(shared)} shared cases have a different text or gold level: "
@@ -91,7 +93,7 @@ def check_same_cases(sets: Mapping[str, Sequence[Case]], before: Evaluated, path
         )
 
 
-def compare(before: Sequence[AnsweredCase], after: Sequence[AnsweredCase], mode: Thinking) -> dict[str, Any]:
+def compare(before: Sequence[AnsweredCase], after: Sequence[AnsweredCase], mode: ThinkingMode) -> dict[str, Any]:
     """Compare the cases that both evaluations answered in a mode; the majority of several answers counts.
 
     ``fixed``: wrong → right. ``broken``: right → wrong. ``unchanged_right``, ``unchanged_wrong``. All are lists of ids

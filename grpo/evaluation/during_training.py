@@ -7,15 +7,15 @@ from tqdm import tqdm
 from grpo.evaluation.answers import evaluate
 from grpo.evaluation.metrics import summarize
 from grpo.evaluation.records import append_evaluation
-from grpo.run.folder import Run, evaluations
+from grpo.run.folder import RunFolder, read_evaluations
 from grpo.run.setup import Setup
-from grpo.runtime.terminal import fit
+from grpo.runtime.terminal import pad_or_truncate
 
 BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 """tqdm's format without the rate, which does not fit into 80 columns."""
 
 
-def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
+def evaluate_if_due(setup: Setup, run: RunFolder, step: int) -> None:
     """Evaluate the sets that the config schedules after ``step`` steps, in each mode, and record the results. An
     evaluation that is already recorded is not repeated."""
     section, ranks = setup.config.evaluate, setup.policy.world
@@ -26,13 +26,16 @@ def evaluate_if_due(setup: Setup, run: Run, step: int) -> None:
     ]
     if not names:
         return
-    recorded = evaluations(run) if ranks.is_main else []
+    recorded = read_evaluations(run) if ranks.is_main else []
     done = ranks.broadcast_object([[record["step"], record["cases"], record["thinking"]] for record in recorded])
     due = [(name, mode) for name in names for mode in section.thinking if [step, name, mode] not in done]
-    total, hidden = sum(len(setup.evaluation_sets[name]) for name, _ in due), not (due and ranks.is_main and sys.stderr.isatty())
+    total, hidden = (
+        sum(len(setup.evaluation_sets[name]) for name, _ in due),
+        not (due and ranks.is_main and sys.stderr.isatty()),
+    )
     with tqdm(total=total, bar_format=BAR_FORMAT, leave=False, disable=hidden) as bar:
         for name, mode in due:
-            bar.set_description(f"evaluate {fit(name, 18).rstrip()}, thinking {mode}")
+            bar.set_description(f"evaluate {pad_or_truncate(name, 18).rstrip()}, thinking {mode}")
             answers = evaluate(
                 setup.policy,
                 setup.evaluation_sets[name],

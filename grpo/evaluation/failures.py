@@ -116,7 +116,9 @@ def failures(answers: Sequence[JudgedAnswer], reward: Reward) -> list[dict[str, 
 
 def _failure(case: Case, levels: list[int | None], reward: Reward) -> dict[str, Any]:
     predicted, decided = majority(levels), deciding_step(case)
-    rules = {r.name: rule_obeyed(r, predicted) for r in reward.rules if reward.applies(r.name, case.text, case.gold_level)}
+    rules = {
+        r.name: rule_obeyed(r, predicted) for r in reward.rules if reward.applies(r.name, case.text, case.gold_level)
+    }
     return {
         "id": case.id,
         "gold": case.gold_level,

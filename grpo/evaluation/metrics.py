@@ -97,12 +97,16 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
         "intervals": rates["intervals"] | {"clipped_ratio": interval},
         "qwk": quadratic_kappa([(a.case.gold_level, a.predicted) for a in answers if a.predicted is not None]),
         "mean_length": sum(a.tokens for a in answers) / len(answers),
-        "recall": {str(level): _exact("recall", [a for a in answers if a.case.gold_level == level]) for level in LEVELS},
+        "recall": {
+            str(level): _exact("recall", [a for a in answers if a.case.gold_level == level]) for level in LEVELS
+        },
         "precision": {
             str(level): _exact("precision", [a for a in answers if a.predicted == level]) for level in LEVELS
         },
         "by_rule": {
-            rule.name: _exact("exact", [a for a in answers if reward.applies(rule.name, a.case.text, a.case.gold_level)])
+            rule.name: _exact(
+                "exact", [a for a in answers if reward.applies(rule.name, a.case.text, a.case.gold_level)]
+            )
             for rule in reward.rules
         },
         "by_tag": {
@@ -110,7 +114,9 @@ def summarize(answers: Sequence[JudgedAnswer], reward: Reward) -> dict[str, Any]
             for tag in sorted({tag for a in answers for tag in a.case.tags})
         },
         "confusion": {
-            str(gold): [sum(a.case.gold_level == gold and a.predicted == level for a in answers) for level in (*LEVELS, None)]
+            str(gold): [
+                sum(a.case.gold_level == gold and a.predicted == level for a in answers) for level in (*LEVELS, None)
+            ]
             for gold in LEVELS
         },
     }

@@ -5,14 +5,16 @@ from typing import Any
 
 from grpo.evaluation.answers import answer_lines
 from grpo.evaluation.metrics import JudgedAnswer
-from grpo.run.folder import Run, evaluations, write_json
-from grpo.runtime.atomic_files import make_folder, write_whole
-from grpo.runtime.terminal import fit, visible
+from grpo.run.folder import RunFolder, read_evaluations, write_json
+from grpo.runtime.atomic_files import make_private_folder, write_atomic
+from grpo.runtime.terminal import escape_control, pad_or_truncate
 
 TITLES = ("exact", "95 % interval", "adjacent", "dangerous", "no parse", "clipped")
 
 
-def append_evaluation(run: Run, record: dict[str, Any], answers: Sequence[JudgedAnswer], *, text: bool = True) -> None:
+def append_evaluation(
+    run: RunFolder, record: dict[str, Any], answers: Sequence[JudgedAnswer], *, text: bool = True
+) -> None:
     """Append a record to ``eval.json`` and write its answers to ``eval/``. A record of the same step, set and mode is
     replaced.
 
@@ -20,9 +22,9 @@ def append_evaluation(run: Run, record: dict[str, Any], answers: Sequence[Judged
         text: whether to include the answers' texts.
     """
     key = (record["step"], record["cases"], record["thinking"])
-    make_folder(run.path / "eval")
-    write_whole(run.path / "eval" / f"step_{key[0]:06d}_{key[1]}_{key[2]}.jsonl", answer_lines(answers, text=text))
-    others = [other for other in evaluations(run) if (other["step"], other["cases"], other["thinking"]) != key]
+    make_private_folder(run.path / "eval")
+    write_atomic(run.path / "eval" / f"step_{key[0]:06d}_{key[1]}_{key[2]}.jsonl", answer_lines(answers, text=text))
+    others = [other for other in read_evaluations(run) if (other["step"], other["cases"], other["thinking"]) != key]
     write_json(run.evaluations, [*others, record])
 
 
@@ -45,8 +47,9 @@ def before_after_table(records: Iterable[dict[str, Any]]) -> str:
         by_set.setdefault((record["cases"], record["thinking"]), []).append(record)
     lines = [_line("% of cases", TITLES)]
     for (name, thinking), members in by_set.items():
-        title = f"{fit(visible(name), 48).rstrip()}, thinking {visible(thinking)}, n = {members[-1]['n']}"
-        lines.append(fit(title, 80).rstrip())
+        title = pad_or_truncate(escape_control(name), 48).rstrip()
+        title += f", thinking {escape_control(thinking)}, n = {members[-1]['n']}"
+        lines.append(pad_or_truncate(title, 80).rstrip())
         for record in members[:1] + members[1:][-1:]:
             exact, *others = (
                 f"{100 * record[key]:.1f}"
@@ -61,4 +64,4 @@ def before_after_table(records: Iterable[dict[str, Any]]) -> str:
 def _line(label: str, cells: Sequence[str]) -> str:
     """Return a label of 18 columns and cells as wide as their titles, at least 5: 80 columns in all."""
     columns = (f"  {cell:>{max(5, len(title))}}" for cell, title in zip(cells, TITLES, strict=True))
-    return (fit(label, 18) + "".join(columns)).rstrip()
+    return (pad_or_truncate(label, 18) + "".join(columns)).rstrip()

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grpo.cases import load
-from grpo.config import Config, Thinking, load_config, resolve
+from grpo.cases import load_cases
+from grpo.config import Config, ThinkingMode, load_config, resolve_path
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
-from grpo.policy.adapter_files import lora_section, system_prompt
-from grpo.policy.base_model import card_name, context_of, load_tokenizer, pick_device, pick_dtype
-from grpo.policy.policy import check_adapter, missing_parts
-from grpo.prompts import encode_plain, render_prompt
+from grpo.policy.adapter_files import lora_section_of, system_prompt
+from grpo.policy.base_model import card_name, load_tokenizer, read_context_length, resolve_device, resolve_dtype
+from grpo.policy.policy import check_adapter, missing_files
+from grpo.prompts import encode_as_plain_text, render_prompt
 from grpo.run.input_hashes import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Reward, load_reward
-from rewards.safe_files import Unreadable, check_contents, is_regular, read_json
+from rewards.safe_files import InvalidFile, check_no_links_out, is_regular, read_json
 
 CARD_CONFIG = "configs/v49.toml"
 """The token budget, temperature and modes for a bare MODEL; its system prompt comes from the model or adapter (see
@@ -47,7 +47,7 @@ class EvaluationRequest:
     """The evaluation given by ``--against``."""
     dropped: tuple[str, ...]
     """One line per kind of row or value that was dropped from the case files."""
-    thinking: Mapping[Thinking, bool]
+    thinking: Mapping[ThinkingMode, bool]
     """Mode → whether its prompts end inside an open ``<think>``, which determines how an answer is parsed."""
 
 
@@ -60,17 +60,17 @@ def parse_request(arguments: argparse.Namespace) -> EvaluationRequest:
     config = build_config(arguments)
     reward = load_reward(config.reward.set)
     before = read_evaluation(arguments.against) if arguments.against else None
-    sets, dropped = load_sets(config, arguments.cases, missing_parts(config.model, config.lora))
+    sets, dropped = load_sets(config, arguments.cases, missing_files(config.model, config.lora))
     if before is not None:
         check_same_cases(sets, before, arguments.against)
-    device = pick_device(config.model.device)
+    device = resolve_device(config.model.device)
     adapter = config.lora.warm_start
     if adapter and arguments.adapter is None:
-        check_adapter(resolve(adapter), config.lora, config.model.name, key="lora.warm_start")
+        check_adapter(resolve_path(adapter), config.lora, config.model.name, key="lora.warm_start")
     config, thinking = fit_to_context(config, sets)
     settings = {
         "model_sha256": folder_sha256(model_folder(config.model.name), MODEL_FILES),
-        "adapter_sha256": folder_sha256(resolve(adapter), ADAPTER_FILES) if adapter else None,
+        "adapter_sha256": folder_sha256(resolve_path(adapter), ADAPTER_FILES) if adapter else None,
         "cases": {name: cases_sha256(cases) for name, cases in sets.items()},
         "thinking": list(config.evaluate.thinking),
         "samples": arguments.samples,
@@ -80,7 +80,7 @@ def parse_request(arguments: argparse.Namespace) -> EvaluationRequest:
         "system_prompt": config.cases.system_prompt,
         "formats": list(reward.formats),
         "device": card_name(device),
-        "dtype": str(pick_dtype(config.model.dtype, device)).removeprefix("torch."),
+        "dtype": str(resolve_dtype(config.model.dtype, device)).removeprefix("torch."),
     }
     name = config.name if arguments.what.endswith(".toml") else set_name(arguments.what)
     return EvaluationRequest(name, config, reward, sets, arguments.samples, settings, before, dropped, thinking)
@@ -113,11 +113,11 @@ def config_for_model(
     Raises:
         UserError: the model is a run folder, the adapter cannot be used with it, or an option is invalid.
     """
-    if is_regular(resolve(model) / "reward.json"):
+    if is_regular(resolve_path(model) / "reward.json"):
         adapter_folder = Path(model) / "adapter"
         raise UserError(f"{model}: is a run folder: give its config, and its adapter with --adapter {adapter_folder}")
     adapter = NO_ADAPTER if adapter is None else adapter
-    prompt = system_prompt(model, None if adapter == NO_ADAPTER else resolve(adapter))
+    prompt = system_prompt(model, None if adapter == NO_ADAPTER else resolve_path(adapter))
     defaults = override_each({"model.name": model, "cases.system_prompt": prompt})
     config, _ = load_config(CARD_CONFIG, [*defaults, *overrides, *override_each(options)])
     return with_adapter(config, adapter)
@@ -128,8 +128,8 @@ def with_adapter(config: Config, adapter: str) -> Config:
     if adapter == NO_ADAPTER:  # a fresh adapter, which does not change the model, as small as possible
         unchanged = {"warm_start": "", "r": 1, "target_modules": ("down_proj",)}
         return config.model_copy(update={"lora": config.lora.model_copy(update=unchanged)})
-    lora = lora_section(resolve(adapter), adapter)
-    check_adapter(resolve(adapter), lora, config.model.name, key="--adapter")
+    lora = lora_section_of(resolve_path(adapter), adapter)
+    check_adapter(resolve_path(adapter), lora, config.model.name, key="--adapter")
     return config.model_copy(update={"lora": lora})
 
 
@@ -150,7 +150,7 @@ def load_sets(
     sets, dropped, faults = {}, [], list(faults)
     for name, path in files.items():
         try:
-            loaded = load(config.cases.format, path, strict=config.cases.strict)
+            loaded = load_cases(config.cases.format, path, strict=config.cases.strict)
         except UserError as error:
             faults.append(f"{name}: {error}" + ("" if file is not None else " (give another file with --cases)"))
         else:
@@ -173,7 +173,7 @@ def set_name(file: str) -> str:
 
 def fit_to_context(
     config: Config, sets: Mapping[str, Sequence[Case]], *, shorten: bool = False
-) -> tuple[Config, dict[Thinking, bool]]:
+) -> tuple[Config, dict[ThinkingMode, bool]]:
     """Check that each prompt and the token budget fit the model's context, and return the config and
     `EvaluationRequest.thinking`. Load the tokenizer only.
 
@@ -183,16 +183,18 @@ def fit_to_context(
     Raises:
         UserError: the model is missing, or they do not fit; gives the largest budget that does.
     """
-    if faults := missing_parts(config.model, config.lora):
+    if faults := missing_files(config.model, config.lora):
         raise UserError("\n       ".join(faults))
-    tokenizer, context = load_tokenizer(config.model.name), context_of(config.model.name)
+    tokenizer, context = load_tokenizer(config.model.name), read_context_length(config.model.name)
     budget, system = config.evaluate.max_new_tokens, config.cases.system_prompt
     empty_prompts = {
         mode: render_prompt(tokenizer, Case("empty", "", 1), system_prompt=system, thinking=mode == "on")
         for mode in config.evaluate.thinking
     }
     narrative, case_id, name = max(
-        (len(encode_plain(tokenizer, case.text)), case.id, name) for name, cases in sets.items() for case in cases
+        (len(encode_as_plain_text(tokenizer, case.text)), case.id, name)
+        for name, cases in sets.items()
+        for case in cases
     )
     length = narrative + max(len(prompt.ids) for prompt in empty_prompts.values())
     longest = f"case {case_id!r} of {name} takes {length} tokens as a prompt, the model's context is {context}"
@@ -212,7 +214,7 @@ def model_folder(name: str) -> Path:
     """Return the local folder of a model's files: a folder, ``embedded:base``, or the cache of a hub id."""
     from transformers.utils import cached_file
 
-    folder = resolve(name)
+    folder = resolve_path(name)
     return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", local_files_only=True))).parent
 
 
@@ -234,9 +236,9 @@ def check_output_folder(out: Path, settings: Mapping[str, Any]) -> None:
             raise UserError(f"{out}: already exists and is not an evaluation: choose another folder with --out")
         return
     try:
-        check_contents(out)
+        check_no_links_out(out)
         before = read_json(path)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}: delete {out} to start over") from None
     if before != settings:
         recorded = before if isinstance(before, dict) else {}

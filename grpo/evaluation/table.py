@@ -3,9 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo.runtime.terminal import fit, wrap
+from grpo.runtime.terminal import pad_or_truncate, wrap
 
-Record = Mapping[str, Any]
+JsonObject = Mapping[str, Any]
 """A JSON object."""
 
 WIDTH = 80
@@ -30,7 +30,7 @@ BASELINE_RATES = ("exact", "adjacent", "non_adjacent", "dangerous_under", "high_
 LEVELS = ("1", "2", "3", "4", "5")
 
 
-def evaluation_table(evaluation: Record) -> str:
+def evaluation_table(evaluation: JsonObject) -> str:
     """Return the whole table: what was evaluated, a block for each set, and the comparison."""
     return "\n".join(line.rstrip() for line in _lines(evaluation))
 
@@ -48,7 +48,7 @@ def percent(rate: float | None) -> str:
     return ">99.9" if 0.9995 <= rate < 1 else f"{100 * rate:.1f}"
 
 
-def _lines(evaluation: Record) -> Iterator[str]:
+def _lines(evaluation: JsonObject) -> Iterator[str]:
     yield from _header(evaluation)
     for name in dict.fromkeys(record["cases"] for record in evaluation["records"]):
         records = [record for record in evaluation["records"] if record["cases"] == name]
@@ -63,7 +63,7 @@ def _lines(evaluation: Record) -> Iterator[str]:
         yield from ("", *_comparison(evaluation["comparison"]))
 
 
-def _header(evaluation: Record) -> Iterator[str]:
+def _header(evaluation: JsonObject) -> Iterator[str]:
     settings, adapter = evaluation["settings"], evaluation["adapter"]
     sampling = f"temperature {settings['temperature']:g}" if settings["temperature"] else "greedy"
     budget = f"up to {settings['max_new_tokens']} new tokens"
@@ -75,11 +75,11 @@ def _header(evaluation: Record) -> Iterator[str]:
         yield from _labelled("dropped", line)
 
 
-def _name_and_hash(record: Record) -> str:
+def _name_and_hash(record: JsonObject) -> str:
     return f"{record['name']}, sha256 {record['sha256'][:12]}"
 
 
-def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
+def _rates(name: str, records: Sequence[JsonObject]) -> Iterator[str]:
     yield _row(f"{name}, {records[0]['n']} cases", [f"thinking {record['thinking']}" for record in records])
     yield _row("", ["    %  95 % interval"] * len(records))
     for key, label in RATE_LABELS.items():
@@ -99,7 +99,7 @@ def _rates(name: str, records: Sequence[Record]) -> Iterator[str]:
         yield "‡ most frequent level of a case's parsed answers; in a tie the most acute"
 
 
-def _samples(records: Sequence[Record]) -> Iterator[str]:
+def _samples(records: Sequence[JsonObject]) -> Iterator[str]:
     for key in ("exact", "adjacent"):
         majorities = [record["majority"] for record in records]
         yield _row(f"majority ‡ {key}", [_cell(rates[key], rates["intervals"][key]) for rates in majorities])
@@ -109,22 +109,22 @@ def _samples(records: Sequence[Record]) -> Iterator[str]:
         yield _row(f"pass@{k}", [_share_cell(record["pass_at_k"][k]) for record in records])
 
 
-def _baselines(baselines: Record) -> Iterator[str]:
-    yield fit("constant answer, %", LABEL_WIDTH) + "".join(f"ESI {level}".rjust(9) for level in LEVELS)
+def _baselines(baselines: JsonObject) -> Iterator[str]:
+    yield pad_or_truncate("constant answer, %", LABEL_WIDTH) + "".join(f"ESI {level}".rjust(9) for level in LEVELS)
     for key in BASELINE_RATES:
         cells = (percent(baselines[f"always_{level}"][key]).rjust(9) for level in LEVELS)
-        yield fit(RATE_LABELS[key], LABEL_WIDTH) + "".join(cells)
+        yield pad_or_truncate(RATE_LABELS[key], LABEL_WIDTH) + "".join(cells)
 
 
-def _confusion(records: Sequence[Record]) -> Iterator[str]:
+def _confusion(records: Sequence[JsonObject]) -> Iterator[str]:
     predicted = "".join(label.rjust(5) for label in (*LEVELS, "none"))
-    yield fit("gold, answer", 14) + "   ".join([predicted] * len(records))
+    yield pad_or_truncate("gold, answer", 14) + "   ".join([predicted] * len(records))
     for gold in LEVELS:
         counts = ("".join(str(count).rjust(5) for count in record["confusion"][gold]) for record in records)
-        yield fit(f"ESI {gold}", 14) + "   ".join(counts)
+        yield pad_or_truncate(f"ESI {gold}", 14) + "   ".join(counts)
 
 
-def _agreement(agreement: Record) -> Iterator[str]:
+def _agreement(agreement: JsonObject) -> Iterator[str]:
     low, high = (percent(bound) for bound in agreement["interval"])
     same = f"on and off give the same answer in {percent(agreement['agreement'])} % ({low}–{high})"
     yield from _labelled("modes", f"{same}, Cohen's kappa {_number(agreement['kappa']).strip()}")
@@ -135,7 +135,7 @@ def _agreement(agreement: Record) -> Iterator[str]:
         yield from _labelled("", f"right in one mode only: on {on}, off {off}, {p_value}")
 
 
-def _errors(record: Record, reward: str) -> Iterator[str]:
+def _errors(record: JsonObject, reward: str) -> Iterator[str]:
     errors = record["errors"]
     majority = " by majority" if "samples" in record else ""
     yield from _labelled("wrong", f"{errors['wrong']} of {record['n']} cases{majority}, thinking {record['thinking']}")
@@ -163,7 +163,7 @@ def _errors(record: Record, reward: str) -> Iterator[str]:
         yield from _labelled("tags", ", ".join(tags[:MAX_TAGS_SHOWN]) + more)
 
 
-def _comparison(comparison: Record) -> Iterator[str]:
+def _comparison(comparison: JsonObject) -> Iterator[str]:
     yield from _labelled("against", comparison["against"])
     if comparison["changed_settings"]:
         yield from _labelled("", f"evaluated with a different {', '.join(comparison['changed_settings'])}")
@@ -180,7 +180,7 @@ def _comparison(comparison: Record) -> Iterator[str]:
 
 
 def _row(label: str, cells: Sequence[str]) -> str:
-    return fit(label, LABEL_WIDTH) + "".join(fit(cell, COLUMN_WIDTH) for cell in cells)
+    return pad_or_truncate(label, LABEL_WIDTH) + "".join(pad_or_truncate(cell, COLUMN_WIDTH) for cell in cells)
 
 
 def _cell(rate: float | None, interval: Sequence[float] | None) -> str:
@@ -193,7 +193,7 @@ def _cell(rate: float | None, interval: Sequence[float] | None) -> str:
     return f"{percent(rate):>5}  {percent(interval[0])}–{percent(interval[1])}"
 
 
-def _share_cell(record: Record) -> str:
+def _share_cell(record: JsonObject) -> str:
     return _cell(record["share"], record["interval"])
 
 
@@ -214,4 +214,4 @@ def format_ids(ids: Sequence[str]) -> str:
 def _labelled(label: str, text: str) -> Iterator[str]:
     """Yield the lines of a text, wrapped, with the label before the first."""
     for i, line in enumerate(wrap(text, WIDTH - 11)):
-        yield f"{fit('' if i else label, 10)} {line}"
+        yield f"{pad_or_truncate('' if i else label, 10)} {line}"

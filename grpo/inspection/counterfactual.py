@@ -15,10 +15,10 @@ import numpy as np
 from grpo.advantage import zero_variance
 from grpo.batch import group_advantages
 from grpo.config import Config
-from grpo.metrics import advantage_shares, rewards_of
-from grpo.run.ledger import Entry
+from grpo.metrics import advantage_by_component, rewards_of
+from grpo.run.ledger import LedgerStep
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import fit, visible
+from grpo.runtime.terminal import escape_control, pad_or_truncate
 from grpo.scoring import score_groups
 from rewards import Reward
 
@@ -62,7 +62,7 @@ class Counterfactual:
         return sum(row.flips for row in self.rows)
 
 
-def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactual:
+def counterfactual(entry: LedgerStep, config: Config, other: Reward) -> Counterfactual:
     """Score a recorded step with another reward; the run's overlong penalty, baseline and normalization stay.
 
     Raises:
@@ -74,7 +74,7 @@ def counterfactual(entry: Entry, config: Config, other: Reward) -> Counterfactua
     step = dataclasses.replace(entry.step, scores=score_groups(other, entry.step.groups, config))
     rewards = rewards_of(step)
     advantages = group_advantages(step.groups, rewards, config.advantage)
-    shares = advantage_shares(step, config.advantage)
+    shares = advantage_by_component(step, config.advantage)
     in_baseline = step.batch.baseline_mask.numpy().reshape(rewards.shape)
     uniform_now, uniform_then = (zero_variance(r, in_baseline=in_baseline) for r in (entry.rewards, rewards))
     return Counterfactual(
@@ -108,13 +108,13 @@ def table_lines(step: Counterfactual) -> list[str]:
     header = f"{'case':<22}{'reward → then':>16}{'advantage → then':>19}"
     lines = [f"step {step.step}", f"  group member  {header}"]
     for row in step.rows:
-        case = fit(visible(row.case_id), 22)
+        case = pad_or_truncate(escape_control(row.case_id), 22)
         rewards = f"{row.reward_now:>+7.2f} → {row.reward_then:>+6.2f}"
         advantages = f"{row.advantage_now:>+9.3f} → {row.advantage_then:>+7.3f}"
         lines.append(f"  {row.group:>5} {row.member:>6}  {case}{rewards}{advantages}{'  flips' * row.flips}")
         for name in {**row.parts_now, **row.parts_then}:
             now, then = row.parts_now.get(name, 0.0), row.parts_then.get(name, 0.0)
-            lines.append(f"{'':<18}{fit(visible(name), 36)}{now:>+9.3f} → {then:>+7.3f}")
+            lines.append(f"{'':<18}{pad_or_truncate(escape_control(name), 36)}{now:>+9.3f} → {then:>+7.3f}")
     return lines
 
 
@@ -122,7 +122,7 @@ def change_lines(step: Counterfactual) -> list[str]:
     """Format a step as one line; no line if no sign and no group's variance changes."""
     if not (step.flips or step.gained or step.lost):
         return []
-    cases = {row.group: visible(row.case_id) for row in step.rows}
+    cases = {row.group: escape_control(row.case_id) for row in step.rows}
     groups = [
         f"{verb} {', '.join(cases[b] for b in changed[:4])}{', …' * (len(changed) > 4)}"
         for verb, changed in (("gains", step.gained), ("loses", step.lost))
@@ -141,7 +141,7 @@ def summary_lines(steps: Sequence[Counterfactual], name_now: str, name_then: str
     rows = [row for step in steps for row in step.rows]
     groups = sum(len({row.group for row in step.rows}) for step in steps)
     lines = [
-        f"reward {visible(name_now)} → {visible(name_then)}, {len(steps):,} step{'s' * (len(steps) != 1)}",
+        f"reward {escape_control(f'{name_now} → {name_then}')}, {len(steps):,} step{'s' * (len(steps) != 1)}",
         f"  {sum(row.reward_now != row.reward_then for row in rows):,} of {len(rows):,} completions get another reward",
         f"  {sum(row.flips for row in rows):,} change the sign of their advantage",
         f"  of {groups:,} groups, {sum(len(step.gained) for step in steps):,} gain and "
@@ -153,7 +153,7 @@ def summary_lines(steps: Sequence[Counterfactual], name_now: str, name_then: str
         means = [_mean([size for size in sizes if size is not None]) for sizes in (now, then)]
         if any(means):
             texts = ["–" if mean is None else f"{mean:.3f}" for mean in means]
-            lines.append(f"    {fit(visible(name), 46)}{texts[0]:>8} → {texts[1]:>6}")
+            lines.append(f"    {pad_or_truncate(escape_control(name), 46)}{texts[0]:>8} → {texts[1]:>6}")
     return lines
 
 

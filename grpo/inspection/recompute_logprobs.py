@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo.cases import row_key
-from grpo.config import Config, Model
+from grpo.cases import stable_seed
+from grpo.config import Config, ModelSection
 from grpo.inspection.run_reader import RecordedRun
-from grpo.metrics import rows
+from grpo.metrics import group_member_pairs
 from grpo.micro_batch_limit import room
-from grpo.policy.base_model import card_name, pick_device, pick_dtype
-from grpo.policy.policy import Policy, adapter_copy, adapter_swapped, load_policy
+from grpo.policy.base_model import card_name, resolve_device, resolve_dtype
+from grpo.policy.policy import Policy, as_reference, copy_adapter, load_policy
 from grpo.prompts import render_prompt
 from grpo.run.checkpoint import load_checkpoint
-from grpo.run.ledger import Entry, read_step
+from grpo.run.ledger import LedgerStep, read_step
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
 from grpo.update import micro_batches, packed, reference_logprobs, scored
@@ -97,7 +97,7 @@ def replay_with_model(
     return record, lines, equal
 
 
-def on_device(recording: RecordedRun, device: str | None) -> Model:
+def on_device(recording: RecordedRun, device: str | None) -> ModelSection:
     """Return the run's ``[model]`` section with the device to use here; None is the run's own.
 
     Raises:
@@ -105,17 +105,17 @@ def on_device(recording: RecordedRun, device: str | None) -> Model:
     """
     section = recording.config.model
     try:
-        return section.model_copy(update={"device": str(pick_device(device or section.device))})
+        return section.model_copy(update={"device": str(resolve_device(device or section.device))})
     except UserError as error:
         hint = "" if device else ": --device cpu computes the run's model there"
         raise UserError(f"{error}{hint}") from None
 
 
-def recompute(recording: RecordedRun, steps: Sequence[int], section: Model) -> Iterator[Recomputed]:
+def recompute(recording: RecordedRun, steps: Sequence[int], section: ModelSection) -> Iterator[Recomputed]:
     """Recompute steps with the model of ``section``, which `on_device` returns."""
     config = recording.config
     policy = load_policy(section, config.lora, seed=config.train.seed)
-    initial = adapter_copy(policy)
+    initial = copy_adapter(policy)
     reference = initial if config.loss.reference == "warm_start" else None
     for number in tqdm(steps, unit="step", leave=False, disable=None):
         entry = read_step(recording.run.ledger, number)
@@ -130,7 +130,7 @@ def recompute(recording: RecordedRun, steps: Sequence[int], section: Model) -> I
 
 def recompute_step(
     policy: Policy,
-    entry: Entry,
+    entry: LedgerStep,
     config: Config,
     reference: Mapping[str, Tensor] | None,
     before: Mapping[str, Tensor] | None,
@@ -148,9 +148,9 @@ def recompute_step(
         logprobs = packed(reference_logprobs(policy, batch, cuts, config, reference), batch)
         reference_drift = drift(logprobs, step.logprobs.ref_logprobs)
     if before is not None:
-        with adapter_swapped(policy, before), torch.no_grad():
+        with as_reference(policy, before), torch.no_grad():
             policy.model.train()  # the training applied dropout, with this seed
-            torch.manual_seed(row_key("dropout", config.train.seed, step.number - 1, 0) % 2**63)
+            torch.manual_seed(stable_seed("dropout", config.train.seed, step.number - 1, 0) % 2**63)
             logprobs = packed(scored(policy, batch, cuts, config.rollout.temperature), batch)
             policy.model.eval()
         policy_drift = drift(logprobs, step.logprobs.logprobs[0])
@@ -167,9 +167,9 @@ def drift(recomputed: Tensor, recorded: Tensor) -> Drift:
     return Drift(distance.numel(), float(distance.max()), float(distance.mean()))
 
 
-def undecodable_rows(policy: Policy, entry: Entry, config: Config) -> Iterator[str]:
+def undecodable_rows(policy: Policy, entry: LedgerStep, config: Config) -> Iterator[str]:
     """Yield prompts that the tokenizer renders differently and completions that it decodes or ends differently."""
-    for b, g in rows(entry.step):
+    for b, g in group_member_pairs(entry.step):
         group = entry.step.groups[b]
         case, completion = group.prompt.case, group.completions[g]
         name = f"group {b} (case {case.id}), member {g}"
@@ -178,25 +178,25 @@ def undecodable_rows(policy: Policy, entry: Entry, config: Config) -> Iterator[s
         )
         if g == 0 and prompt.ids != group.prompt.ids:
             yield f"{name}: prompt"
-        finished = completion.ids[-1] in policy.end_ids
+        finished = completion.ids[-1] in policy.end_token_ids
         ids = completion.ids[:-1] if finished else completion.ids
         text = policy.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if (text, finished) != (completion.text, completion.finished):
             yield f"{name}: completion"
 
 
-def rounding_causes(recording: RecordedRun, section: Model) -> list[str]:
+def rounding_causes(recording: RecordedRun, section: ModelSection) -> list[str]:
     """Return why the last bits may differ: equal bits need the same kind of device and the same micro-batches."""
-    trained, here = str(recording.made_with.get("device")), card_name(pick_device(section.device))
+    trained, here = str(recording.made_with.get("device")), card_name(resolve_device(section.device))
     causes = [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
     if recording.config.optim.micro_batch_tokens == "auto":
         causes.append('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
     return causes
 
 
-def _coarser_dtype(recording: RecordedRun, section: Model) -> str:
+def _coarser_dtype(recording: RecordedRun, section: ModelSection) -> str:
     """Return the coarser one of the dtypes of the base in the training and here."""
-    dtypes = {str(pick_dtype(section.dtype, pick_device(section.device))).removeprefix("torch.")}
+    dtypes = {str(resolve_dtype(section.dtype, resolve_device(section.device))).removeprefix("torch.")}
     if section.dtype == "auto":
         dtypes.add("float32" if str(recording.made_with.get("device")).startswith("cpu") else "bfloat16")
     return max(dtypes, key=TOLERANCES.__getitem__)
@@ -225,6 +225,6 @@ def _drift_lines(name: str, results: Sequence[Recomputed], dtype: str, causes: S
 
 def _load_adapter(policy: Policy, checkpoint: Path) -> dict[str, Tensor]:
     """Return the adapter of a checkpoint without changing the policy."""
-    with adapter_swapped(policy, adapter_copy(policy)):
+    with as_reference(policy, copy_adapter(policy)):
         load_checkpoint(checkpoint, policy, torch.optim.AdamW(policy.adapter_parameters().values()))
-        return adapter_copy(policy)
+        return copy_adapter(policy)

@@ -22,15 +22,22 @@ from grpo.batch import group_advantages, make_batch
 from grpo.config import Config
 from grpo.inspection.bit_diff import Difference, array_differences, difference_of, same_bits, short_repr
 from grpo.inspection.run_reader import RecordedRun, reformatted_lines, unindexed_files
-from grpo.metrics import TokenAccount, advantage_shares, rows, step_metrics, token_account, token_slices
-from grpo.run.folder import PACKAGES, finite
-from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, modified_files, read_step, step_files
+from grpo.metrics import (
+    TokenTerms,
+    advantage_by_component,
+    compute_token_terms,
+    group_member_pairs,
+    step_metrics,
+    token_slices,
+)
+from grpo.run.folder import PACKAGES, nan_to_none
+from grpo.run.ledger import TRAINER_ONLY_METRICS, LedgerStep, modified_files, read_step, step_files
 from grpo.runtime.errors import UserError
-from grpo.scoring import length_penalty, score_groups
-from grpo.types import Step
+from grpo.scoring import overlong_term, score_groups
+from grpo.types import StepRecord
 from grpo.update import learning_rate
 from rewards import Reward, Score
-from rewards.table import combine, total
+from rewards.table import score_parts, total
 
 MAX_PRINTED = 20
 """Differences that are printed; ``--json`` contains all of them."""
@@ -93,7 +100,7 @@ def replay(recording: RecordedRun, steps: Sequence[int]) -> ReplayResult:
 
 
 def replay_step(
-    entry: Entry, config: Config, reward: Reward, logged_metrics: Mapping[str, Any] | None
+    entry: LedgerStep, config: Config, reward: Reward, logged_metrics: Mapping[str, Any] | None
 ) -> list[Difference]:
     """Return every value of a recorded step that differs from the recomputed one; empty for an unmodified record.
 
@@ -113,10 +120,10 @@ def replay_step(
         rewards = np.array([[score.total for score in row] for row in scores])
         batch = make_batch(entry.step.groups, group_advantages(entry.step.groups, rewards, config.advantage), config)
         step = dataclasses.replace(entry.step, scores=scores, batch=batch)
-        account = token_account(step.logprobs, batch, config.loss)
-        shares = advantage_shares(step, config.advantage)
+        account = compute_token_terms(step.logprobs, batch, config.loss)
+        shares = advantage_by_component(step, config.advantage)
         position = number * config.optim.inner_epochs - 1
-        metrics = finite(step_metrics(step, account, shares, config) | {"lr": learning_rate(config, position)})
+        metrics = nan_to_none(step_metrics(step, account, shares, config) | {"lr": learning_rate(config, position)})
         differences = [*_score_differences(entry, scores), *_tensor_differences(entry, step, account, shares)]
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, ArithmeticError) as error:
         # a forged record can contain anything
@@ -125,13 +132,15 @@ def replay_step(
     return [*modified, *differences, *_metric_differences(entry, metrics, logged_metrics)]
 
 
-def rescore(entry: Entry, config: Config, reward: Reward) -> tuple[tuple[Score, ...], ...]:
+def rescore(entry: LedgerStep, config: Config, reward: Reward) -> tuple[tuple[Score, ...], ...]:
     """Return [B][G] scores of the recorded texts or, if they were not recorded, of the recorded answers and rules."""
     if entry.text == "full":
         return score_groups(reward, entry.step.groups, config)
     return tuple(
         tuple(
-            _recombine(score, group.prompt.case.gold_level, len(completion.ids), config, reward, entry.text == "redacted")
+            _recombine(
+                score, group.prompt.case.gold_level, len(completion.ids), config, reward, entry.text == "redacted"
+            )
             for completion, score in zip(group.completions, row, strict=True)
         )
         for group, row in zip(entry.step.groups, entry.step.scores, strict=True)
@@ -143,19 +152,19 @@ def _recombine(score: Score, gold: int, length: int, config: Config, reward: Rew
     parts = dict(score.parts)
     if parts["timeout"] == 0.0 and not score.timed_out:
         error = None if score.answer.level is None else score.answer.level - gold
-        stacked = combine(reward.table, error, {fired.rule: fired.value for fired in score.fired})
+        stacked = score_parts(reward.table, error, {fired.rule: fired.value for fired in score.fired})
         if rules_known:
             parts = dict.fromkeys(parts, 0.0) | stacked
         else:
             parts |= {name: stacked[name] for name in ("outcome", "no_parse")}
-        parts["overlong"] = length_penalty(length, config)
+        parts["overlong"] = overlong_term(length, config)
     return dataclasses.replace(score, total=total(parts), parts=parts)
 
 
-def _score_differences(entry: Entry, scores: Sequence[Sequence[Score]]) -> Iterator[Difference]:
+def _score_differences(entry: LedgerStep, scores: Sequence[Sequence[Score]]) -> Iterator[Difference]:
     """Compare answers and rules. If the texts were not recorded, both sides are the record."""
     tensors, lines = (f"ledger/{file.name}" for file in step_files(Path(), entry.step.number))
-    for b, g in rows(entry.step):
+    for b, g in group_member_pairs(entry.step):
         fields = [
             {
                 f"{tensors}: predicted": score.answer.level,
@@ -174,7 +183,7 @@ def _score_differences(entry: Entry, scores: Sequence[Sequence[Score]]) -> Itera
 
 
 def _tensor_differences(
-    entry: Entry, replayed: Step, account: TokenAccount, shares: Mapping[str, np.ndarray]
+    entry: LedgerStep, replayed: StepRecord, account: TokenTerms, shares: Mapping[str, np.ndarray]
 ) -> Iterator[Difference]:
     """Compare all tensors of the step's safetensors file that are not inputs of the replay."""
     by_row = [
@@ -192,7 +201,7 @@ def _tensor_differences(
         {"ratio": terms.ratio, "clip": terms.clip_side, "kl": terms.kl, "loss": terms.loss}
         for terms in (entry.account, account)
     ]
-    names = [_row_name(entry.step, b, g) for b, g in rows(entry.step)]
+    names = [_row_name(entry.step, b, g) for b, g in group_member_pairs(entry.step)]
     row_slices = [slice(row, row + 1) for row in range(len(names))]
     token_places = token_slices([len(ids) for ids in entry.step.batch.completion_ids])
     file = f"ledger/{step_files(Path(), entry.step.number)[0].name}"
@@ -207,19 +216,19 @@ def _columns(name: str, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarra
     return {f"{name}[{component}]": array.ravel() for component, array in arrays.items()}
 
 
-def _parts(step: Step) -> dict[str, np.ndarray]:
+def _parts(step: StepRecord) -> dict[str, np.ndarray]:
     """Return component → [N] fp64 parts of the reward."""
     scores = [score for row in step.scores for score in row]
     return {name: np.array([score.parts[name] for score in scores], dtype=np.float64) for name in scores[0].parts}
 
 
-def _row_name(step: Step, b: int, g: int) -> str:
+def _row_name(step: StepRecord, b: int, g: int) -> str:
     case = step.groups[b].prompt.case.id
     return f"group {b}{f' (case {case})' if case else ''}, member {g}"
 
 
 def _metric_differences(
-    entry: Entry, replayed: Mapping[str, Any], line: Mapping[str, Any] | None
+    entry: LedgerStep, replayed: Mapping[str, Any], line: Mapping[str, Any] | None
 ) -> Iterator[Difference]:
     """Compare both copies of the metrics: the one in the ledger and the line of ``metrics.jsonl``."""
     number = entry.step.number
@@ -239,9 +248,11 @@ def _metric_differences(
                 yield difference_of(number, f"{file}: {name}", "", [(logged[name], expected[name])])
 
 
-def _throughput_differences(step: Step, line: Mapping[str, Any]) -> Iterator[Difference]:
+def _throughput_differences(step: StepRecord, line: Mapping[str, Any]) -> Iterator[Difference]:
     """Compare the throughput with the tokens and with the seconds in the same line."""
-    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(sum(group.lengths) for group in step.replaced_groups)
+    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(
+        sum(group.lengths) for group in step.replaced_groups
+    )
     seconds = [line.get(f"time/{name}_s") for name in PHASES]
     if not all(isinstance(value, float) and value > 0 for value in seconds):
         expected = f"seconds of {', '.join(PHASES)}"

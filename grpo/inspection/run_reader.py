@@ -14,12 +14,12 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from grpo.config import MOST, Config, notes
-from grpo.run.folder import Run
-from grpo.run.ledger import file_errors, ledger_steps
+from grpo.config import MAX_COUNT, Config, key_comments
+from grpo.run.folder import RunFolder
+from grpo.run.ledger import file_errors, recorded_steps
 from grpo.runtime.errors import UserError
 from rewards import Reward, load_reward
-from rewards.safe_files import MEBIBYTE, check_contents, clipped, is_regular, parse_json, raw_lines, read_json
+from rewards.safe_files import MEBIBYTE, check_no_links_out, is_regular, iter_lines, parse_json, read_json, shorten
 
 Metrics = dict[str, float | None]
 """One line of ``metrics.jsonl``; None for a metric that was not finite or had nothing to count."""
@@ -95,7 +95,7 @@ class RunHeader(_Lenient):
 class RecordedRun:
     """Everything a replay needs except the steps, which `grpo.run.ledger.read_step` reads one at a time."""
 
-    run: Run
+    run: RunFolder
     header: RunHeader
     reward: Reward
     """The reward of ``reward.json``."""
@@ -153,7 +153,7 @@ def read_recorded_run(path: Path) -> RecordedRun:
     Raises:
         UserError, RewardError: a part is missing or cannot be read.
     """
-    header, run = read_header(path), Run(path)
+    header, run = read_header(path), RunFolder(path)
     if "sha256" not in header.reward or not header.versions or not header.machine:
         raise UserError(f"{path / 'config.json'}: contains no reward, versions or machine; not written by `grpo train`")
     lines, _ = _read_metrics(run.metrics)
@@ -162,7 +162,7 @@ def read_recorded_run(path: Path) -> RecordedRun:
         if record["step"] in logged:
             raise UserError(f"{run.metrics}:{number}: a second line for step {record['step']}")
         logged[record["step"]] = record
-    return RecordedRun(run, header, load_reward(path / "reward.json"), logged, ledger_steps(run.ledger))
+    return RecordedRun(run, header, load_reward(path / "reward.json"), logged, recorded_steps(run.ledger))
 
 
 def read_run(path: Path) -> RunRecord:
@@ -185,7 +185,7 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         name=header.config.name,
         config=header.config,
-        notes=notes(header.source.toml),
+        notes=key_comments(header.source.toml),
         overrides={key.strip(): value.strip() for key, _, value in overrides},
         commit=header.commit,
         versions={name: version for name, version in header.versions.items() if version},
@@ -208,7 +208,7 @@ def read_header(path: Path) -> RunHeader:
         fault = "it holds no config.json" if path.is_dir() else "no such folder"
         raise UserError(f"{path}: not a run folder: {fault}; expected a folder written by `grpo train`, as runs/NAME")
     with file_errors(path):
-        check_contents(path)
+        check_no_links_out(path)
     try:
         return RunHeader.model_validate(_read_json(file))
     except ValidationError as error:
@@ -262,7 +262,11 @@ def _read_metrics(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:
             return lines, True
         try:
             record = parse_json(line)
-            if not isinstance(record, dict) or type(record.get("step")) is not int or not 0 <= record["step"] <= MOST:
+            if (
+                not isinstance(record, dict)
+                or type(record.get("step")) is not int
+                or not 0 <= record["step"] <= MAX_COUNT
+            ):
                 raise ValueError("no step")
         except ValueError as error:
             raise UserError(
@@ -321,7 +325,7 @@ def _missing_parts(config: Config, done: int, evaluations: Sequence[Evaluation])
 def _first_error(error: ValidationError) -> str:
     """Return key and message of the first error, without the value, which may belong to a case."""
     first = error.errors(include_input=False, include_url=False)[0]
-    key = clipped(".".join(str(part) for part in first["loc"]) or "the file", 200)[1:-1]
+    key = shorten(".".join(str(part) for part in first["loc"]) or "the file", 200)[1:-1]
     return f"{key}: {first['msg'][:300]}"
 
 
@@ -333,4 +337,4 @@ def _read_json(file: Path) -> Any:
 def _lines(file: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
     """Yield the lines as bytes with their ends: text mode would turn a carriage return into a newline."""
     with file_errors(file):
-        yield from raw_lines(file, longest=longest)
+        yield from iter_lines(file, longest=longest)

@@ -7,15 +7,15 @@ from typing import Any
 from grpo.advantage import zero_variance
 from grpo.config import Config
 from grpo.metrics import token_slices
-from grpo.run.ledger import Entry
+from grpo.run.ledger import LedgerStep
 from grpo.runtime.errors import UserError
-from grpo.token_budget import stop_cause
+from grpo.token_budget import finish_reason
 from rewards import Score
 
-Record = dict[str, Any]
+JsonObject = dict[str, Any]
 
 
-def step_record(entry: Entry, config: Config) -> Record:
+def step_record(entry: LedgerStep, config: Config) -> JsonObject:
     """Return a step and its groups, without texts."""
     step = entry.step
     uniform = zero_variance(entry.rewards, in_baseline=step.batch.baseline_mask.numpy().reshape(entry.rewards.shape))
@@ -36,7 +36,7 @@ def step_record(entry: Entry, config: Config) -> Record:
                 "reward_std": float(entry.rewards[b].std(ddof=1)),
                 "zero_variance": bool(uniform[b]),
                 "predicted": [score.answer.level for score in scores],
-                "stopped": [stop_cause(c, config.rollout.max_new_tokens) for c in group.completions],
+                "stopped": [finish_reason(c, config.rollout.max_new_tokens) for c in group.completions],
             }
             for b, (group, scores) in enumerate(zip(step.groups, step.scores, strict=True))
         ],
@@ -52,7 +52,7 @@ def step_record(entry: Entry, config: Config) -> Record:
     }
 
 
-def group_record(entry: Entry, config: Config, b: int) -> Record:
+def group_record(entry: LedgerStep, config: Config, b: int) -> JsonObject:
     """Return group ``b`` with its texts and completions; None stands for what was not recorded."""
     group = entry.step.groups[b]
     return step_record(entry, config)["groups"][b] | {
@@ -63,7 +63,7 @@ def group_record(entry: Entry, config: Config, b: int) -> Record:
     }
 
 
-def member_record(entry: Entry, config: Config, b: int, g: int) -> Record:
+def member_record(entry: LedgerStep, config: Config, b: int, g: int) -> JsonObject:
     """Return a completion with its reward and advantage by component, parsed answer and fired rules."""
     group, score = entry.step.groups[b], entry.step.scores[b][g]
     completion, rules_known = group.completions[g], entry.text != "off"
@@ -72,7 +72,7 @@ def member_record(entry: Entry, config: Config, b: int, g: int) -> Record:
         "member": g,
         "text": text,
         "tokens": len(completion.ids),
-        "stopped": stop_cause(completion, config.rollout.max_new_tokens),
+        "stopped": finish_reason(completion, config.rollout.max_new_tokens),
         "reward": float(entry.rewards[b, g]),
         "advantage": float(entry.advantages[b, g]),
         "components": {
@@ -87,15 +87,15 @@ def member_record(entry: Entry, config: Config, b: int, g: int) -> Record:
     }
 
 
-def _fired_rules(score: Score, case_text: str | None) -> list[Record]:
+def _fired_rules(score: Score, case_text: str | None) -> list[JsonObject]:
     return [{"rule": fired.rule, "value": fired.value, "match": _match(case_text, fired.span)} for fired in score.fired]
 
 
-def _match(text: str | None, span: tuple[int, int] | None) -> Record | None:
+def _match(text: str | None, span: tuple[int, int] | None) -> JsonObject | None:
     return None if span is None else {"span": list(span), "text": None if text is None else text[span[0] : span[1]]}
 
 
-def token_records(entry: Entry, b: int, g: int, decode_token: Callable[[int], str] | None) -> list[Record]:
+def token_records(entry: LedgerStep, b: int, g: int, decode_token: Callable[[int], str] | None) -> list[JsonObject]:
     """Return one record for each token of a completion in each inner epoch.
 
     Args:
@@ -129,7 +129,7 @@ def token_records(entry: Entry, b: int, g: int, decode_token: Callable[[int], st
     ]
 
 
-def find_groups(entry: Entry, name: str) -> list[int]:
+def find_groups(entry: LedgerStep, name: str) -> list[int]:
     """Return the groups of a case id or, for ``#B``, group B. Raises `UserError` if there is none."""
     ids = [group.prompt.case.id for group in entry.step.groups]
     matches = [b for b, case in enumerate(ids) if case and case == name]

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from grpo.runtime.terminal import STYLED, columns, fit, visible, wrap
+from grpo.runtime.terminal import STYLED, display_width, escape_control, pad_or_truncate, wrap
 
-Record = dict[str, Any]
+JsonObject = dict[str, Any]
 Style = Callable[[str, str], str]
 """(text, one of `grpo.runtime.terminal.STYLES` or "") → the styled text."""
 
@@ -35,7 +35,7 @@ HEADLINE = ("reward/mean", "completions/clipped_ratio", "completions/mean_length
 STOP_MARKS = {"end": "e", "budget": "b", "other": "o"}
 
 
-def step_lines(record: Record, width: int, style: Style) -> Iterator[str]:
+def step_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
     """Format a step as a table of its groups."""
     yield from wrap(f"run {record['run']}, step {record['step']} of {record['steps']}", width)
     yield from wrap(", ".join(f"{name} {_metric(record['metrics'].get(name))}" for name in HEADLINE), width)
@@ -44,18 +44,19 @@ def step_lines(record: Record, width: int, style: Style) -> Iterator[str]:
     marked = group_size <= 16 and 40 + max(9, group_size) + max(7, group_size) <= width
     widths = (max(9, group_size), max(7, group_size)) if marked else (12, 8)
     case_width = min(32, width - 32 - sum(widths))
-    titles = (
-        f"{'gold':>4} {'think':>5} {'mean':>7} {'std':>6}  {fit('predicted', widths[0])}  {fit('stopped', widths[1])}"
-    )
-    yield style(f"  {fit('case', case_width)} {titles}".rstrip(), "bold")
+    predicted, stopped = pad_or_truncate("predicted", widths[0]), pad_or_truncate("stopped", widths[1])
+    titles = f"{'gold':>4} {'think':>5} {'mean':>7} {'std':>6}  {predicted}  {stopped}"
+    yield style(f"  {pad_or_truncate('case', case_width)} {titles}".rstrip(), "bold")
     for group in record["groups"]:
         levels = [str(level or "–") for level in group["predicted"]]
         marks = [STOP_MARKS[cause] for cause in group["stopped"]]
         answers, stops = ("".join(levels), "".join(marks)) if marked else (_counts(levels), _counts(marks))
+        case = pad_or_truncate(escape_control(_case(group)), case_width)
+        answers, stops = pad_or_truncate(answers, widths[0]), pad_or_truncate(stops, widths[1])
         line = (
-            f"{'=' if group['zero_variance'] else ' '} {fit(visible(_case(group)), case_width)} {group['gold']:>4} "
+            f"{'=' if group['zero_variance'] else ' '} {case} {group['gold']:>4} "
             f"{'on' if group['thinking'] else 'off':>5} {_short(group['reward_mean'], '+'):>7} "
-            f"{_short(group['reward_std'], ''):>6}  {fit(answers, widths[0])}  {fit(stops, widths[1])}"
+            f"{_short(group['reward_std'], ''):>6}  {answers}  {stops}"
         )
         yield style(line.rstrip(), "yellow" if group["zero_variance"] else "")
     for group in record["dropped"]:
@@ -65,7 +66,7 @@ def step_lines(record: Record, width: int, style: Style) -> Iterator[str]:
     yield from _note("= no variance, no advantage; stopped: e end token, b token budget, o other", width, style)
 
 
-def group_lines(record: Record, width: int, style: Style) -> Iterator[str]:
+def group_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
     """Format a case, then its completions, side by side as far as they fit."""
     yield from case_lines(record, width, style)
     beside = max(1, (width + 2) // (MIN_COMPLETION_WIDTH + 2))
@@ -76,7 +77,7 @@ def group_lines(record: Record, width: int, style: Style) -> Iterator[str]:
         yield from _side_by_side(blocks[start : start + beside], column)
 
 
-def case_lines(record: Record, width: int, style: Style) -> Iterator[str]:
+def case_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
     """Format the case of a group and the rewards of the group as a whole."""
     thinking = "thinking" if record["thinking"] else "not thinking"
     tags = f", tags {', '.join(record['tags'])}" if record["tags"] else ""
@@ -87,15 +88,16 @@ def case_lines(record: Record, width: int, style: Style) -> Iterator[str]:
     yield from wrap("—" if record["case_text"] is None else record["case_text"], width)
 
 
-def member_lines(member: Record, width: int, style: Style) -> Iterator[str]:
+def member_lines(member: JsonObject, width: int, style: Style) -> Iterator[str]:
     """Format a completion: its reward and advantage by component, then its text."""
     reward, advantage = member["reward"], member["advantage"]
-    title = fit(f"member {member['member']}", width - 18)
+    title = pad_or_truncate(f"member {member['member']}", width - 18)
     yield style(f"{title}{_signed(reward):>9}{_signed(advantage):>9}", _sign_style(advantage) or "bold")
     yield style(f"{'':<{width - 18}}{'reward':>9}{'advant.':>9}", "dim")
     for name, part in member["components"].items():
         if part["reward"] or part["advantage"]:
-            yield f"  {fit(visible(name), width - 20)}{_signed(part['reward']):>9}{_signed(part['advantage']):>9}"
+            title = pad_or_truncate(escape_control(name), width - 20)
+            yield f"  {title}{_signed(part['reward']):>9}{_signed(part['advantage']):>9}"
     level = "no level" if member["predicted"] is None else f"ESI {member['predicted']}"
     items = [
         ("stopped", f"{member['stopped']}, {member['tokens']} tokens"),
@@ -114,7 +116,7 @@ def member_lines(member: Record, width: int, style: Style) -> Iterator[str]:
     yield from wrap("—" if member["text"] is None else member["text"], width)
 
 
-def token_lines(tokens: Sequence[Record], width: int, style: Style) -> Iterator[str]:
+def token_lines(tokens: Sequence[JsonObject], width: int, style: Style) -> Iterator[str]:
     """Format a table of a completion's tokens for each inner epoch, with as many of `TOKEN_COLUMNS` as fit and no wider
     than its longest token requires."""
     shown = dict(TOKEN_COLUMNS)
@@ -122,7 +124,7 @@ def token_lines(tokens: Sequence[Record], width: int, style: Style) -> Iterator[
         if 6 + MIN_TOKEN_WIDTH + sum(column[0] for column in shown.values()) > width:
             del shown[title]
     available = width - 6 - sum(column[0] for column in shown.values())
-    token_width = max(MIN_TOKEN_WIDTH, min(available, max(columns(_token(token)) for token in tokens)))
+    token_width = max(MIN_TOKEN_WIDTH, min(available, max(display_width(_token(token)) for token in tokens)))
     epochs = max(token["epoch"] for token in tokens)
     for epoch in range(1, epochs + 1):
         rows = [token for token in tokens if token["epoch"] == epoch]
@@ -130,16 +132,16 @@ def token_lines(tokens: Sequence[Record], width: int, style: Style) -> Iterator[
         if epochs > 1:
             yield style(f"inner epoch {epoch} of {epochs}", "bold")
         titles = "".join(f"{title:>{column[0]}}" for title, column in shown.items())
-        yield style(f"{'#':>4} {fit('token', token_width)} {titles}", "bold")
+        yield style(f"{'#':>4} {pad_or_truncate('token', token_width)} {titles}", "bold")
         for token in rows:
             cells = "".join(f"{_cell(token[key], form):>{size}}" for size, key, form in shown.values())
-            line = f"{token['position']:>4} {fit(_token(token), token_width)} {cells}"
+            line = f"{token['position']:>4} {pad_or_truncate(_token(token), token_width)} {cells}"
             yield style(line.rstrip(), "yellow" if token["clip"] else _sign_style(-token["loss"]))
         total = f"sum of loss {math.fsum(token['loss'] for token in rows):.3e}"
         yield f"{total:>{token_width + width - available}}"
 
 
-def running_text(tokens: Sequence[Record], width: int, style: Style) -> Iterator[str]:
+def running_text(tokens: Sequence[JsonObject], width: int, style: Style) -> Iterator[str]:
     """Format the completion as running text. Each token has the color of its loss term in the first inner epoch: green
     if it is made likelier, red if less likely, bold if the term exceeds half of the largest."""
     largest = max(abs(token["loss"]) for token in tokens)
@@ -152,12 +154,12 @@ def running_text(tokens: Sequence[Record], width: int, style: Style) -> Iterator
                 yield line
                 line, used = "", 0
             for part in wrap(piece, width):
-                if used + columns(part) > width:
+                if used + display_width(part) > width:
                     yield line
                     line, used = "", 0
                 styled = style(part, _sign_style(-token["loss"]))
                 line += style(styled, "bold") if abs(token["loss"]) > largest / 2 else styled
-                used += columns(part)
+                used += display_width(part)
     yield line
     legend = "green: made likelier, red: made less likely, bold: more than half of the largest term"
     yield from _note(legend, width, style)
@@ -166,7 +168,7 @@ def running_text(tokens: Sequence[Record], width: int, style: Style) -> Iterator
 def _side_by_side(blocks: Sequence[Sequence[str]], column: int) -> Iterator[str]:
     for row in range(max(map(len, blocks))):
         cells = [block[row] if row < len(block) else "" for block in blocks]
-        padded = [cell + " " * (column - columns(STYLED.sub("", cell))) for cell in cells]
+        padded = [cell + " " * (column - display_width(STYLED.sub("", cell))) for cell in cells]
         yield "  ".join(padded).rstrip()
 
 
@@ -174,24 +176,24 @@ def _note(text: str, width: int, style: Style) -> Iterator[str]:
     return (style(line, "dim") for line in wrap(text, width))
 
 
-def _quoted(match: Record | None) -> str:
+def _quoted(match: JsonObject | None) -> str:
     if not match:
         return ""
     begin, end = match["span"]
     return f": characters {begin}-{end}" if match["text"] is None else f': "{match["text"]}"'
 
 
-def _token(record: Record) -> str:
+def _token(record: JsonObject) -> str:
     """Return the text of a token, its outer spaces visible, or its id."""
     if record["id"] is None:
         return "—"
     if record["token"] is None:
         return f"#{record['id']}"
-    text = visible(record["token"])
+    text = escape_control(record["token"])
     return text.replace(" ", "·") if record["token"] != record["token"].strip() else text
 
 
-def _case(record: Record) -> str:
+def _case(record: JsonObject) -> str:
     return f"#{record['group']}" if record["case"] is None else record["case"]
 
 

@@ -20,11 +20,11 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from grpo.config import Lora, embedded, load_config, resolve
+from grpo.config import LoraSection, embedded_path, load_config, resolve_path
 from grpo.policy.base_model import HUB_ID
 from grpo.runtime.errors import UserError
-from grpo.runtime.tensor_files import declared, open_tensors
-from rewards.safe_files import Unreadable, clipped, is_regular, open_regular
+from grpo.runtime.tensor_files import open_tensors, read_tensor_header
+from rewards.safe_files import InvalidFile, is_regular, open_regular, shorten
 from rewards.safe_files import read_json as read_any
 
 LORA_TENSOR_PATTERN = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -50,16 +50,16 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     path = folder / "adapter_config.json"
     config = read_json_object(path)
     if config.get("peft_type") != "LORA":
-        raise UserError(f"{path}: peft_type is {clipped(config.get('peft_type'))}: only LoRA adapters are supported")
+        raise UserError(f"{path}: peft_type is {shorten(config.get('peft_type'))}: only LoRA adapters are supported")
     if unsupported := sorted(key for key, value in config.items() if value and key not in PLAIN_LORA_KEYS):
-        keys = clipped(", ".join(unsupported), 200)[1:-1]
+        keys = shorten(", ".join(unsupported), 200)[1:-1]
         raise UserError(f"{path}: {keys}: only plain LoRA can be run or merged exactly; use PEFT for this adapter")
     if config.get("bias", "none") != "none":
-        raise UserError(f'{path}: bias is {clipped(config["bias"])}: only bias = "none" is supported')
+        raise UserError(f'{path}: bias is {shorten(config["bias"])}: only bias = "none" is supported')
     init = config.get("init_lora_weights")
     if not (init is None or isinstance(init, bool | str)) or init not in NEUTRAL_INITS:
         raise UserError(
-            f"{path}: init_lora_weights is {clipped(init)}: trained against a modified base; convert it first "
+            f"{path}: init_lora_weights is {shorten(init)}: trained against a modified base; convert it first "
             f"(save_pretrained with path_initial_model_for_weight_conversion)"
         )
     numbers = {key: config.get(key) for key in ("r", "lora_alpha")}
@@ -74,7 +74,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             _check_pattern(path, key, config[key])
     for key, value in numbers.items():
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{path}: {clipped(key)[1:-1]} must be a number above 0, got {clipped(value, 40)}")
+            raise UserError(f"{path}: {shorten(key)[1:-1]} must be a number above 0, got {shorten(value, 40)}")
     return config
 
 
@@ -99,7 +99,7 @@ def check_lora_tensors(folder: Path, config: Mapping[str, Any]) -> None:
         for key in file.keys():  # noqa: SIM118 (not a mapping)
             match = LORA_TENSOR_PATTERN.fullmatch(key)
             if not match or len(key) > MAX_TENSOR_NAME_CHARS:
-                raise UserError(f"{path}: {clipped(key)[1:-1]}: not a LoRA matrix of a linear layer")
+                raise UserError(f"{path}: {shorten(key)[1:-1]}: not a LoRA matrix of a linear layer")
             sides.setdefault(match["module"], set()).add(match["side"])
         if not sides:
             raise UserError(f"{path}: contains no tensors")
@@ -131,7 +131,7 @@ def load_adapter(base: Any, folder: Path, *, device: torch.device, is_trainable:
             wrapped = PeftModel.from_pretrained(
                 base, str(folder), is_trainable=is_trainable, torch_device=str(device), low_cpu_mem_usage=True
             )
-        in_file = {key: header.shape for key, header in declared(path).items()}
+        in_file = {key: header.shape for key, header in read_tensor_header(path).items()}
     except (torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except (OSError, SafetensorError, RuntimeError, ValueError, KeyError, TypeError) as error:
@@ -142,7 +142,7 @@ def load_adapter(base: Any, folder: Path, *, device: torch.device, is_trainable:
     if wrong:
         raise UserError(
             f"{path}: made for another base: {len(wrong)} tensors differ from {type(base).__name__} in name or shape, "
-            f"first {clipped(wrong[0])[1:-1]}"
+            f"first {shorten(wrong[0])[1:-1]}"
         )
     return wrapped
 
@@ -160,7 +160,7 @@ def config_of_parent_run(adapter: Path) -> dict[str, Any] | None:
     return config if complete else None
 
 
-def base_of(adapter: Path) -> str:
+def base_model_of(adapter: Path) -> str:
     """Return the base that an adapter was trained on: ``model.name`` of its run, else the name recorded by PEFT.
 
     Raises UserError if neither exists.
@@ -176,15 +176,15 @@ def system_prompt(base: str, adapter: Path | None) -> str:
     """Return the system prompt for a model: from the adapter's run; else from the ``merge.json`` of a merged base; else
     from the shipped config for this base.
 
-    >>> system_prompt("embedded:base", None)
+    >>> system_prompt("embedded_path:base", None)
     'Extract clinical fields, apply the ESI algorithm, then state the ESI level.'
     """
     if adapter and (config := config_of_parent_run(adapter)):
         return str(config["cases"]["system_prompt"])
-    merge_record = resolve(base) / "merge.json"
+    merge_record = resolve_path(base) / "merge.json"
     if is_regular(merge_record) and isinstance(text := read_json_object(merge_record).get("system_prompt"), str):
         return text
-    shipped, _ = load_config("configs/tiny.toml" if embedded(base) else "configs/v49.toml")
+    shipped, _ = load_config("configs/tiny.toml" if embedded_path(base) else "configs/v49.toml")
     return shipped.cases.system_prompt
 
 
@@ -194,7 +194,7 @@ def adapter_sha256(adapter: Path) -> str:
     try:
         with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -203,7 +203,7 @@ def adapter_sha256(adapter: Path) -> str:
 def merged_adapter_hashes(base: str) -> tuple[str, ...]:
     """Return the weights' SHA-256 of every adapter merged into a base, in order, from its ``merge.json``; () without
     that file."""
-    path = resolve(base) / "merge.json"
+    path = resolve_path(base) / "merge.json"
     if not is_regular(path):
         return ()
     record = read_json_object(path)
@@ -226,7 +226,7 @@ def check_same_base(path: Path, config: Mapping[str, Any], base: str) -> None:
         raise UserError(f"{path}: made for the base {trained_on}, not for {base}")
 
 
-def lora_section(folder: Path, name: str) -> Lora:
+def lora_section_of(folder: Path, name: str) -> LoraSection:
     """Return the [lora] section of a config that describes an adapter.
 
     Args:
@@ -243,9 +243,9 @@ def lora_section(folder: Path, name: str) -> Lora:
         raise UserError(f"{path}: target_modules must be a list of layer names")
     r, alpha = int(config["r"]), float(config["lora_alpha"])
     if r != config["r"]:
-        raise UserError(f"{path}: r must be a whole number, got {clipped(config['r'])}")
+        raise UserError(f"{path}: r must be a whole number, got {shorten(config['r'])}")
     try:
-        return Lora(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
+        return LoraSection(r=r, alpha=alpha, dropout=0.0, target_modules=tuple(sorted(targets)), warm_start=name)
     except ValidationError as error:
         fault = error.errors(include_input=False, include_url=False)[0]
         raise UserError(f"{path}: {'.'.join(map(str, fault['loc']))}: {fault['msg']}") from None
@@ -255,7 +255,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file. Raises UserError with the file and the reason."""
     try:
         value = read_any(path, foreign=True)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: expected a JSON object, got a {type(value).__name__}")
@@ -268,7 +268,7 @@ def open_safetensors(path: Path) -> Iterator[Any]:
     try:
         with open_tensors(path) as file:
             yield file
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from grpo.config import resolve
-from grpo.policy.memory_plan import RANDOM, frozen_parameters
+from grpo.config import resolve_path
+from grpo.policy.memory_plan import RANDOM_SHAPES, base_parameter_count
 from grpo.policy.optional_kernels import guard_optional_kernels
 from grpo.runtime.free_memory import free_bytes
-from grpo.runtime.tensor_files import declared
-from rewards.safe_files import MEBIBYTE, Unreadable, is_regular, read_json
+from grpo.runtime.tensor_files import read_tensor_header
+from rewards.safe_files import MEBIBYTE, InvalidFile, is_regular, read_json
 
 # read when transformers is first imported: no downloads, no telemetry, no kernels from the hub, whatever a model sets
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -44,22 +44,22 @@ MAX_JSON_BYTES = 256 * MEBIBYTE
 def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the frozen base and its tokenizer.
 
-    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in `RANDOM`
-    reads no weights.
+    A checkpoint in the multimodal layout (text model beside a vision tower) gives its text model. A name in
+    `RANDOM_SHAPES` reads no weights.
     """
     from transformers import AutoModelForCausalLM
 
     if device.type == "cuda":
         prepare_cuda(device)
-    if name in RANDOM:
-        from grpo.policy.random_model import random_base
+    if name in RANDOM_SHAPES:
+        from grpo.policy.random_model import build_random_model
 
-        need, free = frozen_parameters(RANDOM[name]) * dtype.itemsize, free_bytes(device)
+        need, free = base_parameter_count(RANDOM_SHAPES[name]) * dtype.itemsize, free_bytes(device)
         if need > free:
             raise UserError(f"model.name = {name!r}: needs {need:,} bytes for its weights; {device} has {free:,} free")
-        base, tokenizer = random_base(name, device=device, dtype=dtype)
+        base, tokenizer = build_random_model(name, device=device, dtype=dtype)
     else:
-        refuse_adapter(name)
+        check_is_not_adapter(name)
         tokenizer = load_tokenizer(name)
         with loading_errors(name) as source:
             base, _ = load_weights(AutoModelForCausalLM, source, device=device, dtype=dtype)
@@ -109,7 +109,7 @@ def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a base; it must have a chat template."""
     from transformers import AutoTokenizer
 
-    if name in RANDOM:
+    if name in RANDOM_SHAPES:
         from grpo.policy.random_model import load_random_tokenizer
 
         return load_random_tokenizer()
@@ -120,14 +120,14 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def context_of(name: str) -> int:
+def read_context_length(name: str) -> int:
     """Return the context length of a base, from its config alone."""
     from transformers import AutoConfig
 
-    if name in RANDOM:
+    if name in RANDOM_SHAPES:
         from grpo.policy.random_model import qwen3_5_config
 
-        return int(qwen3_5_config(RANDOM[name]).max_position_embeddings)
+        return int(qwen3_5_config(RANDOM_SHAPES[name]).max_position_embeddings)
     with loading_errors(name) as source:
         config = AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     return int(config.get_text_config().max_position_embeddings)
@@ -135,7 +135,7 @@ def context_of(name: str) -> int:
 
 def local_path_or_name(name: str) -> str:
     """Return the folder of a model if it exists; else its name, which the loaders look up in the hub's local cache."""
-    folder = resolve(name)
+    folder = resolve_path(name)
     return str(folder) if os.path.exists(folder) else name
 
 
@@ -150,8 +150,8 @@ def model_folder(name: str) -> Path:
 def missing_model_message(name: str) -> str:
     """Return why a name is not a model on this machine, and what to do."""
     if name.startswith("random:"):
-        return f"model.name = {name!r}: no such random model; choose from {', '.join(RANDOM)}"
-    if resolve(name).is_dir():
+        return f"model.name = {name!r}: no such random model; choose from {', '.join(RANDOM_SHAPES)}"
+    if resolve_path(name).is_dir():
         return f"model.name = {name!r}: not a model: the folder has no config.json"
     if not HUB_ID.fullmatch(name):
         return f"model.name = {name!r}: no such folder, and not a hub id of the form owner/name"
@@ -163,7 +163,7 @@ def missing_model_message(name: str) -> str:
 
 @contextlib.contextmanager
 def loading_errors(name: str) -> Iterator[str]:
-    """Check a model's folder with `check_base`, provide what to pass to the loaders, and turn their errors into
+    """Check a model's folder with `check_model_files`, provide what to pass to the loaders, and turn their errors into
     UserErrors."""
     from transformers.utils import cached_file
 
@@ -171,19 +171,19 @@ def loading_errors(name: str) -> Iterator[str]:
     try:
         config = cached_file(source, "config.json", local_files_only=True)
         if config is not None:
-            check_base(Path(str(config)).parent)
+            check_model_files(Path(str(config)).parent)
         yield source
     except DEVICE_ERRORS:
         raise
     except LOAD_ERRORS as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
-        folder = resolve(name)
+        folder = resolve_path(name)
         if not is_regular(folder / "config.json") and (folder.is_dir() or isinstance(error, OSError)):
             raise UserError(f"{missing_model_message(name)} ({reason})") from None
         raise UserError(f"model.name = {name!r}: its files cannot be loaded: {reason}") from None
 
 
-def refuse_adapter(name: str) -> None:
+def check_is_not_adapter(name: str) -> None:
     """Raise UserError if a model is an adapter: transformers would silently load its base with the adapter on it."""
     from transformers.utils import cached_file
 
@@ -198,7 +198,7 @@ def refuse_adapter(name: str) -> None:
         )
 
 
-def check_base(folder: Path) -> None:
+def check_model_files(folder: Path) -> None:
     """Check a model's folder before a library opens it: no pickles, no remote code, no pipes, no oversized or deeply
     nested JSON, no invalid safetensors header, no index that refers to files elsewhere.
 
@@ -219,8 +219,8 @@ def check_base(folder: Path) -> None:
             if file.name.endswith(".index.json") and isinstance(table, dict):
                 _check_index(file, table.get("weight_map"))
         for file in sorted(folder.glob("*.safetensors")):
-            declared(file)
-    except Unreadable as error:
+            read_tensor_header(file)
+    except InvalidFile as error:
         raise UserError(f"{file.name}: {error}") from None
 
 
@@ -242,7 +242,7 @@ def _remote_code_key(table: Mapping[str, Any]) -> str:
     return ""
 
 
-def pick_device(name: str, *, cards: int | None = None) -> torch.device:
+def resolve_device(name: str, *, cards: int | None = None) -> torch.device:
     """Return the device for ``model.device``: ``auto`` is the current CUDA device if there is one, else the CPU. A CUDA
     device always has an index, which `torch.cuda.set_device` requires.
 
@@ -278,7 +278,7 @@ def card_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the dtype for ``model.dtype``: ``auto`` is bfloat16 on CUDA and float32 on a CPU."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32

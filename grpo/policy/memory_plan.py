@@ -7,11 +7,11 @@ Memory fragmentation and the libraries' workspaces are not included.
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 
-from grpo.config import Config, resolve
-from rewards.safe_files import Unreadable, is_regular, read_json
+from grpo.config import Config, resolve_path
+from rewards.safe_files import InvalidFile, is_regular, read_json
 
 KNOWN_HUB_SHAPES = ("Qwen/Qwen3.5-9B",)
-"""Hub ids with the default shape of `Shape`: their files are not needed for a plan."""
+"""Hub ids with the default shape of `ModelShape`: their files are not needed for a plan."""
 COUNTABLE_MODEL_TYPES = ("qwen3_5", "qwen3_5_text")
 """Values of ``model_type`` in config.json that `linear_modules` supports."""
 
@@ -28,7 +28,7 @@ DEFAULT_NARRATIVE_BYTES = 600
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ModelShape:
     """Sizes of a Qwen3.5 model, named as in config.json. The defaults are those of Qwen3.5-9B."""
 
     vocab_size: int = 248_320
@@ -61,9 +61,9 @@ class Shape:
         return self.linear_num_value_heads * self.linear_value_head_dim
 
 
-RANDOM: dict[str, Shape] = {
-    "random:qwen3.5-9b": Shape(),
-    "random:qwen3.5-small": Shape(
+RANDOM_SHAPES: dict[str, ModelShape] = {
+    "random:qwen3.5-9b": ModelShape(),
+    "random:qwen3.5-small": ModelShape(
         hidden_size=128,
         intermediate_size=384,
         num_hidden_layers=4,
@@ -96,7 +96,7 @@ class MemoryEstimate:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """Size of a run and its estimated memory, computed without reading any weights."""
 
     prompts: int
@@ -104,7 +104,7 @@ class Plan:
     micro_batches: int
     inner_epochs: int
     steps: int
-    tokens_a_step: int
+    max_tokens_per_step: int
     """Upper bound per step: each completion uses the whole budget, each refill round is full."""
     frozen: int | None
     """Parameters of the base; None if its shape is unknown."""
@@ -127,42 +127,42 @@ class Plan:
         return sum(line.bytes for line in self.memory if line.phase in (phase, "both"))
 
 
-def read_shape(name: str) -> Shape | None:
-    """Return the shape for ``model.name``: from `RANDOM`, for a known hub id, or from a folder's config.json.
+def read_shape(name: str) -> ModelShape | None:
+    """Return the shape for ``model.name``: from `RANDOM_SHAPES`, for a known hub id, or from a folder's config.json.
 
     None if it is unknown, for other architectures, and for invalid files: the loader will report those.
 
-    >>> read_shape("Qwen/Qwen3.5-9B") == Shape()
+    >>> read_shape("Qwen/Qwen3.5-9B") == ModelShape()
     True
     """
-    if name in RANDOM:
-        return RANDOM[name]
-    file = resolve(name) / "config.json"
+    if name in RANDOM_SHAPES:
+        return RANDOM_SHAPES[name]
+    file = resolve_path(name) / "config.json"
     if not is_regular(file):
-        return Shape() if name in KNOWN_HUB_SHAPES else None
+        return ModelShape() if name in KNOWN_HUB_SHAPES else None
     try:
         table = read_json(file, foreign=True)
-    except Unreadable:
+    except InvalidFile:
         return None
     return _shape(table) if isinstance(table, dict) else None
 
 
-def _shape(table: Mapping[str, object]) -> Shape | None:
+def _shape(table: Mapping[str, object]) -> ModelShape | None:
     text = table.get("text_config")
     table = text if isinstance(text, dict) else table
     if table.get("model_type") not in COUNTABLE_MODEL_TYPES or table.get("attention_bias"):
         return None
-    sizes = {f.name: table[f.name] for f in fields(Shape) if type(table.get(f.name)) in (int, bool)}
+    sizes = {f.name: table[f.name] for f in fields(ModelShape) if type(table.get(f.name)) in (int, bool)}
     layers = table.get("layer_types")
     if isinstance(layers, list):
         sizes["full_attention_layers"] = layers.count("full_attention")
-    return Shape(**sizes)  # type: ignore[arg-type]
+    return ModelShape(**sizes)  # type: ignore[arg-type]
 
 
-def linear_modules(shape: Shape) -> dict[str, tuple[int, int, int]]:
+def linear_modules(shape: ModelShape) -> dict[str, tuple[int, int, int]]:
     """Return module name → (number of layers, input width, output width).
 
-    >>> linear_modules(Shape())["q_proj"]
+    >>> linear_modules(ModelShape())["q_proj"]
     (8, 4096, 8192)
     """
     hidden, heads, head = shape.hidden_size, shape.num_attention_heads, shape.head_dim
@@ -184,10 +184,10 @@ def linear_modules(shape: Shape) -> dict[str, tuple[int, int, int]]:
     }
 
 
-def frozen_parameters(shape: Shape) -> int:
+def base_parameter_count(shape: ModelShape) -> int:
     """Return the parameters of the text model: Σ in·out over its linear layers, convolutions, norms, embedding, head.
 
-    >>> round(frozen_parameters(Shape()) / 1e9, 3)
+    >>> round(base_parameter_count(ModelShape()) / 1e9, 3)
     8.954
     """
     linear = sum(
@@ -200,11 +200,11 @@ def frozen_parameters(shape: Shape) -> int:
     return linear + shape.linear_layers * deltas + norms + tables
 
 
-def lora_parameters(shape: Shape, targets: Sequence[str], r: int) -> tuple[int, int]:
+def lora_parameter_count(shape: ModelShape, targets: Sequence[str], r: int) -> tuple[int, int]:
     """Return (parameters, adapted layers) of a LoRA adapter: Σ r·(in + out) over the targets.
 
-    >>> lora_parameters(Shape(), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"), 32)
-    (58195968, 128)
+    >>> lora_parameter_count(ModelShape(), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    "down_proj"), 32) (58195968, 128)
     """
     adapted = [sizes for name, sizes in linear_modules(shape).items() if name in targets]
     return sum(count * r * (in_features + out_features) for count, in_features, out_features in adapted), sum(
@@ -212,7 +212,7 @@ def lora_parameters(shape: Shape, targets: Sequence[str], r: int) -> tuple[int, 
     )
 
 
-def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None) -> Plan:
+def make_plan(config: Config, shape: ModelShape | None, longest_narrative: int | None) -> RunPlan:
     """Return the size of a run, with `estimate_memory` if the model's shape is known.
 
     Args:
@@ -220,24 +220,24 @@ def make_plan(config: Config, shape: Shape | None, longest_narrative: int | None
     """
     rollout = config.rollout
     rows = rollout.prompts_per_step * rollout.group_size
-    trained, modules = lora_parameters(shape, config.lora.target_modules, config.lora.r) if shape else (None, None)
+    trained, modules = lora_parameter_count(shape, config.lora.target_modules, config.lora.r) if shape else (None, None)
     narrative = DEFAULT_NARRATIVE_BYTES if longest_narrative is None else longest_narrative
     prompt = -(-(len(config.cases.system_prompt.encode()) + narrative) // BYTES_PER_TOKEN)
-    return Plan(
+    return RunPlan(
         prompts=rollout.prompts_per_step,
         group_size=rollout.group_size,
         micro_batches=-(-rows // config.optim.micro_batch_size),
         inner_epochs=config.optim.inner_epochs,
         steps=config.train.steps,
-        tokens_a_step=rows * rollout.max_new_tokens * (1 + rollout.refill_rounds),
-        frozen=frozen_parameters(shape) if shape else None,
+        max_tokens_per_step=rows * rollout.max_new_tokens * (1 + rollout.refill_rounds),
+        frozen=base_parameter_count(shape) if shape else None,
         trained=trained,
         modules=modules,
         memory=estimate_memory(config, shape, prompt) if shape else (),
     )
 
 
-def estimate_memory(config: Config, shape: Shape, prompt_tokens: int) -> tuple[MemoryEstimate, ...]:
+def estimate_memory(config: Config, shape: ModelShape, prompt_tokens: int) -> tuple[MemoryEstimate, ...]:
     """Return estimated bytes by part, for prompts of ``prompt_tokens`` and completions that use the whole budget.
 
     With w bytes per weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
@@ -257,7 +257,7 @@ def estimate_memory(config: Config, shape: Shape, prompt_tokens: int) -> tuple[M
     For Qwen3.5-9B in bfloat16 a row costs 32 KiB of KV per token and 52 MB of state at any length.
     """
     rollout, width = config.rollout, _weight_bytes(config)
-    trained, _ = lora_parameters(shape, config.lora.target_modules, config.lora.r)
+    trained, _ = lora_parameter_count(shape, config.lora.target_modules, config.lora.r)
     kv = 2 * shape.full_attention_layers * shape.num_key_value_heads * shape.head_dim * width
     recurrent = 4 * shape.linear_num_value_heads * shape.linear_key_head_dim * shape.linear_value_head_dim
     convolution = width * (2 * shape.key_width + shape.value_width) * shape.linear_conv_kernel_dim
@@ -283,7 +283,7 @@ def estimate_memory(config: Config, shape: Shape, prompt_tokens: int) -> tuple[M
     chunk = min(CHUNK_TOKENS, micro * rollout.max_new_tokens)
     seen = prompt_tokens + budget
     return (
-        MemoryEstimate("base weights", "both", width * frozen_parameters(shape), f"{width} B per parameter"),
+        MemoryEstimate("base weights", "both", width * base_parameter_count(shape), f"{width} B per parameter"),
         MemoryEstimate("adapter", "both", 4 * copies * trained, f"{copies} fp32 copies: {tensors}"),
         MemoryEstimate("KV cache", "rollout", rows * seen * kv, f"{rows} rows × {seen:,} tokens × {kv:,} B"),
         MemoryEstimate("DeltaNet state", "rollout", rows * state, f"{rows} rows × {state:,} B"),

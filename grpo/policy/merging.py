@@ -17,7 +17,7 @@ from torch import Tensor
 from grpo.policy.adapter_files import load_adapter, open_safetensors
 from grpo.policy.base_model import load_weights, loading_errors, model_folder
 from grpo.runtime.errors import UserError
-from grpo.runtime.tensor_files import TensorHeader, declared
+from grpo.runtime.tensor_files import TensorHeader, read_tensor_header
 
 FILE_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64, "I64": torch.int64,
@@ -78,7 +78,7 @@ def load_published(name: str, dtype: torch.dtype | None) -> tuple[Any, Any, set[
     folder = model_folder(name)
     with loading_errors(name) as source:
         config = transformers.AutoConfig.from_pretrained(source, local_files_only=True, trust_remote_code=False)
-        headers = {key: header for path in _weight_files(folder) for key, header in declared(path).items()}
+        headers = {key: header for path in _weight_files(folder) for key, header in read_tensor_header(path).items()}
         _check_not_quantized(config, headers)
         with torch.device("meta"):
             causal_lm = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -115,7 +115,7 @@ def _tensors_of_files(
     cast when they were loaded (norms in float32 beside bfloat16 matrices)."""
     tensors: dict[str, Tensor] = {}
     for path in _weight_files(folder):
-        headers = declared(path)
+        headers = read_tensor_header(path)
         with open_safetensors(path) as file:
             for key, header in headers.items():
                 if key in unused:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grpo.config import Lora, Model, resolve
+from grpo.config import LoraSection, ModelSection, resolve_path
 from grpo.policy.adapter_files import (
     check_lora_tensors,
     check_not_merged_already,
@@ -23,20 +23,20 @@ from grpo.policy.adapter_files import (
     read_adapter_config,
 )
 from grpo.policy.base_model import (
+    check_is_not_adapter,
     load_base,
     local_path_or_name,
     missing_model_message,
-    pick_device,
-    pick_dtype,
-    refuse_adapter,
+    resolve_device,
+    resolve_dtype,
 )
-from grpo.policy.memory_plan import RANDOM
+from grpo.policy.memory_plan import RANDOM_SHAPES
 from grpo.policy.optional_kernels import allow_fla_in_layers
-from grpo.prompts import encode, end_ids
-from grpo.runtime.distributed import ALONE, Ranks
+from grpo.prompts import encode, end_token_ids
+from grpo.runtime.distributed import SINGLE_PROCESS, World
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
-from rewards.safe_files import clipped, is_regular
+from rewards.safe_files import is_regular, shorten
 
 MERGE_ONLY_KEYS = ("use_rslora", "alpha_pattern", "rank_pattern", "layers_to_transform")
 """Keys of an adapter's config that are not supported in training, but that `grpo merge` handles."""
@@ -61,11 +61,11 @@ class Policy:
     model: Any
     """`peft.PeftModel` around the frozen base."""
     tokenizer: Any
-    end_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
     device: torch.device
     context_length: int
     """Context length of the base [tokens]."""
-    world: Ranks = ALONE
+    world: World = SINGLE_PROCESS
     """The processes that train this policy together."""
     sharded: bool = False
     """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
@@ -73,10 +73,10 @@ class Policy:
     kernels: Kernels = Kernels()
 
     @property
-    def independent_ranks(self) -> Ranks:
+    def independent_ranks(self) -> World:
         """The ranks, if their forward passes do not wait for each other: only then can they agree on an error in one.
         Of a sharded policy, this process alone."""
-        return ALONE if self.sharded else self.world
+        return SINGLE_PROCESS if self.sharded else self.world
 
     @property
     def decoder(self) -> Any:
@@ -94,7 +94,7 @@ class Policy:
 
 
 @memory_errors("loading the model", LOADING)
-def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) -> Policy:
+def load_policy(model: ModelSection, lora: LoraSection, *, seed: int, ranks: World = SINGLE_PROCESS) -> Policy:
     """Load base and adapter onto their device, ready to sample and to train. With ``model.shard`` and more than one
     rank, the base is read into the host's memory, and each rank's device gets its part.
 
@@ -103,13 +103,13 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
             has no effect on the model.
     """
     allow_fla_in_layers(model.kernels == "auto")
-    device = pick_device(model.device) if ranks.device.type == "cpu" else ranks.device
+    device = resolve_device(model.device) if ranks.device.type == "cpu" else ranks.device
     shard = model.shard and ranks.size > 1
     here = torch.device("cpu") if shard else device
-    base, tokenizer = load_base(model.name, device=here, dtype=pick_dtype(model.dtype, device))
+    base, tokenizer = load_base(model.name, device=here, dtype=resolve_dtype(model.dtype, device))
     _check_targets(base, lora)
     if lora.warm_start:
-        folder = resolve(lora.warm_start)
+        folder = resolve_path(lora.warm_start)
         check_adapter(folder, lora, model.name)
         try:
             wrapped = load_adapter(base, folder, device=here, is_trainable=True)
@@ -125,7 +125,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     policy = Policy(
         wrapped,
         tokenizer,
-        end_ids(tokenizer, base),
+        end_token_ids(tokenizer, base),
         here,
         config.max_position_embeddings,
         ranks,
@@ -137,7 +137,7 @@ def load_policy(model: Model, lora: Lora, *, seed: int, ranks: Ranks = ALONE) ->
     return spread(policy, device) if shard else policy
 
 
-def _fresh_adapter(base: Any, lora: Lora, seed: int) -> Any:
+def _fresh_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
     """Wrap the base with a new adapter: A ~ U(-1/√i, 1/√i) for input width i, as in PEFT, and B = 0. It is drawn on the
     CPU in fp32, so that a seed gives the same adapter on every device and for every dtype of the base; PEFT would round
     it to that dtype."""
@@ -185,35 +185,35 @@ def spread(policy: Policy, device: torch.device) -> Policy:
     return replace(policy, device=device, sharded=True)
 
 
-def missing_parts(model: Model, lora: Lora) -> tuple[str, ...]:
+def missing_files(model: ModelSection, lora: LoraSection) -> tuple[str, ...]:
     """Return one message for each part of the policy that is not on this machine, without loading anything."""
     from transformers.utils import cached_file
 
     messages = []
     try:
-        refuse_adapter(model.name)
+        check_is_not_adapter(model.name)
         source = local_path_or_name(model.name)
-        if model.name not in RANDOM and not cached_file(source, "config.json", local_files_only=True):
+        if model.name not in RANDOM_SHAPES and not cached_file(source, "config.json", local_files_only=True):
             messages.append(missing_model_message(model.name))
     except UserError as error:
         messages.append(str(error))
     except (OSError, ValueError):
         messages.append(missing_model_message(model.name))
-    path = resolve(lora.warm_start) / "adapter_config.json"
+    path = resolve_path(lora.warm_start) / "adapter_config.json"
     if lora.warm_start and not is_regular(path):
         messages.append(f"lora.warm_start: {path}: cannot be read: no such file")
     return tuple(messages)
 
 
 @contextlib.contextmanager
-def adapter_swapped(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
+def as_reference(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Iterator[None]:
     """Context in which the policy is the reference: the adapter contains ``tensors``, or is disabled if None. On exit
     the adapter is restored bit for bit."""
     if tensors is None:
         with policy.model.disable_adapter():
             yield
         return
-    trained = adapter_copy(policy)
+    trained = copy_adapter(policy)
     _copy_in(policy, tensors)
     try:
         yield
@@ -221,7 +221,7 @@ def adapter_swapped(policy: Policy, tensors: Mapping[str, Tensor] | None) -> Ite
         _copy_in(policy, trained)
 
 
-def adapter_copy(policy: Policy) -> dict[str, Tensor]:
+def copy_adapter(policy: Policy) -> dict[str, Tensor]:
     """Return a copy of the adapter's tensors."""
     return {name: p.detach().clone() for name, p in policy.adapter_parameters().items()}
 
@@ -251,7 +251,7 @@ def _set_dropout(wrapped: Any, p: float) -> None:
                 module[key] = nn.Dropout(p) if p else nn.Identity()
 
 
-def _check_targets(base: Any, lora: Lora) -> None:
+def _check_targets(base: Any, lora: LoraSection) -> None:
     """Check that each target is a linear layer of the decoder: PEFT would silently ignore a typo."""
     linear = {name.rpartition(".")[2] for name, m in base.base_model.named_modules() if isinstance(m, nn.Linear)}
     if unknown := sorted(set(lora.target_modules) - linear):
@@ -261,7 +261,7 @@ def _check_targets(base: Any, lora: Lora) -> None:
         )
 
 
-def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_start") -> None:
+def check_adapter(folder: Path, lora: LoraSection, base: str, *, key: str = "lora.warm_start") -> None:
     """Check that an adapter is plain LoRA of one rank, matches ``[lora]`` and the base, and is not merged into it.
 
     Args:
@@ -280,7 +280,7 @@ def check_adapter(folder: Path, lora: Lora, base: str, *, key: str = "lora.warm_
         expected = {"r": lora.r, "lora_alpha": lora.alpha, "target_modules": sorted(lora.target_modules)}
         for name, value in expected.items():
             if recorded.get(name) != value:
-                raise UserError(f"{path}: {name} is {clipped(recorded.get(name))}, but {value!r} in [lora]")
+                raise UserError(f"{path}: {name} is {shorten(recorded.get(name))}, but {value!r} in [lora]")
         check_same_base(path, config, base)
         unsupported = {name for name in (*MERGE_ONLY_KEYS, "layers_pattern", "exclude_modules") if config.get(name)}
         if unsupported:

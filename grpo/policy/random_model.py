@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerFast, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
-from grpo.config import EMBEDDED
-from grpo.policy.memory_plan import RANDOM, Shape
+from grpo.config import TINY_WORLD_DIR
+from grpo.policy.memory_plan import RANDOM_SHAPES, ModelShape
 
 SEED = 0
 
@@ -37,7 +37,7 @@ def level_from_ids(ids: Sequence[int]) -> int:
     return 1 + sum(ids) % 5
 
 
-def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
+def build_random_model(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[Any, Any]:
     """Return the model ``random:NAME`` and its tokenizer. The weights are always the same on one type of device."""
     tokenizer = load_random_tokenizer()
     before = torch.get_default_dtype()
@@ -45,7 +45,7 @@ def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple
     try:
         torch.manual_seed(SEED)
         with torch.device(device):
-            model = Qwen3_5ForCausalLM(qwen3_5_config(RANDOM[name]))
+            model = Qwen3_5ForCausalLM(qwen3_5_config(RANDOM_SHAPES[name]))
     finally:
         torch.set_default_dtype(before)
     model.config.dtype = dtype
@@ -55,10 +55,10 @@ def random_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple
 
 def load_random_tokenizer() -> Any:
     """Return the tokenizer of all random models."""
-    return AnsweringTokenizer.from_pretrained(EMBEDDED / "base", local_files_only=True)
+    return AnsweringTokenizer.from_pretrained(TINY_WORLD_DIR / "base", local_files_only=True)
 
 
-def qwen3_5_config(shape: Shape) -> Qwen3_5TextConfig:
+def qwen3_5_config(shape: ModelShape) -> Qwen3_5TextConfig:
     """Return the configuration for a shape; every k-th layer is full attention, including the last."""
     every = shape.num_hidden_layers // shape.full_attention_layers
     kinds = ["full_attention" if (i + 1) % every == 0 else "linear_attention" for i in range(shape.num_hidden_layers)]

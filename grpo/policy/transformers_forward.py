@@ -8,7 +8,7 @@ from grpo.logprobs import join, predicting_states
 from grpo.policy.policy import Policy
 
 
-def predicting_states_by_modules(
+def transformers_hidden_states(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
     """Return the hidden states [M,H] that predict the M completion tokens, row by row; differentiable in the adapter.

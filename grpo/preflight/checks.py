@@ -10,16 +10,16 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from grpo.cases import load, stream
+from grpo.cases import load_cases, oversampled_indices
 from grpo.config import Config
 from grpo.data.split import normalized_text
-from grpo.policy.memory_plan import Plan, Shape, make_plan, read_shape
+from grpo.policy.memory_plan import ModelShape, RunPlan, make_plan, read_shape
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import Overlong, Reward, RewardError, load_reward
 from rewards.blind_policies import PolicyReport, WeightedCase, check_accuracy, expected_rewards
 from rewards.proof import Invariant, Proof, prove
-from rewards.rule_audit import Counts, RuleAudit, audit_rules, never_matter
+from rewards.rule_audit import Counts, RuleAudit, audit_rules, rules_without_effect
 from rewards.schema import ExampleCase
 from rewards.set_files import load_set
 from rewards.types import LEVELS
@@ -41,7 +41,7 @@ class PreflightInputs:
     """Training cases; None if they were not requested or cannot be read."""
     sets: Mapping[str, tuple[Case, ...]]
     """Evaluation sets by name, without those that cannot be read."""
-    shape: Shape | None
+    shape: ModelShape | None
     file_errors: tuple[str, ...]
     """One line per case file that cannot be used."""
     dropped_rows: tuple[str, ...]
@@ -113,7 +113,7 @@ class PreflightResult:
     """None without training cases."""
     data: DataAudit | None
     """None without training cases."""
-    plan: Plan
+    plan: RunPlan
     file_errors: tuple[str, ...]
     dropped_rows: tuple[str, ...]
     not_checked: tuple[str, ...]
@@ -122,7 +122,7 @@ class PreflightResult:
     @property
     def problems(self) -> tuple[str, ...]:
         """Reasons why this run should not start, one line each; empty if it is sound."""
-        beaten = self.policies.beaten_by if self.policies else ()
+        beaten = self.policies.policies_that_beat_honest if self.policies else ()
         means = {policy.policy: policy.mean for policy in self.policies.ranked} if self.policies else {}
         honest = self.policies.honest if self.policies else None
         return (
@@ -185,7 +185,7 @@ def load_inputs(config: Config, *, reward_only: bool = False) -> PreflightInputs
 
 def _load(config: Config, file: str, file_errors: list[str], dropped_rows: list[str]) -> tuple[Case, ...] | None:
     try:
-        loaded = load(config.cases.format, file, strict=config.cases.strict)
+        loaded = load_cases(config.cases.format, file, strict=config.cases.strict)
         dropped_rows += [f"{file}: {finding}" for finding in loaded.report.findings]
         return loaded.cases
     except UserError as error:
@@ -205,14 +205,17 @@ def run_checks(config: Config, inputs: PreflightInputs, *, accuracy: float = HON
     """
     check_accuracy(accuracy)
     reward, cases, oversample = inputs.reward, inputs.cases, config.cases.oversample
-    weighted = [WeightedCase(case.id, case.text, case.gold_level, float(oversample.get(case.gold_level, 1))) for case in cases or ()]
+    weighted = [
+        WeightedCase(case.id, case.text, case.gold_level, float(oversample.get(case.gold_level, 1)))
+        for case in cases or ()
+    ]
     longest = max((len(case.text.encode("utf-8", "surrogatepass")) for case in cases or ()), default=None)
     timeouts = find_timeouts(reward, cases) if cases else None
     probed = weighted if timeouts and not timeouts.given_up else []
     return PreflightResult(
         proof=prove(reward, overlong=overlong_settings(config)),
         failing_examples=tuple(line for example in inputs.examples if (line := example_mismatch(reward, example))),
-        dead_rules=never_matter(reward),
+        dead_rules=rules_without_effect(reward),
         policies=expected_rewards(reward, merge_equivalent_cases(reward, probed), accuracy=accuracy)
         if probed
         else None,
@@ -309,7 +312,7 @@ def audit_data(cases: Sequence[Case], oversample: Mapping[int, int], sets: Mappi
 
     >>> cases = [Case("a", "Chest pain.", 2), Case("b", "chest  pain.", 3)]
     >>> audit = audit_data(cases, {2: 3}, {"test": [Case("a", "Rash.", 5)]})
-    >>> audit.levels, audit.stream, audit.contradictions
+    >>> audit.levels, audit.oversampled_indices, audit.contradictions
     ((0, 1, 1, 0, 0), (0, 3, 1, 0, 0), (('a', 'b'),))
     >>> audit.overlaps
     (TrainEvalOverlap(name='test', same_id=('a',), same_text=()),)
@@ -331,9 +334,11 @@ def audit_data(cases: Sequence[Case], oversample: Mapping[int, int], sets: Mappi
     )
     return DataAudit(
         levels=_by_level([case.gold_level for case in cases]),
-        stream=_by_level([cases[index].gold_level for index in stream(cases, oversample)]),
+        stream=_by_level([cases[index].gold_level for index in oversampled_indices(cases, oversample)]),
         duplicates=tuple(tuple(case.id for case in group) for group in repeated),
-        contradictions=tuple(tuple(c.id for c in group) for group in repeated if len({c.gold_level for c in group}) > 1),
+        contradictions=tuple(
+            tuple(c.id for c in group) for group in repeated if len({c.gold_level for c in group}) > 1
+        ),
         overlaps=tuple(overlap for overlap in overlaps if overlap.same_id or overlap.same_text),
     )
 

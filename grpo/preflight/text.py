@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from grpo.config import Config
-from grpo.policy.memory_plan import Plan
+from grpo.policy.memory_plan import RunPlan
 from grpo.preflight.checks import DataAudit, PreflightInputs, PreflightResult
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from grpo.types import Case
 from rewards import Overlong, Reward, Rule, Score
 from rewards.blind_policies import PolicyReport
@@ -42,9 +42,9 @@ def reward_lines(reward: Reward, result: PreflightResult) -> list[str]:
     example_mismatch = result.failing_examples
     examples = f"{len(example_mismatch)} of its example cases fail" if example_mismatch else "its example cases hold"
     return [
-        f"reward    {reward.name}: {visible(reward.about)}",
+        f"reward    {reward.name}: {escape_control(reward.about)}",
         f"          sha256 {reward.sha256[:16]}, {len(reward.rules)} rules, {examples}",
-        *(f"          FAILS {visible(line)}" for line in example_mismatch),
+        *(f"          FAILS {escape_control(line)}" for line in example_mismatch),
     ]
 
 
@@ -106,7 +106,7 @@ def probe_lines(report: PolicyReport | None, inputs: PreflightInputs) -> list[st
     if report is None:
         if inputs.cases is not None:
             return ["probes    none: patterns time out on too many cases"]
-        file_errors = [f"          {visible(fault)}" for fault in inputs.file_errors]
+        file_errors = [f"          {escape_control(fault)}" for fault in inputs.file_errors]
         return (
             ["probes    none: no cases", *file_errors]
             if file_errors
@@ -116,7 +116,7 @@ def probe_lines(report: PolicyReport | None, inputs: PreflightInputs) -> list[st
         f"probes    expected reward ± std on {len(inputs.cases or ()):,} training cases, oversampled as configured"
     ]
     for rank, policy in enumerate(report.ranked, 1):
-        beats = "  BEATS THE HONEST POLICY" if policy.policy in report.beaten_by else ""
+        beats = "  BEATS THE HONEST POLICY" if policy.policy in report.policies_that_beat_honest else ""
         honest = "  <- honest, errors one level off" if policy is report.honest else ""
         lines.append(f"  {rank:>4}  {policy.policy:<28}{policy.mean:>+8.3f} ± {policy.std:.3f}{beats}{honest}")
     return lines
@@ -139,7 +139,7 @@ def rule_lines(result: PreflightResult, inputs: PreflightInputs) -> list[str]:
 def _rule_notes(audit: RuleAudit, rule: Rule) -> list[str]:
     notes = []
     if audit.wordings:
-        notes.append("found: " + visible(", ".join(f"{word} ({count})" for word, count in audit.wordings[:4])))
+        notes.append("found: " + escape_control(", ".join(f"{word} ({count})" for word, count in audit.wordings[:4])))
     if rule.trigger and (elsewhere := sum(audit.matches) - sum(audit.fires)):
         notes.append(f"the trigger also fires on {elsewhere:,} cases of other gold levels")
     if audit.negated:
@@ -173,15 +173,15 @@ def data_lines(data: DataAudit | None, inputs: PreflightInputs) -> list[str]:
             lines.append(f"          texts also in {overlap.name}: {_ids(['='.join(p) for p in overlap.same_text])}")
     if not data.overlaps and inputs.sets:
         lines.append(f"          no id or text repeats in {', '.join(inputs.sets)}")
-    return [*lines, *(f"          NOT CHECKED {visible(fault)}" for fault in inputs.file_errors)]
+    return [*lines, *(f"          NOT CHECKED {escape_control(fault)}" for fault in inputs.file_errors)]
 
 
-def plan_lines(config: Config, plan: Plan) -> list[str]:
+def plan_lines(config: Config, plan: RunPlan) -> list[str]:
     """The sizes of a step and the memory estimate."""
     lines = [
         f"plan      {plan.steps:,} steps × {plan.prompts} prompts × {plan.group_size} completions = "
         f"{plan.completions:,} completions",
-        f"          ≤ {plan.tokens_a_step:,} sampled tokens per step (budget {config.rollout.max_new_tokens:,}); "
+        f"          ≤ {plan.max_tokens_per_step:,} sampled tokens per step (budget {config.rollout.max_new_tokens:,}); "
         f"{plan.micro_batches} micro-batches × {plan.inner_epochs} inner epoch(s)",
     ]
     if plan.frozen is None or plan.trained is None:
@@ -200,12 +200,12 @@ def verdict_lines(config: Config, result: PreflightResult) -> list[str]:
     """The verdict with its reasons, and what was not checked."""
     alone = " (only the reward: no cases were read)" if result.data is None and not result.file_errors else ""
     lines = [f"verdict   {result.verdict}{alone}"]
-    lines += [f"          - {visible(reason)}" for reason in result.problems]
+    lines += [f"          - {escape_control(reason)}" for reason in result.problems]
     if config.reward.allow_unsound:
-        lines.append(f"          training is allowed anyway: {visible(config.reward.reason)}")
-    lines += [f"          dropped: {visible(line)}" for line in result.dropped_rows]
+        lines.append(f"          training is allowed anyway: {escape_control(config.reward.reason)}")
+    lines += [f"          dropped: {escape_control(line)}" for line in result.dropped_rows]
     if result.not_checked:
-        lines += [f"          not checked: {visible(check)}" for check in result.not_checked]
+        lines += [f"          not checked: {escape_control(check)}" for check in result.not_checked]
         lines.append("          (--reward-only checks only the reward and the memory plan)")
     return lines
 
@@ -232,7 +232,8 @@ def record(config: Config, result: PreflightResult) -> dict[str, object]:
             ],
             "table": [asdict(row) for row in proof.rows],
         },
-        "probes": result.policies and {**asdict(result.policies), "beaten_by": result.policies.beaten_by},
+        "probes": result.policies
+        and {**asdict(result.policies), "beaten_by": result.policies.policies_that_beat_honest},
         "rules": result.rules and [asdict(audit) for audit in result.rules],
         "dead_rules": result.dead_rules,
         "timeouts": result.timeouts and asdict(result.timeouts),
@@ -268,8 +269,8 @@ def explain(
         length_penalty=-length.penalty if length and not finished else 0.0,
     )
     lines = [
-        f"case      {visible(case.id)}, gold ESI {case.gold_level}",
-        *(f"          {line}" for line in textwrap.wrap(visible(case.text), WIDTH - 10)),
+        f"case      {escape_control(case.id)}, gold ESI {case.gold_level}",
+        *(f"          {line}" for line in textwrap.wrap(escape_control(case.text), WIDTH - 10)),
         f"prompt    thinking {'on: it opened <think>' if thinking else 'off'}",
         f"answer    {_answer(score, completion)}" + ("" if finished else "; truncated by the token budget"),
     ]
@@ -303,14 +304,14 @@ def _answer(score: Score, completion: str) -> str:
     if score.answer.span is None:
         return f"{level}, {score.answer.reason}"
     begin, end = score.answer.span
-    return f'{level}, {score.answer.reason}, from characters {begin}-{end}: "{visible(completion[begin:end])}"'
+    return f'{level}, {score.answer.reason}, from characters {begin}-{end}: "{escape_control(completion[begin:end])}"'
 
 
 def _explain_rule(reward: Reward, rule: Rule, text: str, gold: int, score: Score) -> str:
     """Explain one rule: its span and value, or the first condition that is not met."""
     if fired := next((match for match in score.fired if match.rule == rule.name), None):
         begin, end = fired.span or (0, 0)
-        where = f' on characters {begin}-{end}: "{visible(text[begin:end])}"' if fired.span else ""
+        where = f' on characters {begin}-{end}: "{escape_control(text[begin:end])}"' if fired.span else ""
         part = score.parts[rule.name]
         stacked = "" if part == fired.value else f", {format_signed(part)} after stacking"
         return f"{rule.name} fired{where}: {format_signed(fired.value)}{stacked}"
@@ -331,7 +332,7 @@ def _levels(levels: frozenset[int]) -> str:
 
 def _ids(ids: Sequence[str]) -> str:
     more = f" and {len(ids) - SHOWN_IDS:,} more" if len(ids) > SHOWN_IDS else ""
-    return f"{len(ids):,} ({visible(', '.join(ids[:SHOWN_IDS]))}{more})"
+    return f"{len(ids):,} ({escape_control(', '.join(ids[:SHOWN_IDS]))}{more})"
 
 
 def format_signed(value: float) -> str:

@@ -21,7 +21,7 @@ from grpo.policy.base_model import HUB_ID
 from grpo.report.evaluation import RATES, BeforeAfter, Pair, Rate, before_after
 from grpo.report.number_format import NOTHING, percent
 from grpo.report.recipe import config_values, reward_values
-from grpo.runtime.atomic_files import write_whole
+from grpo.runtime.atomic_files import write_atomic
 
 METRICS = (
     "reward/mean", "reward/std_group", "groups/zero_variance", "completions/clipped_ratio", "completions/no_parse",
@@ -75,7 +75,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
 
 def write_model_card(run_folder: Path, path: Path, *, merged: bool = False) -> Path:
     """Write the card of a run to ``path``, entirely or not at all, and return the path."""
-    write_whole(path, model_card(run_folder, merged=merged))
+    write_atomic(path, model_card(run_folder, merged=merged))
     return path
 
 

@@ -132,7 +132,7 @@ def page_environment(folder: Path) -> Environment:
         loader=FileSystemLoader(folder),
         autoescape=True,
         undefined=StrictUndefined,
-        finalize=visible,
+        finalize=escape_control,
         trim_blocks=True,
         lstrip_blocks=True,
     )
@@ -151,10 +151,10 @@ def content_policy(style: str, script: str) -> str:
     )
 
 
-def visible(value: object) -> object:
+def escape_control(value: object) -> object:
     r"""Escape the unprintable characters of a text, except line breaks and tabs.
 
-    >>> print(visible("a\u202eb\x00"))
+    >>> print(escape_control("a\u202eb\x00"))
     a\u202eb\x00
     """
     if not isinstance(value, str) or isinstance(value, Markup):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from grpo.config import load_config, notes
+from grpo.config import key_comments, load_config
 from grpo.inspection.run_reader import RunRecord
 from grpo.report.number_format import NOTHING, minus
 
@@ -31,7 +31,7 @@ def config_values(run: RunRecord, shorten: Callable[[Any], Any] = lambda value: 
     comment of an overridden key does not apply.
     """
     v49, source = load_config("configs/v49.toml")
-    v49_values, v49_notes = flat(v49.model_dump(mode="json")), notes(source.text)
+    v49_values, v49_notes = flat(v49.model_dump(mode="json")), key_comments(source.text)
     sections: dict[str, list[Value]] = {}
     for key, value in flat(run.config.model_dump(mode="json")).items():
         section, _, name = key.rpartition(".")

@@ -10,13 +10,13 @@ import numpy as np
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.inspection.run_reader import RunRecord
 from grpo.metrics import token_slices
 from grpo.report.number_format import NOTHING, plain, signed
-from grpo.run.ledger import Entry, ledger_steps, read_step
+from grpo.run.ledger import LedgerStep, read_step, recorded_steps
 from grpo.runtime.errors import UserError
-from grpo.token_budget import stop_cause
+from grpo.token_budget import finish_reason
 from grpo.types import Completion
 from rewards import Score
 
@@ -100,7 +100,7 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
         return Samples(run.name, (), (), ())
     folder = run.path / "ledger"
     try:
-        steps = ledger_steps(folder)
+        steps = recorded_steps(folder)
         ends_and_middle = dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])) if steps else ()
         entries = [read_step(folder, step) for step in ends_and_middle]
     except UserError as error:
@@ -134,14 +134,14 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
     return Samples(run.name, shown, shadings if colored else (), tuple(remarks))
 
 
-def _widest(entry: Entry, groups: int) -> list[int]:
+def _widest(entry: LedgerStep, groups: int) -> list[int]:
     """Return the groups with the largest reward std; after the first, only those whose rewards differ."""
     order = np.argsort(-entry.rewards.std(axis=1), kind="stable")[:groups].tolist()
     return [b for i, b in enumerate(order) if i == 0 or np.ptp(entry.rewards[b]) > 0]
 
 
 def _group(
-    entry: Entry, b: int, largest: Mapping[str, float], tokenizer: Tokenizer | None, budget: int, *, text: bool
+    entry: LedgerStep, b: int, largest: Mapping[str, float], tokenizer: Tokenizer | None, budget: int, *, text: bool
 ) -> GroupSample:
     group, scores = entry.step.groups[b], entry.step.scores[b]
     case, show_text = group.prompt.case, text and entry.text == "full"
@@ -164,7 +164,7 @@ def _group(
 
 
 def _sample(
-    entry: Entry,
+    entry: LedgerStep,
     b: int,
     members: Sequence[int],
     largest: Mapping[str, float],
@@ -189,7 +189,7 @@ def _sample(
         reason=score.answer.reason,
         reward=signed(score.total),
         advantage=signed(float(entry.advantages[b][g])),
-        stop=STOP_CAUSES[stop_cause(completion, max(budget, len(completion.ids)))],
+        stop=STOP_CAUSES[finish_reason(completion, max(budget, len(completion.ids)))],
         tokens=len(completion.ids),
         components=tuple((name, signed(value), signed(part)) for name, value, part in parts if value or part),
         fired=", ".join(rule.rule for rule in score.fired),
@@ -198,7 +198,7 @@ def _sample(
     )
 
 
-def shadings(entry: Entry) -> dict[str, np.ndarray]:
+def shadings(entry: LedgerStep) -> dict[str, np.ndarray]:
     """Return the [M] values of each shading: of the first inner epoch, and the log ratio of the last."""
     account, tokens = entry.account, entry.step.logprobs
     columns: dict[str, Tensor] = {"loss": account.loss[0], "entropy": tokens.entropy, "surprise": -tokens.logprobs[0]}
@@ -209,7 +209,7 @@ def shadings(entry: Entry) -> dict[str, np.ndarray]:
     return {name: column.double().numpy() for name, column in columns.items()}
 
 
-def largest_values(entries: Sequence[Entry]) -> dict[str, float]:
+def largest_values(entries: Sequence[LedgerStep]) -> dict[str, float]:
     """Return the largest finite |value| of each shading over all entries, 0 for a shading without values."""
     largest = dict.fromkeys(TOKEN_CLASSES, 0.0)
     for entry in entries:
@@ -229,7 +229,7 @@ def token_classes(values: Mapping[str, np.ndarray], token: int, largest: Mapping
     return " ".join(classes)
 
 
-def tooltip(entry: Entry, index: int, token: int) -> str:
+def tooltip(entry: LedgerStep, index: int, token: int) -> str:
     """Return the `FIELDS` of a token, separated by spaces.
 
     Args:
@@ -297,7 +297,7 @@ def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[str] | Non
 
 def load_tokenizer(name: str) -> tuple[Tokenizer | None, str]:
     """Load a base model's tokenizer from local files; else return None and the reason. Nothing is downloaded."""
-    folder = resolve(name)
+    folder = resolve_path(name)
     file = folder / "tokenizer.json" if folder.is_dir() else _cached_tokenizer(name)
     if file is None or not file.is_file():
         return None, f"Tokens are not coloured: the tokenizer of {name} is not on this machine."

@@ -21,11 +21,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from grpo.config import Checkpoint
+from grpo.config import CheckpointSection
 from grpo.policy.policy import Policy, save_adapter
-from grpo.runtime.atomic_files import placed, remove_if_present, write_whole, writing
+from grpo.runtime.atomic_files import atomic_folder, disk_errors, remove_if_present, write_atomic
 from grpo.runtime.errors import UserError
-from rewards.safe_files import Unreadable, open_regular, read_json
+from rewards.safe_files import InvalidFile, open_regular, read_json
 
 CHECKPOINT_VERSION = 1
 """Incremented when the files change their meaning; a checkpoint of another version cannot be resumed."""
@@ -53,7 +53,7 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, section: Checkpoint
+    folder: Path, policy: Policy, optimizer: torch.optim.Optimizer, progress: Progress, section: CheckpointSection
 ) -> None:
     """Write ``folder/step_NNNNNN`` atomically, read it back, and only then delete old checkpoints.
 
@@ -62,18 +62,18 @@ def save_checkpoint(
         UserError: the files read back differ from those written.
     """
     target = folder / f"step_{progress.step:06d}"
-    with placed(target) as staging:
+    with atomic_folder(target) as staging:
         save_adapter(policy, staging / "adapter")
         save_file(_optimizer_tensors(policy, optimizer), staging / "optimizer.safetensors")
-        write_whole(staging / "state.json", json.dumps(asdict(progress)) + "\n")
+        write_atomic(staging / "state.json", json.dumps(asdict(progress)) + "\n")
         files = {name: _size_and_sha256(staging / name) for name in CHECKPOINT_FILES}
-        write_whole(staging / MANIFEST, json.dumps({"version": CHECKPOINT_VERSION, "files": files}, indent=2) + "\n")
+        write_atomic(staging / MANIFEST, json.dumps({"version": CHECKPOINT_VERSION, "files": files}, indent=2) + "\n")
     if damage := find_damage(target):
         raise UserError(f"{target}: {damage} right after it was written: check the disk; older checkpoints were kept")
     delete_old_checkpoints(folder, step=progress.step, section=section)
 
 
-def delete_old_checkpoints(folder: Path, *, step: int, section: Checkpoint) -> None:
+def delete_old_checkpoints(folder: Path, *, step: int, section: CheckpointSection) -> None:
     """Delete the checkpoints before ``step`` except the last ``keep`` scheduled ones (including that of ``step``, which
     must be undamaged), and what a crash left half written or half deleted. Those after ``step`` will be replaced."""
     old = [path for path in _checkpoint_folders(folder) if _step_of(path) < step]
@@ -83,7 +83,7 @@ def delete_old_checkpoints(folder: Path, *, step: int, section: Checkpoint) -> N
         if path not in keep:
             dropped = path.with_name(f".{path.name}.dropped")  # renamed first: half deleted, it would look damaged
             remove_if_present(dropped)
-            with writing(path):
+            with disk_errors(path):
                 os.replace(path, dropped)
     for path in folder.glob(".step_*") if folder.is_dir() else ():
         remove_if_present(path)
@@ -118,7 +118,7 @@ def find_damage(path: Path) -> str | None:
     try:
         manifest = read_json(path / MANIFEST)
         version, files = manifest["version"], {name: dict(entry) for name, entry in manifest["files"].items()}
-    except Unreadable as error:
+    except InvalidFile as error:
         return f"{MANIFEST} {error}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} does not list files with their bytes and sha256"
@@ -127,7 +127,7 @@ def find_damage(path: Path) -> str | None:
     for name, entry in files.items():
         try:
             current = _size_and_sha256(path / name)
-        except Unreadable as error:
+        except InvalidFile as error:
             return f"{name} {error}"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

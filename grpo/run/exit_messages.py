@@ -9,12 +9,12 @@ from pathlib import Path
 
 from grpo.run.checkpoint import latest_checkpoint
 from grpo.run.folder import has_started
-from grpo.runtime.distributed import RankLost, Ranks, launch_prefix
+from grpo.runtime.distributed import RankLost, World, launch_prefix
 from grpo.runtime.errors import UserError
-from grpo.runtime.interrupts import Stopped
+from grpo.runtime.interrupts import Interrupted
 
 
-def stopped_early(error: Stopped | RankLost, requested: int | None, ranks: Ranks, hint: str) -> int:
+def stopped_early(error: Interrupted | RankLost, requested: int | None, ranks: World, hint: str) -> int:
     """Print what ended a run without a fault of its input, once for all ranks; return the exit code.
 
     Rank 0 prints. Rank 1 prints too if rank 0 itself may be lost: without a signal, or with torchrun's SIGTERM.
@@ -30,7 +30,7 @@ def stopped_early(error: Stopped | RankLost, requested: int | None, ranks: Ranks
                 f"\nerror: rank {ranks.rank}: {error}; if it printed a reason, fix that first. {hint}", file=sys.stderr
             )
         return 4
-    stopped = error if isinstance(error, Stopped) else Stopped(requested or signal.SIGINT)
+    stopped = error if isinstance(error, Interrupted) else Interrupted(requested or signal.SIGINT)
     by_torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
     if ranks.is_main or (ranks.rank == 1 and lost and by_torchrun):
         prefix = "" if ranks.is_main else f"rank {ranks.rank}: "
@@ -41,7 +41,7 @@ def stopped_early(error: Stopped | RankLost, requested: int | None, ranks: Ranks
     return stopped.exit_code
 
 
-def resume_hint(arguments: argparse.Namespace, out: Path | None, ranks: Ranks) -> str:
+def resume_hint(arguments: argparse.Namespace, out: Path | None, ranks: World) -> str:
     """Return which step of an interrupted run is saved, and the command that resumes it."""
     if out is None or not has_started(out):
         return "No run was started."

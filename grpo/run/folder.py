@@ -30,13 +30,19 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
-from grpo.config import Config, Source
+from grpo.config import Config, ConfigSource
 from grpo.run.checkpoint import Progress, delete_old_checkpoints
-from grpo.run.ledger import cut_ledger
-from grpo.runtime.atomic_files import append_line, make_folder, remove_if_present, write_whole, writing
+from grpo.run.ledger import truncate_ledger
+from grpo.runtime.atomic_files import (
+    append_line_synced,
+    disk_errors,
+    make_private_folder,
+    remove_if_present,
+    write_atomic,
+)
 from grpo.runtime.errors import UserError
 from rewards import Reward, dump_reward
-from rewards.safe_files import MEBIBYTE, Unreadable, check_contents, is_regular, parse_json, raw_lines, read_json
+from rewards.safe_files import MEBIBYTE, InvalidFile, check_no_links_out, is_regular, iter_lines, parse_json, read_json
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
@@ -77,7 +83,7 @@ _EVALUATIONS = TypeAdapter(Annotated[list[_Evaluation], FailFast()])
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
+class RunFolder:
     """The folder of one run."""
 
     path: Path
@@ -122,8 +128,8 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
         if file.is_symlink():
             raise UserError(f"{file}: is a symlink; run folders must not contain symlinks. Replace it with its target")
     try:
-        check_contents(path)
-    except Unreadable as error:
+        check_no_links_out(path)
+    except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
     recorded = _read_record(path).get("config")
     if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
@@ -138,16 +144,16 @@ def has_started(path: Path) -> bool:
     return (path / "config.json").is_file()
 
 
-def start_run(
+def create_run(
     path: Path,
     config: Config,
-    source: Source,
+    source: ConfigSource,
     reward: Reward,
     *,
     device: str,
     inputs: Mapping[str, str] | None = None,
     kernels: Mapping[str, Any] | None = None,
-) -> Run:
+) -> RunFolder:
     """Create a run folder, readable by its owner only, with the resolved config and reward. ``config.json`` is written
     last: if the process is killed earlier, no run has started.
 
@@ -156,8 +162,8 @@ def start_run(
         inputs: sha256 of the file or folder behind each key of the config; `rewind_run` compares them on a resume.
         kernels: the record of `grpo.run.self_check`; None if none was checked.
     """
-    make_folder(path)
-    with writing(path):
+    make_private_folder(path)
+    with disk_errors(path):
         path.chmod(0o700)
     record = {
         "config": config.model_dump(mode="json"),
@@ -170,7 +176,7 @@ def start_run(
     }
     write_json(path / "reward.json", dump_reward(config.reward.set))
     write_json(path / "config.json", record)
-    return Run(path)
+    return RunFolder(path)
 
 
 @contextlib.contextmanager
@@ -180,8 +186,8 @@ def exclusive_lock(path: Path) -> Iterator[None]:
     Raises:
         UserError: another process holds the lock; names that process.
     """
-    make_folder(path)
-    with writing(path / ".lock"):
+    make_private_folder(path)
+    with disk_errors(path / ".lock"):
         handle = os.open(path / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     try:
         try:
@@ -210,12 +216,12 @@ def provenance(device: str) -> dict[str, Any]:
     }
 
 
-def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[str, str] | None = None) -> Run:
+def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[str, str] | None = None) -> RunFolder:
     """Rewind an existing run folder to the step of its checkpoint: remove later steps, evaluations and unfinished
     files.
 
     Args:
-        inputs: see `start_run`.
+        inputs: see `create_run`.
 
     Raises:
         UserError: an input has changed since the run started.
@@ -228,16 +234,16 @@ def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[s
             f"{path}: the file behind {', '.join(changed)} has changed since the run started: restore it, or use "
             f"--out to start a new run"
         )
-    run, step = Run(path), progress.step
-    metrics, records = _read_metrics(run), evaluations(run)  # all that may raise, before anything is changed
-    with writing(path):
+    run, step = RunFolder(path), progress.step
+    metrics, records = _read_metrics(run), read_evaluations(run)  # all that may raise, before anything is changed
+    with disk_errors(path):
         path.chmod(0o700)
     delete_old_checkpoints(run.checkpoints, step=step, section=config.checkpoint)
-    ledger_steps, every = cut_ledger(run.ledger, step=step), config.ledger.every
-    _warn_missing_steps(run.ledger, set(range(every, step + 1, every) if every else ()) - set(ledger_steps), step)
+    recorded_steps, every = truncate_ledger(run.ledger, step=step), config.ledger.every
+    _warn_missing_steps(run.ledger, set(range(every, step + 1, every) if every else ()) - set(recorded_steps), step)
     if run.metrics.exists():
         lines = {number: line for number, line in metrics if number <= step}
-        write_whole(run.metrics, "".join(line + "\n" for line in lines.values()))
+        write_atomic(run.metrics, "".join(line + "\n" for line in lines.values()))
         _warn_missing_steps(run.metrics, set(range(1, step + 1)) - set(lines), step)
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in records if record["step"] <= step])
@@ -248,21 +254,21 @@ def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[s
     return run
 
 
-def add_metrics(run: Run, record: dict[str, Any]) -> None:
+def append_metrics(run: RunFolder, record: dict[str, Any]) -> None:
     """Append one line to ``metrics.jsonl``; non-finite numbers become null."""
-    append_line(run.metrics, json.dumps(finite(record), allow_nan=False))
+    append_line_synced(run.metrics, json.dumps(nan_to_none(record), allow_nan=False))
 
 
-def finite(record: Mapping[str, Any]) -> dict[str, Any]:
+def nan_to_none(record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the record with None for each non-finite number, since JSON has no NaN.
 
-    >>> finite({"step": 3, "loss": float("nan")})
+    >>> nan_to_none({"step": 3, "loss": float("nan")})
     {'step': 3, 'loss': None}
     """
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
 
 
-def evaluations(run: Run) -> list[dict[str, Any]]:
+def read_evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """The records of ``eval.json``. Raises `UserError` where it holds anything else."""
     records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
     try:
@@ -277,21 +283,23 @@ def evaluations(run: Run) -> list[dict[str, Any]]:
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_whole(path, text.encode("utf-8", "backslashreplace"))  # a lone surrogate, as in a path, becomes JSON's escape
+    write_atomic(
+        path, text.encode("utf-8", "backslashreplace")
+    )  # a lone surrogate, as in a path, becomes JSON's escape
 
 
 def _read_json(path: Path) -> Any:
     try:
         return read_json(path, most=64 * MEBIBYTE)
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
 
 
-def _read_metrics(run: Run) -> list[tuple[float, str]]:
+def _read_metrics(run: RunFolder) -> list[tuple[float, str]]:
     """Return (step, line) of ``metrics.jsonl``; a line torn by a crash counts as later than every checkpoint."""
     try:
-        lines = list(raw_lines(run.metrics)) if os.path.lexists(run.metrics) else []
-    except Unreadable as error:
+        lines = list(iter_lines(run.metrics)) if os.path.lexists(run.metrics) else []
+    except InvalidFile as error:
         raise UserError(f"{run.metrics}: {error}") from None
     return [(_step_of(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
 
@@ -299,7 +307,7 @@ def _read_metrics(run: Run) -> list[tuple[float, str]]:
 def _step_of(line: bytes) -> float:
     try:
         step = parse_json(line)["step"]
-    except (Unreadable, KeyError, TypeError, IndexError):
+    except (InvalidFile, KeyError, TypeError, IndexError):
         return math.inf
     return step if type(step) is int else math.inf
 

@@ -25,13 +25,13 @@ from pydantic import BaseModel, ConfigDict, StrictFloat, StrictInt, ValidationEr
 from safetensors.torch import save
 from torch import Tensor
 
-from grpo.metrics import TokenAccount, rewards_of
-from grpo.runtime.atomic_files import append_line, make_folder, write_whole, writing
+from grpo.metrics import TokenTerms, rewards_of
+from grpo.runtime.atomic_files import append_line_synced, disk_errors, make_private_folder, write_atomic
 from grpo.runtime.errors import UserError
-from grpo.runtime.tensor_files import declared, open_tensors
-from grpo.types import Batch, Case, Completion, Dropped, Group, Prompt, Step, TokenRecord
-from rewards import Answer, Fired, Score
-from rewards.safe_files import MEBIBYTE, Unreadable, is_regular, open_regular, parse_json, raw_lines
+from grpo.runtime.tensor_files import open_tensors, read_tensor_header
+from grpo.types import Batch, Case, Completion, Group, Prompt, ReplacedGroup, StepLogprobs, StepRecord
+from rewards import Answer, FiredRule, Score
+from rewards.safe_files import MEBIBYTE, InvalidFile, is_regular, iter_lines, open_regular, parse_json
 from rewards.types import Reason
 
 LEDGER_VERSION = 2
@@ -73,11 +73,11 @@ MAX_LINE_BYTES = 256 * MEBIBYTE
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class LedgerStep:
     """One step read from the ledger, with the arrays [B,G] fp64 as they were recorded."""
 
-    step: Step
-    account: TokenAccount
+    step: StepRecord
+    account: TokenTerms
     advantages: np.ndarray
     rewards: np.ndarray
     shares: dict[str, np.ndarray]
@@ -90,8 +90,8 @@ class Entry:
 
 def write_step(
     folder: Path,
-    step: Step,
-    account: TokenAccount,
+    step: StepRecord,
+    account: TokenTerms,
     shares: Mapping[str, np.ndarray],
     metrics: Mapping[str, Any],
     *,
@@ -105,28 +105,28 @@ def write_step(
     Raises:
         DiskError: a file cannot be written; the index then has no line for this step.
     """
-    make_folder(folder)
+    make_private_folder(folder)
     tensors = {name: value.contiguous() for name, value in _tensors(step, account, shares, text).items()}
     # a single key: safetensors writes several keys in an order that varies between processes
     metadata = {"ledger": json.dumps({"version": LEDGER_VERSION, "step": step.number, "components": list(shares)})}
     lines = "".join(json.dumps(line, ensure_ascii=True) + "\n" for line in _lines(step, metrics, text))
     contents = dict(zip(step_files(folder, step.number), (save(tensors, metadata), lines.encode("utf-8")), strict=True))
     for file, content in contents.items():
-        write_whole(file, content)
+        write_atomic(file, content)
     index_line = {
         "step": step.number,
         "files": {file.name: _sha256(content) for file, content in contents.items()},
         "tensors": {name: _tensor_sha256(tensor) for name, tensor in tensors.items()},
     }
-    append_line(folder / "index.jsonl", json.dumps(index_line))
+    append_line_synced(folder / "index.jsonl", json.dumps(index_line))
 
 
-def ledger_steps(folder: Path) -> tuple[int, ...]:
+def recorded_steps(folder: Path) -> tuple[int, ...]:
     """Return the numbers of the recorded steps in order. Raises `UserError` if the index is missing or broken."""
     return tuple(sorted(_index(folder)))
 
 
-def read_step(folder: Path, number: int) -> Entry:
+def read_step(folder: Path, number: int) -> LedgerStep:
     """Read one step and compare its files and tensors with the sha256 in the index.
 
     Raises:
@@ -159,7 +159,7 @@ def modified_files(folder: Path, number: int) -> list[str]:
     return _modified_files(folder, _index_line(folder, number))
 
 
-def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
+def read_completion_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
     """Return the number of tokens of each completion of a step and whether it finished, without checking any sha256.
 
     Raises:
@@ -169,18 +169,18 @@ def read_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
         return opened.get_tensor("lengths").tolist(), opened.get_tensor("finished").tolist()
 
 
-def cut_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
+def truncate_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
     """Delete all steps after ``step``, which a resumed run repeats, and return the numbers of the remaining ones."""
     if not folder.is_dir():
         return ()
     index = folder / "index.jsonl"
     lines = index.read_bytes().decode("utf-8", "replace").splitlines() if index.is_file() else []
     remaining = {number: line for line in lines if (number := _step_of(line)) is not None and number <= step}
-    write_whole(index, "".join(line + "\n" for line in remaining.values()))
+    write_atomic(index, "".join(line + "\n" for line in remaining.values()))
     for path in folder.iterdir():
         match = re.fullmatch(r"\.?step_(\d{6,})\..*", path.name)
         if match and (int(match[1]) > step or path.suffix == ".partial"):
-            with writing(path):
+            with disk_errors(path):
                 path.unlink()
     return tuple(remaining)
 
@@ -192,16 +192,16 @@ def step_files(folder: Path, number: int) -> tuple[Path, Path]:
 
 @contextlib.contextmanager
 def file_errors(file: Path) -> Iterator[None]:
-    """Turn `Unreadable`, which does not contain the path, and errors of the disk into a `UserError` with the path."""
+    """Turn `InvalidFile`, which does not contain the path, and errors of the disk into a `UserError` with the path."""
     try:
         yield
-    except Unreadable as error:
+    except InvalidFile as error:
         raise UserError(f"{file}: {error}") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read: {error.strerror}") from None
 
 
-def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray], text: str) -> dict[str, Tensor]:
+def _tensors(step: StepRecord, account: TokenTerms, shares: Mapping[str, np.ndarray], text: str) -> dict[str, Tensor]:
     batch, tokens = step.batch, step.logprobs
     completions = [completion for group in step.groups for completion in group.completions]
     scores = [score for row in step.scores for score in row]
@@ -234,7 +234,7 @@ def _tensors(step: Step, account: TokenAccount, shares: Mapping[str, np.ndarray]
     return tensors
 
 
-def _lines(step: Step, metrics: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
+def _lines(step: StepRecord, metrics: Mapping[str, Any], text: str) -> Iterator[dict[str, Any]]:
     dropped = [asdict(group) | ({"case_id": ""} if text == "off" else {}) for group in step.replaced_groups]
     yield {"kind": "step", "step": step.number, "text": text, "metrics": dict(metrics), "dropped": dropped}
     if text == "off":
@@ -271,7 +271,7 @@ class _StepLine(_Line):
     step: int
     text: Literal["full", "redacted", "off"]
     metrics: dict[str, StrictInt | StrictFloat | None]
-    dropped: tuple[Dropped, ...]
+    dropped: tuple[ReplacedGroup, ...]
 
 
 class _GroupLine(_Line):
@@ -288,7 +288,7 @@ class _CompletionLine(_Line):
     member: int
     reason: Reason
     span: tuple[int, int] | None
-    fired: tuple[Fired, ...]
+    fired: tuple[FiredRule, ...]
     timed_out: bool
     content: str = ""
 
@@ -312,7 +312,7 @@ def _index(folder: Path) -> dict[int, _IndexLine]:
             break  # torn by a crash, so its step is not in the ledger
         try:
             index_line = _IndexLine.model_validate(parse_json(line))
-        except (Unreadable, ValidationError):
+        except (InvalidFile, ValidationError):
             raise UserError(f"{file}:{number}: not a line of a ledger's index") from None
         index[index_line.step] = index_line
     return index
@@ -360,7 +360,7 @@ def _open_step(file: Path) -> Iterator[Any]:
     """Open a step's safetensors file after comparing its header with `TENSOR_SPECS`."""
     with file_errors(file):
         sizes: dict[str, int] = {}
-        headers = declared(file)
+        headers = read_tensor_header(file)
         for name, header in headers.items():
             dims, dtype = TENSOR_SPECS.get(name, ("", ""))
             if header.dtype != dtype or len(header.shape) != len(dims):
@@ -383,7 +383,7 @@ def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLin
                 step_line = _StepLine.model_validate(value)
             else:
                 lines.append(_LINE_TYPES[value["kind"]].model_validate(value))
-        except (Unreadable, ValidationError, KeyError, TypeError):
+        except (InvalidFile, ValidationError, KeyError, TypeError):
             raise UserError(f"{file}:{number}: not a line of a ledger") from None
     if step_line is None:
         raise UserError(f"{file}: empty")
@@ -392,7 +392,7 @@ def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLin
 
 def _raw_lines(file: Path) -> Iterator[bytes]:
     with file_errors(file):
-        yield from raw_lines(file, longest=MAX_LINE_BYTES)
+        yield from iter_lines(file, longest=MAX_LINE_BYTES)
 
 
 def _entry(
@@ -402,7 +402,7 @@ def _entry(
     tensors: Mapping[str, Tensor],
     components: list[str],
     modified: tuple[str, ...],
-) -> Entry:
+) -> LedgerStep:
     if step_line.step != number:
         raise ValueError("a line of another step")
     groups, scores = _groups(tensors, components, lines)
@@ -419,11 +419,11 @@ def _entry(
         advantages=tensors["advantages"],
         token_weights=torch.where(mask, tensors["token_weights"][:, None], 0.0),
     )
-    tokens = TokenRecord(tensors["logprobs"], tensors.get("ref_logprobs"), tensors["entropy"])
+    tokens = StepLogprobs(tensors["logprobs"], tensors.get("ref_logprobs"), tensors["entropy"])
     trainer_only: list[Any] = [step_line.metrics[name] for name in TRAINER_ONLY_METRICS]
-    return Entry(
-        step=Step(number, groups, scores, batch, tokens, step_line.dropped, *trainer_only),
-        account=TokenAccount(tensors["ratio"], tensors["clip"], tensors.get("kl"), tensors["loss"]),
+    return LedgerStep(
+        step=StepRecord(number, groups, scores, batch, tokens, step_line.dropped, *trainer_only),
+        account=TokenTerms(tensors["ratio"], tensors["clip"], tensors.get("kl"), tensors["loss"]),
         advantages=tensors["advantages"].numpy().reshape(shape),
         rewards=tensors["rewards"].numpy().reshape(shape),
         shares={name: share.numpy().reshape(shape) for name, share in zip(components, tensors["shares"], strict=True)},

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from grpo.config import Source, resolve
+from grpo.config import ConfigSource, resolve_path
 from grpo.run.checkpoint import Progress, latest_checkpoint, load_checkpoint
-from grpo.run.folder import Run, has_started, rewind_run, start_run
+from grpo.run.folder import RunFolder, create_run, has_started, rewind_run
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.run.setup import Setup, device_name
 from grpo.runtime.errors import UserError
@@ -19,12 +19,12 @@ CHECKSUM_CHUNK = 1 << 24
 """Entries of a tensor summed at once; their 64-bit copy takes 128 MB."""
 
 
-def start_or_resume(out: Path, setup: Setup, source: Source) -> tuple[Run, Progress]:
+def start_or_resume(out: Path, setup: Setup, source: ConfigSource) -> tuple[RunFolder, Progress]:
     """Create the run folder, or resume from the last undamaged checkpoint of the run in it: load it into the policy and
     the optimizer and rewind the folder to its step."""
     if not has_started(out):
         device, kernels = device_name(setup.policy.device), setup.check.record() if setup.check else None
-        run = start_run(
+        run = create_run(
             out, setup.config, source, setup.reward, device=device, inputs=input_hashes(setup), kernels=kernels
         )
         return run, Progress()
@@ -46,7 +46,7 @@ def input_hashes(setup: Setup) -> dict[str, str]:
     """Return the sha256 of each file or folder named in the config, by key: a resume with other contents is refused."""
     config = setup.config
     sets = {f"evaluate.{kind}.{name}": name for kind in ("ends", "during") for name in getattr(config.evaluate, kind)}
-    start = {"lora.warm_start": folder_sha256(resolve(config.lora.warm_start), ADAPTER_FILES)}
+    start = {"lora.warm_start": folder_sha256(resolve_path(config.lora.warm_start), ADAPTER_FILES)}
     return {
         "reward.set": setup.reward.sha256,
         "cases.train": cases_sha256(setup.cases),

@@ -32,8 +32,8 @@ import grpo.qwen3_5.train_forward as shared_prefix
 from grpo.forward import Forward
 from grpo.logprobs import log_distribution, token_logprobs
 from grpo.policy.optional_kernels import allow_fla_in_layers
-from grpo.policy.policy import Kernels, Policy, adapter_swapped
-from grpo.policy.transformers_forward import predicting_states_by_modules
+from grpo.policy.policy import Kernels, Policy, as_reference
+from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent
 from grpo.qwen3_5.weights import readable
 from grpo.runtime.errors import UserError
@@ -159,7 +159,7 @@ def self_check(policy: Policy) -> SelfCheck:
     """
     if not readable(policy):
         return SelfCheck(policy.kernels)
-    with evaluation_mode(policy), adapter_swapped(policy, nudged_adapter(policy)):
+    with evaluation_mode(policy), as_reference(policy, nudged_adapter(policy)):
         figures: dict[str, float] = {}
         probe = make_probe(policy)
         check_plain(policy, probe, figures)
@@ -184,7 +184,7 @@ def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None
         return {"a log-probability of the plain decode step": difference(sampled, logprobs, span)}
 
     def gradients() -> dict[str, float]:
-        return gradient_differences(policy, probe, forward, policy, predicting_states_by_modules)
+        return gradient_differences(policy, probe, forward, policy, transformers_hidden_states)
 
     for name, other, measure in (
         ("logprob", "the trainer's forward pass", sampler_and_trainer),

@@ -7,17 +7,17 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from grpo.cases import stream
+from grpo.cases import oversampled_indices
 from grpo.config import Config
-from grpo.policy.policy import Policy, adapter_copy, load_policy, missing_parts
+from grpo.policy.policy import Policy, copy_adapter, load_policy, missing_files
 from grpo.preflight.checks import load_inputs, require_sound_reward, run_checks
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length
 from grpo.run.self_check import SelfCheck, agree, with_kernels
-from grpo.runtime.distributed import ALONE, Ranks
+from grpo.runtime.distributed import SINGLE_PROCESS, World
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
-from grpo.runtime.terminal import visible
+from grpo.runtime.terminal import escape_control
 from grpo.types import Case
 from rewards import Reward
 
@@ -47,14 +47,14 @@ def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
 
 
 @memory_errors("setup", LOADING)
-def build(config: Config, ranks: Ranks = ALONE) -> Setup:
+def load_setup(config: Config, ranks: World = SINGLE_PROCESS) -> Setup:
     """Return the setup of a config. No weights are loaded if a file is missing or the reward is unsound."""
     material = load_inputs(config)
-    if faults := [*material.file_errors, *missing_parts(config.model, config.lora)]:
+    if faults := [*material.file_errors, *missing_files(config.model, config.lora)]:
         raise UserError("\n       ".join(faults))
     assert material.cases is not None  # guaranteed without faults
     for line in material.dropped_rows if ranks.is_main else ():
-        print(f"warning: {visible(line)}", file=sys.stderr)
+        print(f"warning: {escape_control(line)}", file=sys.stderr)
     require_sound_reward(config, run_checks(config, material))
     cases, sets = material.cases, dict(material.sets)
     policy = load_policy(config.model, config.lora, seed=config.train.seed, ranks=ranks)
@@ -71,10 +71,10 @@ def build(config: Config, ranks: Ranks = ALONE) -> Setup:
         config=config,
         reward=material.reward,
         cases=cases,
-        epoch_indices=stream(cases, config.cases.oversample),
+        epoch_indices=oversampled_indices(cases, config.cases.oversample),
         evaluation_sets=sets,
         policy=policy,
-        reference=adapter_copy(policy) if config.loss.reference == "warm_start" else None,
+        reference=copy_adapter(policy) if config.loss.reference == "warm_start" else None,
         optimizer=optimizer,
     )
 
@@ -99,7 +99,7 @@ def device_name(device: torch.device) -> str:
     return f"{device.type} ({threads} thread{'s' * (threads != 1)})"
 
 
-def plan(setup: Setup) -> str:
+def describe_run(setup: Setup) -> str:
     """Return the sizes of the run and its batch arithmetic as lines of at most 80 columns, unless a name or a reason is
     long."""
     config, policy = setup.config, setup.policy

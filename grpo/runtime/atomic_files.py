@@ -27,10 +27,10 @@ class DiskError(OSError):
         return f"{self.filename}: cannot be written: {self.strerror}"
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """Write or replace a file, readable by its owner only."""
     staging = path.with_name(f".{path.name}.partial")
-    with writing(path):
+    with disk_errors(path):
         try:
             _write(staging, content, os.O_TRUNC)
             os.replace(staging, path)
@@ -40,9 +40,9 @@ def write_whole(path: Path, content: str | bytes) -> None:
         fsync_path(path.parent)
 
 
-def append_line(path: Path, line: str) -> None:
+def append_line_synced(path: Path, line: str) -> None:
     """Append a line and its newline. If the disk is full, remove the part that was written."""
-    with writing(path):
+    with disk_errors(path):
         before = path.stat().st_size if path.exists() else None
         try:
             _write(path, line + "\n", os.O_APPEND)
@@ -57,12 +57,12 @@ def append_line(path: Path, line: str) -> None:
 
 
 @contextlib.contextmanager
-def placed(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to fill. At the end its files are synced and it replaces ``folder`` by a rename; after an
     error it is removed."""
     staging, previous = (folder.with_name(f".{folder.name}.{end}") for end in ("partial", "replaced"))
-    make_folder(folder.parent)
-    with writing(folder):
+    make_private_folder(folder.parent)
+    with disk_errors(folder):
         remove_if_present(staging)
         staging.mkdir()
         try:
@@ -80,11 +80,11 @@ def placed(folder: Path) -> Iterator[Path]:
         remove_if_present(previous)
 
 
-def make_folder(folder: Path) -> None:
+def make_private_folder(folder: Path) -> None:
     """Create a folder, readable by its owner only, and the missing folders above it."""
     if not folder.is_dir():
-        make_folder(folder.parent)
-        with writing(folder):
+        make_private_folder(folder.parent)
+        with disk_errors(folder):
             folder.mkdir(mode=0o700, exist_ok=True)
             fsync_path(folder.parent)
 
@@ -108,7 +108,7 @@ def fsync_path(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
+def disk_errors(path: Path) -> Iterator[None]:
     """Context in which an error of the system becomes a `DiskError` that names ``path``."""
     try:
         yield

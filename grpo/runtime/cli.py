@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import INPUT_ERRORS
-from grpo.runtime.terminal import error_lines, say_anyhow
+from grpo.runtime.terminal import error_lines, tolerate_narrow_encodings
 
 
 def make_parser(command: str, description: str, *, examples: Sequence[str]) -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def run_command(
     Args:
         if_interrupted: what Ctrl-C leaves behind, printed after "interrupted".
     """
-    say_anyhow()
+    tolerate_narrow_encodings()
     arguments = parser.parse_args(argv)
     try:
         code = run(arguments)

@@ -46,7 +46,7 @@ def _read_only(mapping: dict[Any, Any]) -> MappingProxyType[Any, Any]:
 copyreg.pickle(MappingProxyType, lambda mapping: (_read_only, (dict(mapping),)))
 
 
-class Elsewhere(UserError):
+class ReportedByMainRank(UserError):
     """This rank must stop; rank 0 has already reported why."""
 
 
@@ -55,7 +55,7 @@ class RankLost(RuntimeError):
 
 
 @dataclass(frozen=True, slots=True)
-class Ranks:
+class World:
     """The processes of a run, seen from one of them."""
 
     rank: int = 0
@@ -73,7 +73,7 @@ class Ranks:
     def slice_of(self, count: int) -> range:
         """Return which of ``count`` items (prompts, cases) belong to this rank: contiguous, as even as possible.
 
-        >>> [list(Ranks(rank, 4).mine(6)) for rank in range(4)], list(Ranks(1, 4).mine(1))
+        >>> [list(World(rank, 4).mine(6)) for rank in range(4)], list(World(1, 4).mine(1))
         ([[0], [1, 2], [3], [4, 5]], [])
         """
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
@@ -95,7 +95,7 @@ class Ranks:
 
     def error(self, message: str) -> UserError:
         """Return the exception with which all ranks stop at once: only rank 0 prints the message."""
-        return UserError(message) if self.is_main else Elsewhere(message)
+        return UserError(message) if self.is_main else ReportedByMainRank(message)
 
     def check_identical(self, value: Mapping[str, Any]) -> None:
         """Check that all ranks have the same value as rank 0.
@@ -189,13 +189,13 @@ class Ranks:
             raise RankLost(f"another rank ended: {(text.partition('] ')[2] or text).partition('. ')[0]}") from None
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = World()
 """A run of one process."""
 
 
 @contextlib.contextmanager
-def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
-    """Join the other ranks that ``torchrun`` started; `ALONE` without ``torchrun``.
+def init_world(device: str, *, timeout_s: int) -> Iterator[World]:
+    """Join the other ranks that ``torchrun`` started; `SINGLE_PROCESS` without ``torchrun``.
 
     Args:
         device: ``model.device``; with CUDA each rank uses the card of its LOCAL_RANK and NCCL, else Gloo.
@@ -205,12 +205,12 @@ def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
         UserError: the environment is incomplete, there are more ranks than cards, or the others cannot be reached.
     """
     if not {"RANK", "WORLD_SIZE"} & os.environ.keys():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     rank, size, local_rank, local_size = _environment()
     rank_device = _rank_device(device, size, local_rank, local_size)
     if size == 1:
-        yield Ranks(device=rank_device)
+        yield World(device=rank_device)
         return
     try:
         with default_handlers():  # the rendezvous waits in C++, and no work is lost yet if a signal ends the process
@@ -220,7 +220,7 @@ def joined(device: str, *, timeout_s: int) -> Iterator[Ranks]:
             f"rank {rank}/{size} could not reach the other ranks at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']}: {_first_line(error)}"
         ) from None
-    yield Ranks(rank, size, rank_device, timeout_s)
+    yield World(rank, size, rank_device, timeout_s)
     dist.destroy_process_group()  # after an error the process ends, and the others notice that
 
 
@@ -253,15 +253,15 @@ def check_cards(store: dist.Store, rank: int, size: int, uuid: str) -> None:
             )
 
 
-def launched_world() -> Ranks:
+def launched_world() -> World:
     """Return this process's place on its host before the ranks have joined; local rank 0 prints for all of them."""
     size, local_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
     if size.isdecimal() and local_rank.isdecimal() and int(size) > 1:
-        return Ranks(int(local_rank), int(size))
-    return ALONE
+        return World(int(local_rank), int(size))
+    return SINGLE_PROCESS
 
 
-def require_alone(program: str) -> None:
+def require_single_process(program: str) -> None:
     """Exit with code 2 if ``torchrun`` started several processes of a program that supports only one."""
     ranks = launched_world()
     if ranks.size == 1:
@@ -273,7 +273,7 @@ def require_alone(program: str) -> None:
     sys.exit(2)
 
 
-def leave(code: int) -> NoReturn:
+def exit_process(code: int) -> NoReturn:
     """End the process. If the process group still exists after an error, a thread may wait for a rank that hangs, and
     Python's own exit would wait for that thread."""
     if dist.is_initialized():
@@ -283,7 +283,7 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
-def launch_prefix(ranks: Ranks) -> str:
+def launch_prefix(ranks: World) -> str:
     """Return the start of a command line that starts as many ranks, up to the name of the program."""
     if ranks.size == 1:
         return "python -m"

@@ -1,8 +1,8 @@
 """Signals that ask a program to stop: SIGINT, SIGTERM and SIGHUP.
 
-The first signal interrupts what may be interrupted at once, lets an update that has begun finish within `GRACE_S`
-seconds, and waits for files being written. A second one ends the process: the files on the disk are whole at any
-moment.
+The first signal interrupts what may be interrupted at once, lets an update that has begun finish within
+`GRACE_PERIOD_S` seconds, and waits for files being written. A second one ends the process: the files on the disk are
+whole at any moment.
 """
 
 import contextlib
@@ -14,20 +14,20 @@ from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
-GRACE_S = 20.0
+GRACE_PERIOD_S = 20.0
 """Seconds an update may take after a signal. Preemptible machines are stopped 30 s after SIGTERM or later; the rest is
 for the checkpoint."""
-SAME_S = 1.0
+DUPLICATE_WINDOW_S = 1.0
 """Signals within this many seconds of the first are duplicates: ``timeout`` and some schedulers send one request to the
 process and to its group."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Stopped(BaseException):
+class Interrupted(BaseException):
     """A signal asked the program to stop. Not an error, so that no handler of errors swallows it.
 
     Args:
-        midway: raised inside `Stop.within_grace`: what began there is neither undone nor done.
+        midway: raised inside `Interrupts.within_grace`: what began there is neither undone nor done.
     """
 
     def __init__(self, number: int, *, midway: bool = False) -> None:
@@ -44,7 +44,7 @@ class Stopped(BaseException):
         return 128 + self.number
 
 
-class Stop:
+class Interrupts:
     """Whether a signal was received, and what it may interrupt."""
 
     def __init__(self) -> None:
@@ -55,7 +55,7 @@ class Stop:
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
-        """Context in which a signal raises `Stopped` between two operations; an earlier one raises it on entry."""
+        """Context in which a signal raises `Interrupted` between two operations; an earlier one raises it on entry."""
         self.raise_if_requested()
         self._interruptible = True
         try:
@@ -66,7 +66,7 @@ class Stop:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Context inside `at_once` that a signal does not interrupt: `Stopped` is raised at its end."""
+        """Context inside `at_once` that a signal does not interrupt: `Interrupted` is raised at its end."""
         interruptible, self._interruptible = self._interruptible, False
         try:
             yield
@@ -77,48 +77,48 @@ class Stop:
 
     @contextlib.contextmanager
     def within_grace(self) -> Iterator[None]:
-        """Like `deferred`, but `Stopped` is raised `GRACE_S` after the signal if the block takes longer. A signal
-        received before entering also starts the grace period, because other ranks may already be inside."""
+        """Like `deferred`, but `Interrupted` is raised `GRACE_PERIOD_S` after the signal if the block takes longer. A
+        signal received before entering also starts the grace period, because other ranks may already be inside."""
         with self.deferred():
             self._timed = True
             try:
                 if self.requested is not None:
-                    signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+                    signal.setitimer(signal.ITIMER_REAL, GRACE_PERIOD_S)
                 yield
             finally:
                 self._timed = False
                 signal.setitimer(signal.ITIMER_REAL, 0)
 
     def raise_if_requested(self) -> None:
-        """Raise `Stopped` if a signal was received."""
+        """Raise `Interrupted` if a signal was received."""
         if self.requested is not None:
-            raise Stopped(self.requested)
+            raise Interrupted(self.requested)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         now, name = time.monotonic(), signal.Signals(number).name
         if self.requested is not None:
-            if now - self._at < SAME_S:
+            if now - self._at < DUPLICATE_WINDOW_S:
                 return
             _write_stderr(f"\nsecond {name}: quitting now\n")
             os._exit(128 + number)
         self.requested, self._at = number, now
         if self._interruptible:
             self.raise_if_requested()
-        task = f"the current update (up to {GRACE_S:.0f} s)" if self._timed else "the current operation"
+        task = f"the current update (up to {GRACE_PERIOD_S:.0f} s)" if self._timed else "the current operation"
         _write_stderr(f"\n{name}: finishing {task}; send it again to quit immediately\n")
         if self._timed:
-            signal.setitimer(signal.ITIMER_REAL, GRACE_S)
+            signal.setitimer(signal.ITIMER_REAL, GRACE_PERIOD_S)
 
     def _on_alarm(self, number: int, frame: FrameType | None) -> None:
         if self._timed and self.requested is not None:
-            raise Stopped(self.requested, midway=True)
+            raise Interrupted(self.requested, midway=True)
 
 
 @contextlib.contextmanager
-def listening() -> Iterator[Stop]:
+def handle_signals() -> Iterator[Interrupts]:
     """Context that handles the signals, except those that are ignored already (nohup, a background job). In a thread
     other than the main one no signal is handled."""
-    stop = Stop()
+    stop = Interrupts()
     handlers: dict[int, Any] = dict.fromkeys(SIGNALS, stop._on_signal)
     with _handlers(handlers | {signal.SIGALRM: stop._on_alarm}):
         yield stop

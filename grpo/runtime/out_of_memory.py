@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from grpo.runtime.distributed import ALONE, Elsewhere, Ranks
+from grpo.runtime.distributed import SINGLE_PROCESS, ReportedByMainRank, World
 from grpo.runtime.errors import UserError
 
 LOADING = "use a smaller dtype (model.dtype, --dtype) or another device (model.device, --device)"
@@ -31,7 +31,7 @@ class OutOfMemory(UserError):
 
 
 @contextlib.contextmanager
-def memory_errors(task: str, advice: str, ranks: Ranks = ALONE, *, midway: bool = False) -> Iterator[None]:
+def memory_errors(task: str, advice: str, ranks: World = SINGLE_PROCESS, *, midway: bool = False) -> Iterator[None]:
     """Turn torch's out-of-memory error into an `OutOfMemory`. With several ranks it is an exchange: all ranks leave
     with an error if any of them met one.
 
@@ -55,4 +55,4 @@ def memory_errors(task: str, advice: str, ranks: Ranks = ALONE, *, midway: bool 
     for rank, message in enumerate(ranks.all_gather_object(fault)):
         if message:
             message = f"rank {rank}: {message}" if ranks.size > 1 else message
-            raise OutOfMemory(message, midway=midway) if ranks.is_main else Elsewhere(message)
+            raise OutOfMemory(message, midway=midway) if ranks.is_main else ReportedByMainRank(message)

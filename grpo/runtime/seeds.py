@@ -3,10 +3,10 @@
 import hashlib
 
 
-def row_key(*parts: int | str) -> int:
+def stable_seed(*parts: int | str) -> int:
     """Return a 128-bit key for counter-based noise: equal parts give equal keys, and parts cannot run together.
 
-    >>> row_key(0, 1, "a", 2) == row_key(0, 1, "a", 2) != row_key(0, 1, "a2")
+    >>> stable_seed(0, 1, "a", 2) == stable_seed(0, 1, "a", 2) != stable_seed(0, 1, "a2")
     True
     """
     digest = hashlib.blake2b(digest_size=16)

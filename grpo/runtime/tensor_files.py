@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from rewards.safe_files import MEBIBYTE, Unreadable, open_regular, parse_json
+from rewards.safe_files import MEBIBYTE, InvalidFile, open_regular, parse_json
 
 MAX_HEADER_BYTES = 32 * MEBIBYTE
 """A header takes about 100 bytes per tensor."""
@@ -29,7 +29,7 @@ class TensorHeader:
     shape: tuple[int, ...]
 
 
-def declared(path: Path) -> dict[str, TensorHeader]:
+def read_tensor_header(path: Path) -> dict[str, TensorHeader]:
     """Return name → header, in the file's order, without reading any tensor.
 
     Raises:
@@ -39,22 +39,22 @@ def declared(path: Path) -> dict[str, TensorHeader]:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise Unreadable(f"cannot be read: not safetensors: {size:,} bytes, with a header of {length:,}")
+            raise InvalidFile(f"cannot be read: not safetensors: {size:,} bytes, with a header of {length:,}")
         try:
             header = parse_json(file.read(length))
-        except Unreadable as error:
-            raise Unreadable(f"cannot be read: its safetensors header is {error}") from None
+        except InvalidFile as error:
+            raise InvalidFile(f"cannot be read: its safetensors header is {error}") from None
     if not isinstance(header, dict):
-        raise Unreadable("cannot be read: not safetensors: its header is not a JSON object")
+        raise InvalidFile("cannot be read: not safetensors: its header is not a JSON object")
     return {name: _tensor_header(name, entry) for name, entry in header.items() if name != "__metadata__"}
 
 
 def _tensor_header(name: str, entry: Any) -> TensorHeader:
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
     if not isinstance(dtype, str) or not isinstance(shape, list) or len(shape) > MAX_DIMS:
-        raise Unreadable(f"cannot be read: its safetensors header has no valid dtype or shape for {name!r:.80}")
+        raise InvalidFile(f"cannot be read: its safetensors header has no valid dtype or shape for {name!r:.80}")
     if not all(type(size) is int and size >= 0 for size in shape):
-        raise Unreadable(f"cannot be read: its safetensors header has an invalid shape for {name!r:.80}")
+        raise InvalidFile(f"cannot be read: its safetensors header has an invalid shape for {name!r:.80}")
     return TensorHeader(dtype, tuple(shape))
 
 
@@ -63,13 +63,13 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """Open a file with safetensors, for torch, after checking its header.
 
     Raises:
-        Unreadable: as `declared`, or the library rejects the file, also inside the context.
+        Unreadable: as `read_tensor_header`, or the library rejects the file, also inside the context.
     """
-    declared(path)
+    read_tensor_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except OSError as error:
-        raise Unreadable(f"cannot be read: {error.strerror or error}") from None
+        raise InvalidFile(f"cannot be read: {error.strerror or error}") from None
     except SafetensorError as error:
-        raise Unreadable(f"cannot be read: {error}") from None
+        raise InvalidFile(f"cannot be read: {error}") from None

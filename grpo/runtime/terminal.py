@@ -16,7 +16,7 @@ MIN_WIDTH = 60
 STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
 """Style → its SGR code."""
 STYLED = re.compile(r"\x1b\[\d*m")
-"""The codes that `painted` adds."""
+"""The codes that `styled` adds."""
 ASCII_FALLBACKS = {
     "–": "-", "—": "-", "‑": "-", "−": "-", "…": "...", "→": "->", "↦": "->", "×": "x", "·": ".", "±": "+-", "≥": ">=",
     "≤": "<=", "≠": "!=", "≈": "~", "Σ": "sum ", "β": "beta", "μ": "mu", "σ": "sigma", "γ": "gamma", "ε": "epsilon",
@@ -26,7 +26,7 @@ ASCII_FALLBACKS = {
 """Character in this program's messages → its replacement on a terminal whose encoding lacks it."""
 
 
-def say_anyhow() -> None:
+def tolerate_narrow_encodings() -> None:
     """Let standard output and error replace characters that their encoding lacks, by `ASCII_FALLBACKS` or an escape,
     instead of raising `UnicodeEncodeError` in the middle of a message."""
     codecs.register_error("grpo.ascii", _to_ascii)
@@ -52,49 +52,49 @@ def print_unless_pipe_closed(text: str, stream: TextIO | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def visible(text: str) -> str:
+def escape_control(text: str) -> str:
     r"""Return the text with control and invisible characters as escapes.
 
-    >>> visible("ESI\x1b[2J 2\n\u202e")
+    >>> escape_control("ESI\x1b[2J 2\n\u202e")
     'ESI\\x1b[2J 2\\n\\u202e'
     """
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
-def columns(text: str) -> int:
-    """Return the columns that a text from `visible` occupies: two for a wide letter, none for a combining mark.
+def display_width(text: str) -> int:
+    """Return the columns that a text from `escape_control` occupies: two for a wide letter, none for a combining mark.
 
-    >>> columns("ESI 2"), columns("日本"), columns("é")
+    >>> display_width("ESI 2"), display_width("日本"), display_width("é")
     (5, 4, 1)
     """
     return sum(_columns(c) for c in text)
 
 
-def fit(text: str, width: int) -> str:
+def pad_or_truncate(text: str, width: int) -> str:
     """Return the text padded to a width, or truncated to it with an ellipsis.
 
-    >>> fit("severe_pain_missed", 8), fit("ok", 4)
+    >>> pad_or_truncate("severe_pain_missed", 8), pad_or_truncate("ok", 4)
     ('severe_…', 'ok  ')
     """
-    if columns(text) > width:
+    if display_width(text) > width:
         start, used = "", 0
         for c in text:
             if used + _columns(c) > width - 1:
                 break
             start, used = start + c, used + _columns(c)
         text = start + "…"
-    return text + " " * (width - columns(text))
+    return text + " " * (width - display_width(text))
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
-    r"""Yield the lines of a text, each made `visible` and broken at spaces (or anywhere, if there are none) to fit a
-    width. Line breaks of the text are kept; a carriage return is shown as an escape.
+    r"""Yield the lines of a text, each made `escape_control` and broken at spaces (or anywhere, if there are none) to
+    fit a width. Line breaks of the text are kept; a carriage return is shown as an escape.
 
     >>> list(wrap("Chest pain,\nBP 120/58", 8))
     ['Chest', 'pain,', 'BP', '120/58']
     """
     for line in text.split("\n"):
-        line, start = visible(line), 0
+        line, start = escape_control(line), 0
         while (end := _end(line, start, width)) < len(line):
             blank = line.rfind(" ", start + 1, end + 1)
             cut = blank if blank > 0 else end
@@ -108,7 +108,7 @@ def wrap(text: str, width: int) -> Iterator[str]:
 def error_lines(error: Exception) -> str:
     """Return the message of an error with control characters escaped, and its notes on lines of their own."""
     lines = [*str(error).splitlines(), *(f"       {note}" for note in getattr(error, "__notes__", ()))]
-    return "error: " + "\n".join(visible(line) for line in lines)
+    return "error: " + "\n".join(escape_control(line) for line in lines)
 
 
 def screen_width(stream: TextIO) -> int:
@@ -127,10 +127,10 @@ def wants_colour(stream: TextIO) -> bool:
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
-def painted(text: str, style: str, *, colour: bool) -> str:
+def styled(text: str, style: str, *, colour: bool) -> str:
     """Return the text in one of `STYLES`, or unchanged without a style or color.
 
-    >>> painted("clipped", "red", colour=False)
+    >>> styled("clipped", "red", colour=False)
     'clipped'
     """
     return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if colour and style and text else text

@@ -18,18 +18,18 @@ import grpo.train as loop
 import grpo.update as updating
 from benchmarks.bench import main
 from benchmarks.kernels import main as kernels
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.policy.base_model import load_base
-from grpo.policy.memory_plan import RANDOM
+from grpo.policy.memory_plan import RANDOM_SHAPES
 from grpo.rollout import ENGINES
-from grpo.run.setup import build
+from grpo.run.setup import load_setup
 
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Overrides for a step of few tokens on few cases."""
     cases = tmp_path_factory.mktemp("cases") / "few.jsonl"
-    lines = (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     cases.write_text("\n".join(lines[:12]) + "\n", encoding="utf-8")
     return [
         f"cases.train={cases}",
@@ -98,7 +98,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture
 def random_name(monkeypatch: pytest.MonkeyPatch) -> str:
     """The CPU-sized random model with a vocabulary for quick tests, still larger than the tokenizer's."""
-    monkeypatch.setitem(RANDOM, "random:test", replace(RANDOM["random:qwen3.5-small"], vocab_size=20_000))
+    monkeypatch.setitem(RANDOM_SHAPES, "random:test", replace(RANDOM_SHAPES["random:qwen3.5-small"], vocab_size=20_000))
     return "random:test"
 
 
@@ -106,7 +106,7 @@ def random_name(monkeypatch: pytest.MonkeyPatch) -> str:
 def random_step(few: list[str], random_name: str) -> Any:
     """A step of the CPU-sized random recipe with few tokens."""
     config, _ = load_config("configs/v49_random_small.toml", [*few, f"model.name={random_name}"])
-    return config, sampling.sample_step(build(config), 0)
+    return config, sampling.sample_step(load_setup(config), 0)
 
 
 def test_figures_that_have_nowhere_to_go_are_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,9 +24,9 @@ from benchmarks.roofline import (
     weights_read,
 )
 from grpo.config import load_config
-from grpo.policy.memory_plan import RANDOM, frozen_parameters
+from grpo.policy.memory_plan import RANDOM_SHAPES, base_parameter_count
 from grpo.policy.policy import Policy
-from grpo.policy.random_model import random_base
+from grpo.policy.random_model import build_random_model
 
 META = torch.device("meta")
 V49 = Work((200,), (0,) * 8, (1024,) * 8, (True,) * 8)
@@ -38,7 +38,7 @@ def nine() -> Costs:
     """Qwen3.5-9B with the adapter of configs/v49.toml, its weights nowhere."""
     from peft import LoraConfig, get_peft_model
 
-    base, _ = random_base("random:qwen3.5-9b", device=META, dtype=torch.bfloat16)
+    base, _ = build_random_model("random:qwen3.5-9b", device=META, dtype=torch.bfloat16)
     lora = load_config("configs/v49.toml")[0].lora
     adapted = LoraConfig(r=lora.r, target_modules=list(lora.target_modules), task_type="CAUSAL_LM")
     return costs_of(get_peft_model(base, adapted).get_base_model())
@@ -160,10 +160,10 @@ def test_the_adapter_is_counted_apart(make_policy: Callable[..., Policy]) -> Non
     assert 0 < total - costs.body - costs.lora - 2 * costs.head < 5000, "norms, convolutions and gates"
 
 
-@pytest.mark.parametrize("name", RANDOM)
+@pytest.mark.parametrize("name", RANDOM_SHAPES)
 def test_a_random_base_has_the_shape_it_is_planned_with(name: str) -> None:
-    base, _ = random_base(name, device=META, dtype=torch.bfloat16)
-    assert sum(p.numel() for p in base.parameters()) == frozen_parameters(RANDOM[name])
+    base, _ = build_random_model(name, device=META, dtype=torch.bfloat16)
+    assert sum(p.numel() for p in base.parameters()) == base_parameter_count(RANDOM_SHAPES[name])
     assert {p.dtype for p in base.parameters()} == {torch.bfloat16} and base.dtype == torch.bfloat16
     assert base.config.vocab_size == 248_320 and not base.config.tie_word_embeddings
 

@@ -32,7 +32,7 @@ from benchmarks.series.warm_starts import STARTS
 from benchmarks.tiny_world.patients import summary
 from benchmarks.tiny_world.teacher import NURSES, misread, right, steps_to, too_mild, v43
 from benchmarks.tiny_world.vignettes import draw_vignettes
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.config import load_config
 from grpo.preflight.checks import load_inputs, run_checks
 from grpo.types import Case
@@ -40,7 +40,7 @@ from rewards import load_reward
 from rewards.table import Table
 
 SERIES = [entry for entry in ENTRIES if entry.kind == "series"]
-EMBEDDED = Path(__file__).parents[2] / "grpo" / "tiny"
+TINY_WORLD_DIR = Path(__file__).parents[2] / "grpo" / "tiny"
 
 # ---- thresholds -----------------------------------------------------------------------------------------------------
 
@@ -235,7 +235,7 @@ def test_every_entry_is_a_config_that_may_start(entry: Any) -> None:
 def test_preflight_foretells_the_collapse_of_v45c() -> None:
     config, _ = load_config("configs/tiny/v45c.toml")
     policies = run_checks(config, load_inputs(config)).policies
-    assert policies is not None and policies.beaten_by[0] == "always 1"
+    assert policies is not None and policies.policies_that_beat_honest[0] == "always 1"
     assert config.cases.oversample == {1: 20}
 
 
@@ -246,20 +246,20 @@ def test_v49_doubles_the_budget_of_v48() -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_the_labs_cases_are_what_their_command_writes(name: str) -> None:
-    assert (EMBEDDED / "cases" / f"{name}.jsonl").read_text(encoding="ascii") == FILES[name]()
+    assert (TINY_WORLD_DIR / "cases" / f"{name}.jsonl").read_text(encoding="ascii") == FILES[name]()
 
 
 def test_the_labs_cases_share_nothing_with_what_is_trained_on() -> None:
     def patients(name: str) -> set[str]:
-        return {json.loads(line)["patient"] for line in (EMBEDDED / "cases" / f"{name}.jsonl").open()}
+        return {json.loads(line)["patient"] for line in (TINY_WORLD_DIR / "cases" / f"{name}.jsonl").open()}
 
     trained = patients("train") | patients("nurses")
     assert not patients("lab") & (trained | patients("mietic36"))
-    assert len(load_jsonl("embedded:cases/lab.jsonl")) == sum(LAB_MIX.values())
+    assert len(load_jsonl_cases("embedded:cases/lab.jsonl")) == sum(LAB_MIX.values())
 
 
 def test_nurses_waver_in_the_stated_shares() -> None:
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "nurses.jsonl").open()]
+    rows = [json.loads(line) for line in (TINY_WORLD_DIR / "cases" / "nurses.jsonl").open()]
     gold = {"lifesaving_done": 1, "lifesaving_other": 1, "severe_pain": 2, "open_injury": 2, "high_risk": 2}
     gold |= {"danger_vitals": 2, "resources_many": 3, "resource_one": 4, "resource_none": 5}
     for stratum, (count, acute) in NURSE_LABELS.items():
@@ -271,11 +271,11 @@ def test_nurses_waver_in_the_stated_shares() -> None:
 
 
 def test_the_starts_are_those_of_their_manifest() -> None:
-    told = json.loads((EMBEDDED / "starts.json").read_text(encoding="utf-8"))
+    told = json.loads((TINY_WORLD_DIR / "starts.json").read_text(encoding="utf-8"))
     assert told.keys() == STARTS.keys()
     for name, start in STARTS.items():
         assert told[name]["lesson"] == asdict(start.lesson), "build it again: python -m benchmarks.series.warm_starts"
-        files = sorted(p for p in (EMBEDDED / name).iterdir() if p.is_file())
+        files = sorted(p for p in (TINY_WORLD_DIR / name).iterdir() if p.is_file())
         assert {f"{name}/{p.name}": hashlib.sha256(p.read_bytes()).hexdigest() for p in files} == told[name]["sha256"]
         assert sum(p.stat().st_size for p in files) < 2**20
 
@@ -293,7 +293,7 @@ def test_a_start_is_wrong_in_the_way_it_is_said_to_be(name: str) -> None:
     config, _ = load_config("configs/tiny/v46.toml", [f"lora.warm_start=embedded:{name}"])
     policy = load_policy(config.model, config.lora, seed=0)
     kinds = ("severe_pain", "open_injury", "lifesaving_done", "lifesaving_other", "high_risk")
-    every = load_jsonl("embedded:cases/lab.jsonl")
+    every = load_jsonl_cases("embedded:cases/lab.jsonl")
     cases = [case for kind in kinds for case in every if case.tags[0] == kind][::6]
     prompts = [render_prompt(policy.tokenizer, c, system_prompt=SYSTEM_PROMPT, thinking=False) for c in cases]
     groups = rollout(policy, prompts, [[0]] * len(prompts), max_new_tokens=88, temperature=0.0)
@@ -343,7 +343,7 @@ SMALL = [
 def few(tmp_path: Path) -> list[str]:
     """Overrides of a lab of seconds: two steps, and the first cases of the lab's set."""
     file = tmp_path / "few.jsonl"
-    lines = (EMBEDDED / "cases" / "lab.jsonl").read_text(encoding="ascii").splitlines(keepends=True)
+    lines = (TINY_WORLD_DIR / "cases" / "lab.jsonl").read_text(encoding="ascii").splitlines(keepends=True)
     file.write_text("".join(lines[:6]), encoding="ascii")
     return [*SMALL, f'evaluate.ends={{lab="{file}"}}', "evaluate.during={}"]
 
@@ -559,5 +559,5 @@ def test_tags_of_made_up_cases_are_strata() -> None:
     """The thresholds read a case's stratum from its first tag."""
     strata = set(LAB_MIX)
     for name in ("lab", "nurses"):
-        cases: tuple[Case, ...] = load_jsonl(f"embedded:cases/{name}.jsonl")
+        cases: tuple[Case, ...] = load_jsonl_cases(f"embedded:cases/{name}.jsonl")
         assert {case.tags[0] for case in cases} == strata

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 import grpo.commands.evaluate
 import grpo.evaluation.request
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.commands.evaluate import argument_parser, main
 from grpo.commands.merge import merge
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.evaluation.answers import answer, append_answers, evaluate, read_answers
 from grpo.evaluation.comparison import AnsweredCase, Evaluated, compare, compare_evaluations, compare_modes
 from grpo.evaluation.metrics import JudgedAnswer, summarize
@@ -24,16 +24,16 @@ from grpo.evaluation.records import append_evaluation, before_after_table
 from grpo.evaluation.statistics import mcnemar, wilson
 from grpo.evaluation.table import WIDTH, evaluation_table
 from grpo.policy.base_model import load_tokenizer
-from grpo.policy.policy import Policy, adapter_swapped
+from grpo.policy.policy import Policy, as_reference
 from grpo.prompts import render_prompt
-from grpo.run.folder import Run, evaluations
+from grpo.run.folder import RunFolder, read_evaluations
 from grpo.run.input_hashes import ADAPTER_FILES, cases_sha256, folder_sha256
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from rewards import load_reward, parse_answer
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.toml")
-MIETIC36 = load_jsonl("embedded:cases/mietic36.jsonl")
+MIETIC36 = load_jsonl_cases("embedded:cases/mietic36.jsonl")
 CASES = [*[case for case in MIETIC36 if "plain" in case.tags][:3], MIETIC36[0]]
 """Three that the warm start gets wrong by a rule, and one that it gets right."""
 
@@ -349,7 +349,7 @@ def test_a_model_is_evaluated_with_the_cards_settings_and_an_adapters_own_rank(
 def test_no_adapter_is_the_base_itself(make_policy: Make) -> None:
     config = configured(batch_size=4, temperature=1.0, max_new_tokens=4)
     cases, moved = [Case("a", "Cough.", 4)], make_policy()
-    with adapter_swapped(moved, None):
+    with as_reference(moved, None):
         bare = evaluate(moved, cases, config, name="x", thinking=False)
     assert bare == evaluate(make_policy(moved=False), cases, config, name="x", thinking=False)
     assert bare != evaluate(moved, cases, config, name="x", thinking=False)
@@ -470,7 +470,7 @@ def test_a_budget_that_does_not_fit_is_refused_before_anything_is_written(
 
 
 def changed_adapter(folder: Path, **values: object) -> Path:
-    shutil.copytree(EMBEDDED / "v46", folder)
+    shutil.copytree(TINY_WORLD_DIR / "v46", folder)
     path = folder / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
     return folder
@@ -486,13 +486,13 @@ def test_adapters_that_cannot_be_run_are_refused_before_anything_is_written(
     assert "use_dora: only plain LoRA" in said and "grpo merge" not in said
     assert "r must be a whole number, got 4.5" in refusal(capsys, *line, changed_adapter(tmp_path / "half", r=4.5))
     (tmp_path / "run").mkdir()
-    shutil.copytree(EMBEDDED / "v46", tmp_path / "run" / "adapter")
+    shutil.copytree(TINY_WORLD_DIR / "v46", tmp_path / "run" / "adapter")
     assert f"its adapter is {tmp_path / 'run' / 'adapter'}" in refusal(capsys, *line, tmp_path / "run")
     torn = changed_adapter(tmp_path / "torn")
     (torn / "adapter_model.safetensors").write_bytes(b"x" * 9)
     assert "adapter_model.safetensors: cannot be read" in refusal(capsys, *line, torn)
     foreign = changed_adapter(tmp_path / "foreign")  # known only when the model is loaded
-    held = load_file(EMBEDDED / "v46" / "adapter_model.safetensors")
+    held = load_file(TINY_WORLD_DIR / "v46" / "adapter_model.safetensors")
     renamed = {key.replace("layers.0", "layers.40"): value for key, value in held.items()}
     save_file(renamed, foreign / "adapter_model.safetensors")
     assert "made for another base" in refusal(capsys, *line, foreign)
@@ -503,7 +503,7 @@ def test_an_rslora_adapter_is_evaluated_through_its_merge(
     warm_start: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """alpha / sqrt(r) instead of alpha / r: with r = 16 and alpha a quarter, the same model as plain LoRA."""
-    plain = json.loads((EMBEDDED / "v46" / "adapter_config.json").read_text())
+    plain = json.loads((TINY_WORLD_DIR / "v46" / "adapter_config.json").read_text())
     assert plain["r"] == 16
     odd = changed_adapter(tmp_path / "rslora", use_rslora=True, lora_alpha=plain["lora_alpha"] / 4)
     merge(odd, tmp_path / "merged", base="embedded:base", check=False)
@@ -519,7 +519,7 @@ def test_no_adapter_is_put_on_twice(
 ) -> None:
     """--adapter takes the place of the config's warm start; an adapter is no model, nor put on weights that hold it."""
     cases = ["--cases", str(warm_start / "four.jsonl")]
-    merge(EMBEDDED / "v46", tmp_path / "merged", base="embedded:base", check=False)
+    merge(TINY_WORLD_DIR / "v46", tmp_path / "merged", base="embedded:base", check=False)
     monkeypatch.setattr(grpo.commands.evaluate, "load_policy", None)  # all of it is known before a model is loaded
     out = ["--out", str(warm_start / "out")]
     before = read(warm_start / "out")
@@ -528,7 +528,7 @@ def test_no_adapter_is_put_on_twice(
     )
     assert read(warm_start / "out") == before
     capsys.readouterr()
-    said = refusal(capsys, EMBEDDED / "v46", *cases)
+    said = refusal(capsys, TINY_WORLD_DIR / "v46", *cases)
     assert "is an adapter" in said and "Pass its base" in said
     for line in (
         [tmp_path / "merged", "--max-new-tokens", 88, "--adapter", "embedded:v46"],
@@ -583,16 +583,16 @@ def test_a_hash_is_of_names_and_contents_alone(tmp_path: Path) -> None:
 
 
 def test_an_evaluation_of_a_run_is_written_once(tmp_path: Path) -> None:
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     verdicts = [judged(case, "ANSWER: ESI 2") for case in CASES]
     record = {"step": 3, "cases": "x", "thinking": "on", **summarize(verdicts, load_reward("v49"))}
     for _ in range(2):
         append_evaluation(run, record, verdicts)
-    assert evaluations(run) == [json.loads(json.dumps(record))]
+    assert read_evaluations(run) == [json.loads(json.dumps(record))]
     answers = (tmp_path / "eval" / "step_000003_x_on.jsonl").read_text().splitlines()
     assert [json.loads(line)["predicted"] for line in answers] == [2, 2, 2, 2]
     low, high = (100 * bound for bound in record["intervals"]["exact"])
-    assert f"{low:.1f}–{high:.1f}" in before_after_table(evaluations(run))
+    assert f"{low:.1f}–{high:.1f}" in before_after_table(read_evaluations(run))
 
 
 def test_a_model_is_evaluated_under_its_own_system_prompt(tmp_path: Path) -> None:

@@ -25,8 +25,16 @@ from grpo.commands.inspect import main
 from grpo.inspection.run_reader import read_header
 from grpo.inspection.step_records import step_record, token_records
 from grpo.inspection.step_text import step_lines, token_lines
-from grpo.run.ledger import Entry, read_step
-from grpo.runtime.terminal import STYLED, columns, fit, screen_width, visible, wants_colour, wrap
+from grpo.run.ledger import LedgerStep, read_step
+from grpo.runtime.terminal import (
+    STYLED,
+    display_width,
+    escape_control,
+    pad_or_truncate,
+    screen_width,
+    wants_colour,
+    wrap,
+)
 from tests.support.recorded_runs import recorded, rewritten
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202eevil\u2066\r\x9b31m\tESI"
@@ -102,7 +110,7 @@ def test_every_line_fits_80_columns_without_colours(
         case = case_of(run, int(step), 1)
         for more in ([], ["--case", case], ["--case", case, "--member", "3"]):
             for line in shown(run, "--step", step, *more).splitlines():
-                assert columns(line) <= 80 and line == line.rstrip() and visible(line) == line
+                assert display_width(line) <= 80 and line == line.rstrip() and escape_control(line) == line
 
 
 def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
@@ -217,7 +225,7 @@ def test_a_member_shows_a_row_a_token_in_each_inner_epoch(rich: Path) -> None:
 # --- nothing reaches the terminal raw ----------------------------------------------------------------------
 
 
-def hostile_entry(entry: Entry) -> Entry:
+def hostile_entry(entry: LedgerStep) -> LedgerStep:
     groups = []
     for group in entry.step.groups:
         case = dataclasses.replace(
@@ -240,7 +248,7 @@ VIEWS = ([], ["--case", "#0"], ["--case", "#1", "--member", "2"])
 def test_what_a_terminal_would_obey_is_shown_instead(hostile: Path, more: list[str]) -> None:
     out = shown(hostile, *more)
     assert all(c.isprintable() or c == "\n" for c in out)
-    assert all(columns(line) <= 80 for line in out.splitlines())
+    assert all(display_width(line) <= 80 for line in out.splitlines())
     assert "\\x1b[2J" in out
 
 
@@ -254,7 +262,7 @@ def test_only_our_own_styles_reach_a_terminal(hostile: Path, terminal: tuple[int
     assert code == (2 if more[1:] == [f"{HOSTILE}c99"] else 0)
     assert all(c.isprintable() or c == "\n" for c in without)
     if code == 0:
-        assert all(columns(line) <= width for line in without.splitlines())
+        assert all(display_width(line) <= width for line in without.splitlines())
         assert (out != without) and out.count("\x1b[0m") * 2 == out.count("\x1b[")
 
 
@@ -266,7 +274,7 @@ def test_a_terminal_gets_colours_and_its_own_width(
     with contextlib.redirect_stdout(screen):
         assert main([str(rich), *more]) == 0
     lines = STYLED.sub("", screen.getvalue()).splitlines()
-    assert all(columns(line) <= width for line in lines) and "\x1b[" in screen.getvalue()
+    assert all(display_width(line) <= width for line in lines) and "\x1b[" in screen.getvalue()
     if more[:1] == ["--case"] and len(more) == 2:
         beside = max(len(re.findall(r"member \d ", line)) for line in lines)
         assert beside == {60: 1, 80: 2, 123: 3}[width]
@@ -296,8 +304,10 @@ def test_a_token_table_has_the_columns_that_fit_and_no_empty_room(width: int) ->
     names = head.split()[2:]
     assert {"logprob", "ref", "ratio", "KL", "clip", "loss"} <= set(names)
     assert len(names) == {60: 6, 68: 7, 79: 8, 80: 8, 90: 9, 100: 10, 200: 10}[width]
-    assert {columns(line) for line in (head, *body, total)} == {columns(head)} and columns(head) <= width
-    assert columns(head) <= 6 + 9 + 79, "no wider than its longest token asks for"
+    assert {display_width(line) for line in (head, *body, total)} == {display_width(head)} and display_width(
+        head
+    ) <= width
+    assert display_width(head) <= 6 + 9 + 79, "no wider than its longest token asks for"
     assert all(text in line for text, line in zip(("a", "intubat", "·on"), body, strict=True))
 
 
@@ -329,10 +339,12 @@ def test_a_dumb_terminal_gets_no_colours(terminal: tuple[int, Any], monkeypatch:
 def test_wrapped_lines_fit_and_lose_nothing_but_blanks(text: str, width: int) -> None:
     lines = list(wrap(text, width))
     # an escape is longer than the letter it stands for, and may be broken
-    assert all(columns(line) <= width for line in lines)
-    assert "".join(lines).replace(" ", "") == "".join(visible(line) for line in text.split("\n")).replace(" ", "")
+    assert all(display_width(line) <= width for line in lines)
+    assert "".join(lines).replace(" ", "") == "".join(escape_control(line) for line in text.split("\n")).replace(
+        " ", ""
+    )
     assert all(c.isprintable() for line in lines for c in line)
-    assert columns(fit(visible(text), width)) == width
+    assert display_width(pad_or_truncate(escape_control(text), width)) == width
 
 
 # --- what is kept out, and what is not there ---------------------------------------------------------------
@@ -368,12 +380,12 @@ def test_without_the_tokenizer_ids_are_shown_and_why(rich: Path, tmp_path: Path)
 
 
 def test_numbers_that_are_none_stay_json(rich: Path, tmp_path: Path) -> None:
-    def spoil(entry: Entry) -> Entry:
+    def spoil(entry: LedgerStep) -> LedgerStep:
         logprobs = entry.step.logprobs.logprobs.clone()
         logprobs[0, 0] = -math.inf
         tokens = dataclasses.replace(entry.step.logprobs, logprobs=logprobs, ref_logprobs=None)
         account = dataclasses.replace(entry.account, kl=None)
-        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens), account=account)
+        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, logprobs=tokens), account=account)
 
     run = rewritten(rich, tmp_path / "run", spoil, step=3)
     (group,) = record(run, "--case", "#0", "--member", "0")["groups"]
@@ -415,7 +427,7 @@ def test_a_missing_run_or_ledger_is_exit_code_2(plain: Path, tmp_path: Path) -> 
 
 
 def test_letters_are_as_wide_as_a_terminal_makes_them() -> None:
-    assert [columns(text) for text in ("", "a", "日", "\uff21", "a\u0301", "\u20dd")] == [0, 1, 2, 2, 1, 0]
+    assert [display_width(text) for text in ("", "a", "日", "\uff21", "a\u0301", "\u20dd")] == [0, 1, 2, 2, 1, 0]
 
 
 def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Path) -> None:
@@ -424,13 +436,13 @@ def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Pat
     assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, False]
     alone = entry.step.batch.baseline_mask.clone()
     alone[5:] = False
-    batch = dataclasses.replace(entry.step.batch, in_baseline=alone)
+    batch = dataclasses.replace(entry.step.batch, baseline_mask=alone)
     entry = dataclasses.replace(entry, step=dataclasses.replace(entry.step, batch=batch))
     assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, True]
 
 
 def test_large_groups_are_counted(plain: Path) -> None:
-    def many(entry: Entry) -> Entry:
+    def many(entry: LedgerStep) -> LedgerStep:
         groups = tuple(dataclasses.replace(g, completions=g.completions * 5) for g in entry.step.groups)
         scores = tuple(row * 5 for row in entry.step.scores)
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=groups, scores=scores))
@@ -439,4 +451,4 @@ def test_large_groups_are_counted(plain: Path) -> None:
     config = read_header(plain).config
     lines = list(step_lines(step_record(entry, config), 80, lambda text, style: text))
     assert any("4×20" in line and "e×20" in line for line in lines)
-    assert any("3×10 –×10" in line and "b×10 e×…" in line for line in lines) and max(map(columns, lines)) <= 80
+    assert any("3×10 –×10" in line and "b×10 e×…" in line for line in lines) and max(map(display_width, lines)) <= 80

@@ -21,11 +21,11 @@ from transformers import (
     Qwen3_5ForConditionalGeneration,
 )
 
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.commands.merge import compare, format_result, main, merge
-from grpo.config import EMBEDDED, load_config
-from grpo.policy.adapter_files import base_of, config_of_parent_run, system_prompt
-from grpo.run.folder import start_run
+from grpo.config import TINY_WORLD_DIR, load_config
+from grpo.policy.adapter_files import base_model_of, config_of_parent_run, system_prompt
+from grpo.run.folder import create_run
 from grpo.runtime.errors import UserError
 from rewards import load_reward, parse_answer
 
@@ -266,8 +266,8 @@ def test_companions_go_along_and_code_does_not(adapter: Path, random_base: Path,
 
 def test_a_runs_adapter_brings_its_base_its_card_and_its_system_prompt(tmp_path: Path) -> None:
     config, source = load_config("configs/tiny.toml", ["cases.system_prompt='Say the level.'"])
-    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
-    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    run = create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(TINY_WORLD_DIR / "v46", run.adapter)
     merged = merge(run.adapter, tmp_path / "out")
     assert merged.base == "embedded:base" and merged.check is not None and merged.check.largest < 1e-3
     card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
@@ -275,8 +275,8 @@ def test_a_runs_adapter_brings_its_base_its_card_and_its_system_prompt(tmp_path:
     assert system_prompt("embedded:base", run.adapter) == system_prompt(str(tmp_path / "out"), None) == "Say the level."
     assert not [p.name for p in (tmp_path / "out").iterdir() if str(tmp_path).encode() in p.read_bytes()]
     (tmp_path / "run" / "config.json").write_text('{"config": {"model": "x", "cases": {}}}')
-    assert config_of_parent_run(run.adapter) is None and base_of(run.adapter) == "embedded:base"
-    merge(EMBEDDED / "v46", tmp_path / "bare", check=False)
+    assert config_of_parent_run(run.adapter) is None and base_model_of(run.adapter) == "embedded:base"
+    merge(TINY_WORLD_DIR / "v46", tmp_path / "bare", check=False)
     assert not (tmp_path / "bare" / "README.md").exists()
 
 
@@ -562,8 +562,8 @@ print(tokenizer.decode(out[0], skip_special_tokens=True))
 
 def test_the_cards_usage_code_runs_word_for_word(capsys: pytest.CaptureFixture[str]) -> None:
     names = {
-        "Qwen/Qwen3.5-9B": str(EMBEDDED / "base"),
-        "vadimbelsky/qwen3.5-esi-triage-grpo-v49": str(EMBEDDED / "v46"),
+        "Qwen/Qwen3.5-9B": str(TINY_WORLD_DIR / "base"),
+        "vadimbelsky/qwen3.5-esi-triage-grpo-v49": str(TINY_WORLD_DIR / "v46"),
     }
     code = USAGE
     for published, here in names.items():
@@ -578,12 +578,12 @@ def test_the_cards_usage_code_runs_word_for_word(capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("thinking", [True, False])
 def test_the_merged_model_answers_the_36_cases_as_base_and_adapter_do(thinking: bool, tmp_path: Path) -> None:
     """Plain transformers, greedy: the same ids, all 36, both modes."""
-    cases = load_jsonl("embedded:cases/mietic36.jsonl")
+    cases = load_jsonl_cases("embedded:cases/mietic36.jsonl")
     system = system_prompt("embedded:base", None)
-    merge(EMBEDDED / "v46", tmp_path / "merged", check=False)
-    base = AutoModelForCausalLM.from_pretrained(EMBEDDED / "base")
+    merge(TINY_WORLD_DIR / "v46", tmp_path / "merged", check=False)
+    base = AutoModelForCausalLM.from_pretrained(TINY_WORLD_DIR / "base")
     models = {
-        "base and adapter": PeftModel.from_pretrained(base, EMBEDDED / "v46").eval(),
+        "base and adapter": PeftModel.from_pretrained(base, TINY_WORLD_DIR / "v46").eval(),
         "merged": AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval(),
     }
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged", padding_side="left")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from grpo import train
 from grpo.commands.preflight import main
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.preflight.checks import (
     MAX_TIMED_OUT,
     audit_data,
@@ -79,7 +79,7 @@ def small(path: Path, *cases: Case) -> list[str]:
 @pytest.fixture
 def balanced(tmp_path: Path) -> list[str]:
     """Overrides for forty embedded vignettes of each level."""
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text().splitlines()]
     cases = [
         Case(row["id"], row["text"], level)
         for level in range(1, 6)
@@ -455,7 +455,7 @@ def test_json_says_the_same_and_holds_no_case(balanced: list[str], capsys: pytes
     assert found["probes"]["ranked"][0]["policy"] == "honest, 70% exact" and found["probes"]["beaten_by"] == []
     assert found["data"]["levels"] == [40] * 5 and found["plan"]["trained"] > 0
     assert found["plan"]["peak_bytes"]["update"] > 17e9
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text().splitlines()]
     assert not any(row["text"][:40] in text for row in rows)
 
 
@@ -625,7 +625,7 @@ def test_a_sound_run_passes_the_gate(balanced: list[str]) -> None:
 # ---- a new rule by TOML alone -------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(not (EMBEDDED / "base").is_dir(), reason="the embedded model is not built")
+@pytest.mark.skipif(not (TINY_WORLD_DIR / "base").is_dir(), reason="the embedded model is not built")
 def test_a_rule_written_in_toml_is_proved_explained_and_trained(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import load_jsonl
+from grpo.cases import load_jsonl_cases
 from grpo.commands.prepare import main, write
-from grpo.data.row_report import Record
+from grpo.data.row_report import CaseRow
 from grpo.data.split import balance_levels, count_overlap, repeat_by_level, require_patients, split_by_patient
 from grpo.runtime.errors import UserError
 from grpo.types import Case
@@ -22,16 +22,16 @@ from grpo.types import Case
 MIETIC = "subject_id,stay_id,acuity,tiragecase,Final Decision\n"
 
 
-def record(i: int, patient: int, esi: int = 3, text: str = "") -> Record:
-    return Record(Case(f"c{i}", text or f"Note {i} of a patient.", esi), f"p{patient}")
+def record(i: int, patient: int, esi: int = 3, text: str = "") -> CaseRow:
+    return CaseRow(Case(f"c{i}", text or f"Note {i} of a patient.", esi), f"p{patient}")
 
 
-def cohort(size: int = 400) -> list[Record]:
+def cohort(size: int = 400) -> list[CaseRow]:
     """Two to three cases a patient, levels 1 to 5 as 1 : 2 : 4 : 2 : 1."""
     return [record(i, i * 7 % (size * 2 // 5), (1, 2, 2, 3, 3, 3, 3, 4, 4, 5)[i % 10]) for i in range(size)]
 
 
-def file_of(tmp_path: Path, records: list[Record], name: str = "cases.jsonl") -> str:
+def file_of(tmp_path: Path, records: list[CaseRow], name: str = "cases.jsonl") -> str:
     path = tmp_path / name
     path.write_text(
         "".join(
@@ -92,7 +92,7 @@ def test_two_patients_of_one_narrative_do_not_carry_it_across() -> None:
 
 def test_excluded_patients_and_narratives_are_in_neither_part() -> None:
     records = cohort()
-    excluded = [Record(Case("x", "Another note.", 1), "p3"), Record(Case("y", "note 17  of a PATIENT.", 1), "q")]
+    excluded = [CaseRow(Case("x", "Another note.", 1), "p3"), CaseRow(Case("y", "note 17  of a PATIENT.", 1), "q")]
     gone = {r.case.id for r in records if r.patient == "p3"} | {"c17"}
     assert len(gone) >= 3
     parts = split_by_patient(records, share=0.3, seed=0, excluded=excluded)
@@ -110,7 +110,7 @@ def test_parts_that_would_be_empty_are_refused() -> None:
 
 
 def test_a_case_without_a_patient() -> None:
-    records = [record(0, 0), Record(Case("b", "…", 2), "")]
+    records = [record(0, 0), CaseRow(Case("b", "…", 2), "")]
     with pytest.raises(UserError, match=r"1 of 2 cases, the first 'b', have no patient"):
         require_patients(records, each_its_own=False)
     known, own = require_patients(records, each_its_own=True)
@@ -166,7 +166,7 @@ def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureF
     train, held = rows(out / "train.jsonl"), rows(out / "held_out.jsonl")
     assert not {r["patient"] for r in train} & {r["patient"] for r in held}
     assert {str(r["id"]).split("#")[0] for r in (*train, *held)} == {r.case.id for r in cohort()}
-    assert len(load_jsonl(str(out / "train.jsonl"))) == len(train)
+    assert len(load_jsonl_cases(str(out / "train.jsonl"))) == len(train)
     said = capsys.readouterr().out
     table = {line[:16].strip(): line[16:].replace(",", "").split() for line in said.splitlines()}
     for name, part in (("written", train), ("held out", held)):
@@ -245,12 +245,12 @@ def test_any_format_goes_in_and_an_evaluation_set_stays_out(tmp_path: Path, caps
     out = tmp_path / "mietic36"
     assert main(["mietic-validate", mietic(tmp_path), "--out", str(out)]) == 0
     assert "excluded  1 × not retained by the experts: excluded (mietic.csv, line 4)" in capsys.readouterr().out
-    assert [(case.id, case.text, case.gold_level) for case in load_jsonl(str(out / "train.jsonl"))] == [
+    assert [(case.id, case.text, case.gold_level) for case in load_jsonl_cases(str(out / "train.jsonl"))] == [
         ("mietic-70", "Seven,\nagain.", 2),
         ("mietic-90", "Nine.", 3),
     ]
     assert not (out / "held_out.jsonl").exists()
-    cases = [Record(Case(f"s{i}", f"Note {i}.", 3), str(i % 12)) for i in range(60)]
+    cases = [CaseRow(Case(f"s{i}", f"Note {i}.", 3), str(i % 12)) for i in range(60)]
     more = ["--held-out", "0.3", "--exclude", f"mietic-validate:{mietic(tmp_path)}"]
     assert main(["jsonl", file_of(tmp_path, cases), "--out", str(tmp_path / "out"), *more]) == 0
     left = {row["patient"] for name in ("train", "held_out") for row in rows(tmp_path / "out" / f"{name}.jsonl")}
@@ -283,7 +283,7 @@ def test_input_that_cannot_be_used_is_said_and_exits_with_2(
 
 
 def test_copies_do_not_take_the_id_of_a_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = file_of(tmp_path, [Record(Case("a", "One.", 1), "p"), Record(Case("a#2", "Two.", 3), "q")])
+    source = file_of(tmp_path, [CaseRow(Case("a", "One.", 1), "p"), CaseRow(Case("a#2", "Two.", 3), "q")])
     assert main(["jsonl", source, "--out", str(tmp_path / "out"), "--oversample", "1=2"]) == 2
     assert "an id ends in #2" in capsys.readouterr().err
 

@@ -22,8 +22,8 @@ from grpo.inspection.bit_diff import Difference, array_differences, same_bits, u
 from grpo.inspection.counterfactual import counterfactual
 from grpo.inspection.replay import TEXT_METRICS, TIMING_PREFIXES, is_copied, likely_reason, replay_step
 from grpo.inspection.run_reader import read_recorded_run
-from grpo.run.ledger import TRAINER_ONLY_METRICS, Entry, read_step
-from rewards import Answer, Fired, load_reward
+from grpo.run.ledger import TRAINER_ONLY_METRICS, LedgerStep, read_step
+from rewards import Answer, FiredRule, load_reward
 from tests.support.recorded_runs import recorded, rewritten
 
 
@@ -177,20 +177,20 @@ def test_a_file_that_can_no_longer_be_read_is_a_difference_and_the_other_steps_a
 # --- one value, written down with its sha256 --------------------------------------------------------------
 
 
-def with_score(entry: Entry, b: int, g: int, **changes: Any) -> Entry:
+def with_score(entry: LedgerStep, b: int, g: int, **changes: Any) -> LedgerStep:
     scores = [list(row) for row in entry.step.scores]
     scores[b][g] = dataclasses.replace(scores[b][g], **changes)
     return dataclasses.replace(entry, step=dataclasses.replace(entry.step, scores=tuple(map(tuple, scores))))
 
 
-def with_batch(entry: Entry, name: str, row: int, value: float | bool) -> Entry:
+def with_batch(entry: LedgerStep, name: str, row: int, value: float | bool) -> LedgerStep:
     tensor = getattr(entry.step.batch, name).clone()
     tensor[row] = value
     batch = dataclasses.replace(entry.step.batch, **{name: tensor})
     return dataclasses.replace(entry, step=dataclasses.replace(entry.step, batch=batch))
 
 
-def with_account(entry: Entry, name: str, at: tuple[int, int], value: Callable[[float], float]) -> Entry:
+def with_account(entry: LedgerStep, name: str, at: tuple[int, int], value: Callable[[float], float]) -> LedgerStep:
     tensor = getattr(entry.account, name).clone()
     tensor[at] = value(tensor[at].item())
     return dataclasses.replace(entry, account=dataclasses.replace(entry.account, **{name: tensor}))
@@ -200,7 +200,7 @@ def up(value: float) -> float:
     return math.nextafter(value, math.inf)
 
 
-FORGERIES: dict[str, tuple[Callable[[Entry], Entry], str]] = {
+FORGERIES: dict[str, tuple[Callable[[LedgerStep], LedgerStep], str]] = {
     "reward": (lambda e: with_score(e, 1, 2, total=0.5), "safetensors: rewards"),
     "component": (
         lambda e: with_score(e, 1, 2, parts={**e.step.scores[1][2].parts, "no_parse": -1.0}),
@@ -215,7 +215,7 @@ FORGERIES: dict[str, tuple[Callable[[Entry], Entry], str]] = {
         lambda e: with_score(e, 1, 2, answer=dataclasses.replace(e.step.scores[1][2].answer, span=(0, 3))),
         "jsonl: span",
     ),
-    "fired": (lambda e: with_score(e, 1, 2, fired=(Fired("open_injury_missed", (0, 3), -0.5),)), "jsonl: fired"),
+    "fired": (lambda e: with_score(e, 1, 2, fired=(FiredRule("open_injury_missed", (0, 3), -0.5),)), "jsonl: fired"),
     "timed_out": (lambda e: with_score(e, 1, 2, timed_out=True), "jsonl: timed_out"),
     "in_baseline": (
         lambda e: with_batch(e, "in_baseline", 6, not e.step.batch.baseline_mask[6]),
@@ -262,7 +262,7 @@ def test_a_forged_value_is_found_without_the_texts(rich: Path, tmp_path: Path, t
 
 
 def test_a_forged_input_is_found_by_what_follows_from_it(rich: Path, tmp_path: Path) -> None:
-    def other_answer(entry: Entry) -> Entry:
+    def other_answer(entry: LedgerStep) -> LedgerStep:
         groups = list(entry.step.groups)
         said = groups[1].completions[1]
         forged = dataclasses.replace(said, text=said.text.replace("ANSWER: ESI 3", "ANSWER: ESI 1"))
@@ -271,11 +271,11 @@ def test_a_forged_input_is_found_by_what_follows_from_it(rich: Path, tmp_path: P
         groups[1] = dataclasses.replace(groups[1], completions=completions)
         return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=tuple(groups)))
 
-    def other_logprob(entry: Entry) -> Entry:
+    def other_logprob(entry: LedgerStep) -> LedgerStep:
         logprobs = entry.step.logprobs.logprobs.clone()
         logprobs[1, 7] -= 0.25
         tokens = dataclasses.replace(entry.step.logprobs, logprobs=logprobs)
-        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
+        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, logprobs=tokens))
 
     changed = {one["where"] for one in found(rewritten(rich, tmp_path / "text", other_answer, step=3))}
     assert {"ledger/step_000003.safetensors: predicted", "metrics.jsonl: reward/mean"} <= changed
@@ -286,13 +286,13 @@ def test_a_forged_input_is_found_by_what_follows_from_it(rich: Path, tmp_path: P
 
 
 def test_a_record_that_is_no_step_at_all_is_a_difference(rich: Path, tmp_path: Path) -> None:
-    def no_number(entry: Entry) -> Entry:
+    def no_number(entry: LedgerStep) -> LedgerStep:
         return with_score(with_batch(entry, "advantages", 0, math.nan), 0, 0, total=math.nan)
 
     run = rewritten(rich, tmp_path / "run", no_number, step=1, text="off")
     assert any("nan" in one["logged"] for one in found(run))
     entry = read_step(rich / "ledger", 1)
-    case = dataclasses.replace(entry.step.groups[0].prompt.case, esi=9)
+    case = dataclasses.replace(entry.step.groups[0].prompt.case, gold_level=9)
     group = dataclasses.replace(
         entry.step.groups[0], prompt=dataclasses.replace(entry.step.groups[0].prompt, case=case)
     )
@@ -396,9 +396,9 @@ def test_a_step_that_the_ledger_should_hold_is_named(copy: Path) -> None:
 
 
 def test_a_finished_run_that_is_too_short_is_named(copy: Path) -> None:
-    from grpo.run.ledger import cut_ledger
+    from grpo.run.ledger import truncate_ledger
 
-    cut_ledger(copy / "ledger", step=2)
+    truncate_ledger(copy / "ledger", step=2)
     edit_lines(copy / "metrics.jsonl", lambda lines: lines[:2])
     (difference,) = found(copy)
     assert (difference["logged"], "adapter/ exists" in difference["replayed"]) == ("2", True)
@@ -656,11 +656,11 @@ def test_a_device_that_is_none_is_refused_by_the_command_line(rich: Path) -> Non
     assert ended.value.code == 2
 
 
-def with_rounding(entry: Entry) -> Entry:
+def with_rounding(entry: LedgerStep) -> LedgerStep:
     ref = entry.step.logprobs.ref_logprobs
     assert ref is not None
     tokens = dataclasses.replace(entry.step.logprobs, ref_logprobs=ref + 1e-7 * torch.arange(ref.numel()).eq(3))
-    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
+    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, logprobs=tokens))
 
 
 def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: Path) -> None:
@@ -673,16 +673,16 @@ def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: 
     assert "exceeds the rounding tolerance" not in out
 
 
-def with_other_reference(entry: Entry) -> Entry:
+def with_other_reference(entry: LedgerStep) -> LedgerStep:
     ref = entry.step.logprobs.ref_logprobs
     assert ref is not None
     ref = ref.clone()
     ref[3] += 0.01
     tokens = dataclasses.replace(entry.step.logprobs, ref_logprobs=ref)
-    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, tokens=tokens))
+    return dataclasses.replace(entry, step=dataclasses.replace(entry.step, logprobs=tokens))
 
 
-def with_other_text(entry: Entry) -> Entry:
+def with_other_text(entry: LedgerStep) -> LedgerStep:
     group = entry.step.groups[0]
     said = dataclasses.replace(group.completions[2], text=group.completions[2].text + " ")
     group = dataclasses.replace(group, completions=(*group.completions[:2], said, *group.completions[3:]))

@@ -12,10 +12,10 @@ import torch
 import grpo.commands.triage
 from grpo.commands.merge import merge
 from grpo.commands.triage import DEFAULT_ADAPTER, DEFAULT_MODEL, NOTICE, format_answer, main
-from grpo.config import EMBEDDED, Config, load_config
+from grpo.config import TINY_WORLD_DIR, Config, load_config
 from grpo.evaluation.answers import answer as answer_cases
 from grpo.policy.policy import Policy, load_policy
-from grpo.run.folder import start_run
+from grpo.run.folder import create_run
 from grpo.types import Case
 from rewards import load_reward
 
@@ -149,17 +149,17 @@ def test_bad_input_is_one_line_without_the_case(
 
 def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rslora = tmp_path / "rslora"
-    shutil.copytree(EMBEDDED / "v46", rslora)
+    shutil.copytree(TINY_WORLD_DIR / "v46", rslora)
     found = json.loads((rslora / "adapter_config.json").read_text())
     (rslora / "adapter_config.json").write_text(json.dumps(found | {"use_rslora": True}))
-    merge(EMBEDDED / "v46", tmp_path / "merged", base="embedded:base", check=False)
+    merge(TINY_WORLD_DIR / "v46", tmp_path / "merged", base="embedded:base", check=False)
     for arguments, message in (
         (["--model", str(tmp_path / "none")], "no such folder"),
         (["--model", "Qwen/Qwen3.5-9B"], "hf download Qwen/Qwen3.5-9B"),
         (["--adapter", str(tmp_path / "none")], "adapter_config.json: cannot be read"),
         (["--model", DEFAULT_MODEL, "--adapter", ""], "adapter_config.json: cannot be read"),
         (["--model", ""], "model.name"),
-        (["--model", str(EMBEDDED / "v46")], "is an adapter"),
+        (["--model", str(TINY_WORLD_DIR / "v46")], "is an adapter"),
         (["--model", "embedded:base", "--adapter", str(rslora)], "use_rslora: only plain LoRA of one rank"),
         (["--model", str(tmp_path / "merged"), "--adapter", "embedded:v46"], "v46 is merged into it already"),
     ):
@@ -172,8 +172,8 @@ def test_models_that_cannot_be_loaded(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_adapter_alone_and_merged(tmp_path: Path, configs: list[Config], capsys: pytest.CaptureFixture[str]) -> None:
     config, source = load_config("configs/tiny.toml")
-    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
-    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    run = create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(TINY_WORLD_DIR / "v46", run.adapter)
     merge(run.adapter, tmp_path / "merged", check=False)
     texts = {}
     for name, arguments in {

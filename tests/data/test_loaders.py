@@ -15,12 +15,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from grpo.cases import LOADERS, load, load_jsonl
+from grpo.cases import LOADERS, load_cases, load_jsonl_cases
 from grpo.config import load_config
 from grpo.data import mimic_iv_ed as mimic
 from grpo.data.csv_rows import MAX_LINE, plain_name
 from grpo.data.narrative import LIMITS, Presentation, narrative
-from grpo.data.row_report import REASONS, Loaded, Record, Remark, Report
+from grpo.data.row_report import REASONS, CaseRow, Loaded, Report, RowNote
 from grpo.preflight.checks import load_inputs
 from grpo.runtime.errors import UserError
 from rewards import load_reward
@@ -72,7 +72,7 @@ def reasons(report: Report) -> dict[tuple[str, str], tuple[int, tuple[int, ...]]
 
 
 def loaded(folder: str, *, strict: bool = False) -> Loaded:
-    return load("mimic-iv-ed", folder, strict=strict)
+    return load_cases("mimic-iv-ed", folder, strict=strict)
 
 
 # --- the narrative -------------------------------------------------------------------------------------------------
@@ -518,7 +518,7 @@ def test_a_line_without_end_is_refused_before_it_is_read_whole(tmp_path: Path) -
     path.write_bytes(gzip.compress(b"9" * (16 * MAX_LINE), 1))
     tracemalloc.start()
     with pytest.raises(UserError, match=r":1: over 4,194,304 bytes"):
-        load("mietic-validate", str(path), strict=False)
+        load_cases("mietic-validate", str(path), strict=False)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert most < 6 * MAX_LINE
@@ -535,9 +535,9 @@ def test_a_byte_order_mark_and_windows_line_ends_do_no_harm(tmp_path: Path) -> N
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     for loader in ("jsonl", "mietic-validate"):
         with pytest.raises(UserError, match="missing: cannot be read: No such file"):
-            load(loader, str(tmp_path / "missing"), strict=False)
+            load_cases(loader, str(tmp_path / "missing"), strict=False)
         with pytest.raises(UserError, match="cannot be read: expected a file, found a folder"):
-            load(loader, str(tmp_path), strict=False)
+            load_cases(loader, str(tmp_path), strict=False)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -559,8 +559,8 @@ def test_any_one_wrong_byte_is_read_or_refused(tmp_path: Path, place: int, byte:
         Path(name).write_bytes(bytes(content))
     try:
         for row in LOADERS[loader](name):
-            assert isinstance(row, Record | Remark)
-            assert not isinstance(row, Remark) or "SECRET" not in row.detail + str(REASONS[row.reason])
+            assert isinstance(row, CaseRow | RowNote)
+            assert not isinstance(row, RowNote) or "SECRET" not in row.detail + str(REASONS[row.reason])
     except UserError as error:
         assert str(tmp_path) in str(error)
 
@@ -578,7 +578,7 @@ def jsonl(tmp_path: Path, *rows: object) -> str:
 
 def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
     name = jsonl(tmp_path, CASE, "{", "[1]", {**CASE, "id": "b", "esi": 9}, "", {**CASE, "id": "c"}, {"id": "d"})
-    found = load("jsonl", name, strict=False)
+    found = load_cases("jsonl", name, strict=False)
     assert [case.id for case in found.cases] == ["a", "c"]
     assert {reason: finding for (reason, _), finding in reasons(found.report).items()} == {
         "not_json": (1, (2,)),
@@ -587,14 +587,14 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
     }
     assert found.report.rows == 6
     with pytest.raises(UserError, match=r"cases.jsonl:2: not valid JSON: .*; strict refuses all 4: 1 × not valid JSON"):
-        load_jsonl(name)
+        load_jsonl_cases(name)
 
 
 def test_jsonl_knows_patients(tmp_path: Path) -> None:
     name = jsonl(tmp_path, {**CASE, "patient": "p1"}, {**CASE, "id": "b", "patient": 17}, {**CASE, "id": "c"})
-    assert [record.patient for record in load("jsonl", name, strict=True).rows] == ["p1", "17", ""]
+    assert [record.patient for record in load_cases("jsonl", name, strict=True).rows] == ["p1", "17", ""]
     with pytest.raises(UserError, match="patient of case 'a' must be"):
-        load_jsonl(jsonl(tmp_path, {**CASE, "patient": ["p"]}))
+        load_jsonl_cases(jsonl(tmp_path, {**CASE, "patient": ["p"]}))
 
 
 @pytest.mark.parametrize(
@@ -602,13 +602,13 @@ def test_jsonl_knows_patients(tmp_path: Path) -> None:
 )
 def test_a_narrative_in_the_wrong_field_is_not_shown(tmp_path: Path, esi: object) -> None:
     with pytest.raises(UserError, match=r"esi of case 'a' must be an integer from 1 to 5, got a \w+") as caught:
-        load_jsonl(jsonl(tmp_path, {**CASE, "esi": esi}))
+        load_jsonl_cases(jsonl(tmp_path, {**CASE, "esi": esi}))
     assert "SECRET" not in str(caught.value)
 
 
 def test_a_number_of_too_many_digits_is_a_bad_row(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"1: not valid JSON: a whole number of more than 64 bits"):
-        load_jsonl(jsonl(tmp_path, '{"id": "a", "text": "x", "esi": ' + "1" * 5_000 + "}"))
+        load_jsonl_cases(jsonl(tmp_path, '{"id": "a", "text": "x", "esi": ' + "1" * 5_000 + "}"))
 
 
 # --- MIETIC --------------------------------------------------------------------------------------------------------
@@ -648,7 +648,7 @@ def test_mietic_36_with_all_its_quirks(tmp_path: Path) -> None:
     rows = mietic_50()
     path = tmp_path / "MIETIC-validate-samples.csv"
     path.write_bytes(validate_file(rows))
-    found = load("mietic-validate", str(path), strict=True)
+    found = load_cases("mietic-validate", str(path), strict=True)
     kept = [row for row in rows if row["Final Decision"] == "RETAIN"]
     assert [(r.case.id, r.case.text, r.case.gold_level, r.patient) for r in found.rows] == [
         (f"mietic-{row['stay_id']}", row["tiragecase"], int(row["acuity"]), row["subject_id"]) for row in kept
@@ -670,7 +670,7 @@ def test_mietic_36_with_all_its_quirks(tmp_path: Path) -> None:
 )
 def test_the_byte_order_mark_of_mietic_whatever_became_of_it(tmp_path: Path, first: str) -> None:
     (tmp_path / "f.csv").write_bytes(validate_file([sample(1)], first))
-    assert load("mietic-validate", str(tmp_path / "f.csv"), strict=False).rows[0].patient == "10000001"
+    assert load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=False).rows[0].patient == "10000001"
 
 
 def test_names_differ_in_nothing_but_blanks_and_case() -> None:
@@ -684,7 +684,7 @@ def test_mietic_may_correct_its_spelling_and_lose_its_stay_ids(tmp_path: Path) -
     rows = [sample(1), sample(2, **{"Final Decision": "REMOVE"}), sample(3, **{"Final Decision": " retain "})]
     rows = [{("triagecase" if k == "tiragecase" else k): v for k, v in row.items() if k != "stay_id"} for row in rows]
     (tmp_path / "f.csv").write_bytes(validate_file(rows))
-    found = load("mietic-validate", str(tmp_path / "f.csv"), strict=True)
+    found = load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=True)
     assert [case.id for case in found.cases] == ["mietic-row-000001", "mietic-row-000003"]
     assert {reason for reason, _ in reasons(found.report)} == {"not_retained", "not_published"}
 
@@ -698,7 +698,7 @@ def test_a_row_set_aside_without_a_patient_is_a_fault(tmp_path: Path) -> None:
         sample(4, **removed, subject_id=""),
     ]
     (tmp_path / "f.csv").write_bytes(validate_file(rows))
-    found = reasons(load("mietic-validate", str(tmp_path / "f.csv"), strict=False).report)
+    found = reasons(load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=False).report)
     assert (found["not_retained", ""][0], found["bad_id", ""][0]) == (1, 2)
 
 
@@ -712,7 +712,7 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
     ]
     path = tmp_path / "f.csv"
     path.write_bytes(validate_file(rows))
-    found = load("mietic-validate", str(path), strict=False)
+    found = load_cases("mietic-validate", str(path), strict=False)
     assert {reason: seen for (reason, _), seen in reasons(found.report).items() if reason != "not_published"} == {
         "no_acuity": (1, (4,)),
         "bad_acuity": (1, (6,)),
@@ -720,13 +720,13 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
         "bad_id": (1, (9,)),
     }
     with pytest.raises(UserError, match=r"f.csv:4: no acuity"):
-        load("mietic-validate", str(path), strict=True)
+        load_cases("mietic-validate", str(path), strict=True)
     path.write_bytes(validate_file([sample(1), sample(2), sample(1)]))
     with pytest.raises(UserError, match=r"f.csv:6: mietic-30000001 was already used in line 2"):
-        load("mietic-validate", str(path), strict=False)
+        load_cases("mietic-validate", str(path), strict=False)
     path.write_bytes(validate_file([{k: v for k, v in sample(1).items() if k not in ("acuity", "Final Decision")}]))
     with pytest.raises(UserError, match=r"f.csv:1: columns acuity, final_decision missing; found .*ubject_id, stay_id"):
-        load("mietic-validate", str(path), strict=False)
+        load_cases("mietic-validate", str(path), strict=False)
 
 
 # --- the border ----------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfig, Qwen3Config
 
 from benchmarks.tiny_world.model import make_tokenizer
-from grpo.config import Lora, Model
+from grpo.config import LoraSection, ModelSection
 from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
-from grpo.policy.policy import Policy, adapter_swapped, load_policy
+from grpo.policy.policy import Policy, as_reference, load_policy
 from grpo.qwen3_5 import decode, weights
 from grpo.qwen3_5.decode_state import State
 from grpo.rollout import ENGINES, choose, rollout
 from grpo.runtime.errors import UserError
-from grpo.token_budget import stop_cause
+from grpo.token_budget import finish_reason
 from grpo.types import Case, Group, Prompt
 from tests.conftest import TARGETS
 from tests.conftest import TEXTS as CORPUS
@@ -50,7 +50,7 @@ def sample(
     t: float = 1.0,
 ) -> list[Group]:
     keys = [[100 * int(p.case.id[1:]) + m for m in range(members)] for p in prompts]
-    policy = replace(policy, end_ids=ENDS)
+    policy = replace(policy, end_token_ids=ENDS)
     return list(rollout(policy, prompts, keys, max_new_tokens=budget, temperature=t, engine=engine))
 
 
@@ -143,7 +143,7 @@ def test_where_end_tokens_are_ignored_every_row_takes_the_budget(
     make_policy: Callable[..., Policy], engine: str
 ) -> None:
     """The draws are the same, and go on; no row counts as finished, whatever it ends on."""
-    policy = replace(make_policy(), end_ids=ENDS)
+    policy = replace(make_policy(), end_token_ids=ENDS)
     prompts, keys = prompts_of(policy, (30, 3)), [[1, 2], [5, 6]] if engine == "reference" else [range(9), range(9, 18)]
     forced, free = (
         rollout(policy, prompts, keys, max_new_tokens=14, temperature=1.0, engine=engine, ignore_end=ignore)
@@ -153,7 +153,7 @@ def test_where_end_tokens_are_ignored_every_row_takes_the_budget(
     for long, short in pairs:
         assert len(long.ids) == len(long.sampler_logprobs) == 14 and not long.finished
         assert long.ids[: len(short.ids)] == short.ids
-        assert stop_cause(long, 14) == "budget"
+        assert finish_reason(long, 14) == "budget"
     assert any(set(c.ids) & set(ENDS) for g in forced for c in g.completions)
 
 
@@ -162,7 +162,7 @@ def test_a_switched_off_adapter_is_not_sampled(make_policy: Callable[..., Policy
     policy, fresh = make_policy(), make_policy(moved=False)
     prompts = prompts_of(policy, FEW)
     bare = sample(fresh, prompts, engine)
-    with adapter_swapped(policy, None):
+    with as_reference(policy, None):
         assert_same_draws(sample(policy, prompts, engine), bare)
     assert ids(sample(policy, prompts, engine)) != ids(bare)
 
@@ -198,8 +198,8 @@ def other_policy(kind: Any, folder: Path, **more: Any) -> Policy:
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     policy = load_policy(
-        Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False),
-        Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
+        ModelSection(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False),
+        LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
         seed=1,
     )
     move(policy)
@@ -327,8 +327,8 @@ def test_bfloat16_stays_near_the_trainer_and_the_base_keeps_its_bits(random_base
     """Products in bfloat16 on fp32 masters. The trainer's own forward in bfloat16 is as far from fp32 as we are."""
 
     def load(dtype: str) -> Policy:
-        model = Model(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False)
-        lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
+        model = ModelSection(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False)
+        lora = LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
         policy = load_policy(model, lora, seed=1)
         move(policy)
         return policy
@@ -368,8 +368,8 @@ def test_slots() -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_the_captured_graph_draws_what_transformers_cache_draws(random_base: Path) -> None:
-    model = Model(name=str(random_base), device="cuda", dtype="float32", gradient_checkpointing=False)
-    policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    model = ModelSection(name=str(random_base), device="cuda", dtype="float32", gradient_checkpointing=False)
+    policy = load_policy(model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
     move(policy)
     prompts = prompts_of(policy)
     for members in (2, 12):

@@ -48,7 +48,7 @@ def spoken(lengths: Sequence[int], budget: int) -> tuple[list[list[int]], list[i
         decoders.append(Scripted(script, owners))
         return decoders[0].logits(), decoders[0]
 
-    policy: Any = SimpleNamespace(device=torch.device("cpu"), end_ids=(END,))
+    policy: Any = SimpleNamespace(device=torch.device("cpu"), end_token_ids=(END,))
     ids, logprobs = sample(start, policy, [], range(len(lengths)), np.full((len(lengths), budget), 0.5), 1.0)
     assert logprobs == [[0.0] * len(row) for row in ids]
     return ids, decoders[0].seen, script

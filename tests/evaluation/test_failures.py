@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from grpo.cases import load_jsonl
-from grpo.config import EMBEDDED
+from grpo.cases import load_jsonl_cases
+from grpo.config import TINY_WORLD_DIR
 from grpo.evaluation.failures import (
     ESI_STEPS,
     PATHS,
@@ -81,8 +81,10 @@ def test_every_wrong_pair_has_a_step() -> None:
 
 @pytest.mark.parametrize("name", ["train", "validation", "test", "mietic36"])
 def test_the_embedded_cases_tell_the_step_that_decided_them(name: str) -> None:
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / f"{name}.jsonl").read_text().splitlines()]
-    assert [deciding_step(case) for case in load_jsonl(f"embedded:cases/{name}.jsonl")] == [r["step"] for r in rows]
+    rows = [json.loads(line) for line in (TINY_WORLD_DIR / "cases" / f"{name}.jsonl").read_text().splitlines()]
+    assert [deciding_step(case) for case in load_jsonl_cases(f"embedded:cases/{name}.jsonl")] == [
+        r["step"] for r in rows
+    ]
 
 
 def test_a_step_tag_counts_only_where_it_can_decide_the_level() -> None:

@@ -4,7 +4,7 @@ import pytest
 
 from grpo.config import load_config
 from grpo.evaluation.records import before_after_table
-from grpo.runtime.terminal import columns
+from grpo.runtime.terminal import display_width
 
 MEASURED = {"test": (0.62, 0.996), "mietic36": (0.5, 1.0), "validation": (0.625, 0.9995)}
 """Set of ``tiny.toml`` → exact before and after."""
@@ -26,7 +26,7 @@ def test_the_closing_table_of_the_tiny_config_fits_80_columns() -> None:
     ]
     between = [evaluated("validation", "on", section.every, 0.25)]  # neither the first nor the last
     lines = before_after_table(records[:6] + between + records[6:]).splitlines()
-    assert max(map(columns, lines)) <= 80
+    assert max(map(display_width, lines)) <= 80
     head, rows = lines[0], [lines[i : i + 3] for i in range(1, len(lines), 3)]
     assert [row[0] for row in rows] == [f"{name}, thinking {mode}, n = 500" for name, mode in keys]
     for (name, _), (_, first, last) in zip(keys, rows, strict=True):
@@ -45,6 +45,6 @@ def test_no_name_or_number_makes_the_table_wider(name: str, step: int) -> None:
     records = [evaluated(name, "on", 0, 0.5), evaluated(name, "on", step, 1.0, n=step, intervals={})]
     table = before_after_table([*records, evaluated(name, "off", step, 0.0, n=step)])
     lines = table.splitlines()
-    assert max(map(columns, lines)) <= 80 and "\x1b" not in table
+    assert max(map(display_width, lines)) <= 80 and "\x1b" not in table
     assert [", thinking on, n = " in lines[1], ", thinking off, n = " in lines[4]] == [True, True]
     assert len(lines) == 6, "a set evaluated once has one row"

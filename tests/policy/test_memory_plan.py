@@ -16,11 +16,11 @@ from grpo.policy.memory_plan import (
     ACTIVATION_BYTES,
     CHUNK_TOKENS,
     MemoryEstimate,
-    Shape,
+    ModelShape,
+    base_parameter_count,
     estimate_memory,
-    frozen_parameters,
     linear_modules,
-    lora_parameters,
+    lora_parameter_count,
     make_plan,
     read_shape,
 )
@@ -43,9 +43,9 @@ def test_the_counts_are_those_of_the_real_modules(make_policy: Callable[..., Pol
     policy = make_policy(r=4)
     trained = sum(p.numel() for p in policy.adapter_parameters().values())
     total = sum(p.numel() for p in policy.model.parameters())
-    assert frozen_parameters(shape) == total - trained
+    assert base_parameter_count(shape) == total - trained
     targets = policy.model.peft_config["default"].target_modules
-    assert lora_parameters(shape, sorted(targets), 4) == (trained, len(policy.adapter_parameters()) // 2)
+    assert lora_parameter_count(shape, sorted(targets), 4) == (trained, len(policy.adapter_parameters()) // 2)
     widths = {
         name.rsplit(".", 1)[-1]: (module.in_features, module.out_features)
         for name, module in policy.model.get_base_model().named_modules()
@@ -57,8 +57,8 @@ def test_the_counts_are_those_of_the_real_modules(make_policy: Callable[..., Pol
 def test_qwen35_9b_has_the_published_counts() -> None:
     shape = read_shape("Qwen/Qwen3.5-9B")
     assert shape is not None
-    assert round(frozen_parameters(shape) / 1e9, 3) == 8.954
-    assert lora_parameters(shape, config("v49").lora.target_modules, 32) == (58_195_968, 128)
+    assert round(base_parameter_count(shape) / 1e9, 3) == 8.954
+    assert lora_parameter_count(shape, config("v49").lora.target_modules, 32) == (58_195_968, 128)
 
 
 def test_the_multimodal_layout_is_read_through_its_text_part(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_an_unknown_shape_is_none_and_the_plan_goes_on(tmp_path: Path, content: 
 
 def test_the_batch_arithmetic() -> None:
     run = config("v49", "rollout.prompts_per_step=8", "optim.micro_batch_size=24", "optim.inner_epochs=2")
-    plan = make_plan(run, Shape(), 300)
+    plan = make_plan(run, ModelShape(), 300)
     assert (plan.rows, plan.micro_batches, plan.inner_epochs) == (64, 3, 2)
-    assert plan.tokens_a_step == 64 * 1024 and plan.completions == 300 * 64
+    assert plan.max_tokens_per_step == 64 * 1024 and plan.completions == 300 * 64
 
 
 def cache_bytes(policy: Policy, rows: int, tokens: int) -> tuple[int, int]:
@@ -120,8 +120,8 @@ def test_cache_bytes_are_what_a_cache_holds(make_policy: Callable[..., Policy], 
 
 
 def test_the_cache_is_planned_for_whichever_needs_more_training_or_evaluation() -> None:
-    few = by_part(estimate_memory(config("v49", "evaluate.batch_size=1"), Shape(), 200))
-    many = by_part(estimate_memory(config("v49", "evaluate.batch_size=80"), Shape(), 200))
+    few = by_part(estimate_memory(config("v49", "evaluate.batch_size=1"), ModelShape(), 200))
+    many = by_part(estimate_memory(config("v49", "evaluate.batch_size=80"), ModelShape(), 200))
     assert few["KV cache"] == 8 * 1224 * 32 * 1024 and many["KV cache"] == 10 * few["KV cache"]
 
 
@@ -134,7 +134,7 @@ def test_activation_bytes_are_near_what_backward_keeps(make_policy: Callable[...
 
 
 def test_memory_of_v49_by_hand() -> None:
-    lines = by_part(estimate_memory(config("v49"), Shape(), 200))
+    lines = by_part(estimate_memory(config("v49"), ModelShape(), 200))
     assert lines == {
         "base weights": 2 * 8_953_803_264,
         "adapter": 16 * 58_195_968,
@@ -148,23 +148,23 @@ def test_memory_of_v49_by_hand() -> None:
 
 def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
-    plan = by_part(estimate_memory(base, Shape(), 200))
-    saving = by_part(estimate_memory(config("v49", "model.gradient_checkpointing=true"), Shape(), 200))
+    plan = by_part(estimate_memory(base, ModelShape(), 200))
+    saving = by_part(estimate_memory(config("v49", "model.gradient_checkpointing=true"), ModelShape(), 200))
     assert saving["activations"] == 1224 * (32 * 4096 * 2 + 12 * 16384)
-    two, rows = (by_part(estimate_memory(config("v49", o), Shape(), 200)) for o in
+    two, rows = (by_part(estimate_memory(config("v49", o), ModelShape(), 200)) for o in
                  ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
     assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
     assert {k: v for k, v in saving.items() if k != "activations"} == {
         k: v for k, v in plan.items() if k != "activations"
     }
-    full = by_part(estimate_memory(config("v49", "model.dtype=float32"), Shape(), 200))
+    full = by_part(estimate_memory(config("v49", "model.dtype=float32"), ModelShape(), 200))
     assert full["base weights"] == 2 * plan["base weights"] and full["adapter"] == plan["adapter"]
-    on_cpu = by_part(estimate_memory(config("v49", "model.device=cpu"), Shape(), 200))
+    on_cpu = by_part(estimate_memory(config("v49", "model.device=cpu"), ModelShape(), 200))
     assert on_cpu["activations"] > full["activations"]
     assert on_cpu | {"activations": full["activations"]} == full
-    warm = by_part(estimate_memory(config("v49", "loss.reference=warm_start"), Shape(), 200))
+    warm = by_part(estimate_memory(config("v49", "loss.reference=warm_start"), ModelShape(), 200))
     assert warm["adapter"] == 20 * 58_195_968
-    whole = make_plan(base, Shape(), None)
+    whole = make_plan(base, ModelShape(), None)
     shared = plan["base weights"] + plan["adapter"]
     assert (
         whole.peak("update") > shared

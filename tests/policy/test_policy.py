@@ -13,18 +13,18 @@ from hypothesis import strategies as st
 from torch.cuda._utils import _get_device_index
 
 from grpo.commands.merge import merge
-from grpo.config import Lora, Model
-from grpo.policy.base_model import load_base, pick_device
+from grpo.config import LoraSection, ModelSection
+from grpo.policy.base_model import load_base, resolve_device
 from grpo.policy.policy import (
     Policy,
-    adapter_copy,
-    adapter_swapped,
+    as_reference,
     check_adapter,
+    copy_adapter,
     load_policy,
-    missing_parts,
+    missing_files,
     save_adapter,
 )
-from grpo.prompts import encode_plain, render_prompt
+from grpo.prompts import encode_as_plain_text, render_prompt
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 from tests.conftest import TARGETS
@@ -45,8 +45,8 @@ def load(base: Path | str, warm_start: Path | str = "", **lora: Any) -> Policy:
         "target_modules": TARGETS,
         "warm_start": str(warm_start),
     } | lora
-    model = Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False)
-    return load_policy(model, Lora(**values), seed=1)
+    model = ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False)
+    return load_policy(model, LoraSection(**values), seed=1)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def test_the_prompt_is_the_chat_templates_in_both_modes(make_policy: Callable[..
 )
 def test_control_tokens_in_a_narrative_are_text(make_policy: Callable[..., Policy], text: str) -> None:
     tokenizer = make_policy().tokenizer
-    ids = encode_plain(tokenizer, text)
+    ids = encode_as_plain_text(tokenizer, text)
     assert not set(ids) & set(tokenizer.get_added_vocab().values())
     assert tokenizer.decode(ids) == text
 
@@ -88,7 +88,7 @@ def test_control_tokens_in_a_narrative_are_text(make_policy: Callable[..., Polic
 )
 def test_no_narrative_can_speak_in_control_tokens(make_policy: Callable[..., Policy], text: str) -> None:
     tokenizer = make_policy().tokenizer
-    ids = encode_plain(tokenizer, text)
+    ids = encode_as_plain_text(tokenizer, text)
     assert not set(ids) & set(tokenizer.get_added_vocab().values())
     assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text
 
@@ -96,7 +96,7 @@ def test_no_narrative_can_speak_in_control_tokens(make_policy: Callable[..., Pol
 def test_both_end_tokens_end_a_completion(make_policy: Callable[..., Policy]) -> None:
     policy = make_policy()
     vocabulary = policy.tokenizer.get_vocab()
-    assert set(policy.end_ids) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
+    assert set(policy.end_token_ids) == {vocabulary["<|im_end|>"], vocabulary["<|endoftext|>"]}
 
 
 # --- adapter and reference -------------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ def test_a_fresh_adapter_is_the_base_and_only_the_adapter_is_trainable(
 ) -> None:
     policy = make_policy(moved=False)
     own = states(policy)
-    with adapter_swapped(policy, None):
+    with as_reference(policy, None):
         assert torch.equal(states(policy), own)
     assert all("lora_" in name and p.dtype == torch.float32 for name, p in policy.adapter_parameters().items())
     assert len(policy.adapter_parameters()) == 2 * (
@@ -119,14 +119,14 @@ def test_the_reference_speaks_only_inside_and_the_adapter_comes_back_bit_for_bit
     make_policy: Callable[..., Policy],
 ) -> None:
     policy = make_policy()
-    before, own = adapter_copy(policy), states(policy)
+    before, own = copy_adapter(policy), states(policy)
     with torch.no_grad():
         for p in policy.adapter_parameters().values():
             p.mul_(1.5)
-    moved, now = adapter_copy(policy), states(policy)
-    with adapter_swapped(policy, before):
+    moved, now = copy_adapter(policy), states(policy)
+    with as_reference(policy, before):
         assert torch.equal(states(policy), own)
-    with adapter_swapped(policy, None):
+    with as_reference(policy, None):
         base = states(policy)
     assert torch.equal(states(policy), now)
     assert not torch.equal(base, own) and not torch.equal(base, now)
@@ -167,8 +167,8 @@ def test_a_model_that_is_not_here(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="not a model: the folder has no config.json"):
         load(tmp_path / "empty")
-    model = Model(name=str(tmp_path / "empty"), device="cpu", dtype="float32", gradient_checkpointing=False)
-    (fault,) = missing_parts(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""))
+    model = ModelSection(name=str(tmp_path / "empty"), device="cpu", dtype="float32", gradient_checkpointing=False)
+    (fault,) = missing_files(model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""))
     assert "has no config.json" in fault
     (tmp_path / "empty" / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"its files cannot be loaded: .*(JSON|tokenizer)"):
@@ -223,7 +223,7 @@ def test_an_adapter_of_another_base(adapter: Path, random_base: Path, tmp_path: 
 def test_an_adapter_of_another_hub_id_or_of_another_kind(adapter: Path, random_base: Path) -> None:
     path = adapter / "adapter_config.json"
     plain = json.loads(path.read_text())
-    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
+    lora = LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=str(adapter))
     path.write_text(json.dumps(plain | {"base_model_name_or_path": "Qwen/Qwen3.5-9B-Base"}))
     with pytest.raises(UserError, match=r"made for the base Qwen/Qwen3.5-9B-Base, not for Qwen/Qwen3.5-9B"):
         check_adapter(adapter, lora, "Qwen/Qwen3.5-9B")
@@ -249,12 +249,12 @@ def test_an_adapter_is_no_model(adapter: Path, random_base: Path, tmp_path: Path
     whole = tmp_path / "whole"
     shutil.copytree(random_base, whole)
     shutil.copy(adapter / "adapter_config.json", whole)
-    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
+    lora = LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="")
     for folder in (adapter, whole):
         with pytest.raises(UserError, match="is an adapter"):
             load(folder)
-        model = Model(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False)
-        (fault,) = missing_parts(model, lora)
+        model = ModelSection(name=str(folder), device="cpu", dtype="float32", gradient_checkpointing=False)
+        (fault,) = missing_files(model, lora)
         assert "is an adapter" in fault and "--adapter" in fault
 
 
@@ -270,7 +270,7 @@ def test_an_adapter_is_not_put_on_weights_that_hold_it(
     save_adapter(policy, other)
     merge(adapter, tmp_path / "once", base=str(random_base), check=False)
     merge(other, tmp_path / "then", base=str(tmp_path / "once"), check=False)
-    lora = Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="x")
+    lora = LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start="x")
     for base, held in (("once", [adapter]), ("then", [adapter, other])):
         for one in held:
             with pytest.raises(UserError, match=r"lora.warm_start: .*: \w+ is merged into it already"):
@@ -341,27 +341,27 @@ def test_the_multimodal_layout_gives_its_text_model(random_base: Path, tmp_path:
 @pytest.mark.parametrize("name", ["auto", "cuda", "cuda:0", "cuda:1"])
 def test_a_cuda_device_has_the_index_that_set_device_asks_for(name: str) -> None:
     """By torch's own check, which needs no card: `torch.cuda.set_device(torch.device("cuda"))` is a ValueError."""
-    assert _get_device_index(pick_device(name, cards=2)) == (1 if name == "cuda:1" else 0)
+    assert _get_device_index(resolve_device(name, cards=2)) == (1 if name == "cuda:1" else 0)
 
 
 def test_the_base_of_a_card_that_is_not_there_gets_past_the_index_check() -> None:
     """No stub: whatever torch says without a card, it is not that the device lacks an index."""
     with pytest.raises((RuntimeError, AssertionError, AttributeError)):
-        load_base("random:qwen3.5-small", device=pick_device("cuda", cards=1), dtype=torch.bfloat16)
+        load_base("random:qwen3.5-small", device=resolve_device("cuda", cards=1), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize(("name", "cards"), [("cuda", 0), ("cuda:0", 0), ("cuda:1", 1)])
 def test_a_card_that_is_not_there_is_named(name: str, cards: int) -> None:
     with pytest.raises(UserError, match=f'model.device = "{name}": (no CUDA device|this machine has 1 CUDA device)'):
-        pick_device(name, cards=cards)
+        resolve_device(name, cards=cards)
 
 
 def test_a_seed_gives_the_same_fresh_adapter_under_every_base_dtype(random_base: Path) -> None:
     """PEFT would round A to the base's bfloat16."""
     adapters = [
         load_policy(
-            Model(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False),
-            Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
+            ModelSection(name=str(random_base), device="cpu", dtype=dtype, gradient_checkpointing=False),
+            LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
             seed=seed,
         ).adapter_parameters()
         for dtype, seed in (("float32", 1), ("bfloat16", 1), ("float32", 2))

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.commands.merge import merge
-from grpo.config import EMBEDDED, load_config, notes
+from grpo.config import TINY_WORLD_DIR, key_comments, load_config
 from grpo.inspection.run_reader import read_run
 from grpo.report.evaluation import RATES, before_after
 from grpo.report.model_card import (
@@ -26,7 +26,7 @@ from grpo.report.model_card import (
     training_table,
     write_model_card,
 )
-from grpo.run.folder import Run, add_metrics, start_run, write_json
+from grpo.run.folder import RunFolder, append_metrics, create_run, write_json
 from grpo.runtime.errors import UserError
 from rewards import load_reward, parse_answer
 
@@ -45,12 +45,14 @@ def evaluation(step: int, exact: float, **values: Any) -> dict[str, Any]:
     } | values  # fmt: skip
 
 
-def make_run(folder: Path, *overrides: str) -> Run:
+def make_run(folder: Path, *overrides: str) -> RunFolder:
     config, source = load_config("configs/v49.toml", overrides)
-    run = start_run(folder, config, source, load_reward(config.reward.set), device="cpu")
+    run = create_run(folder, config, source, load_reward(config.reward.set), device="cpu")
     for step in range(1, 21):
         record = {"step": step, "reward/mean": step / 10 - 1, "completions/clipped_ratio": 0.19 - step / 200}
-        add_metrics(run, record | {"grad_norm": math.nan if step == 3 else 0.5, "time/rollout_s": 200.0, "skipped": 0})
+        append_metrics(
+            run, record | {"grad_norm": math.nan if step == 3 else 0.5, "time/rollout_s": 200.0, "skipped": 0}
+        )
     write_json(run.evaluations, [evaluation(0, 0.5), evaluation(150, 0.75), evaluation(300, 28 / 36)])
     (run.path / "eval").mkdir()
     (run.path / "eval" / "a.jsonl").write_text(json.dumps({"id": "x", "completion": SECRET}))
@@ -135,7 +137,7 @@ w = [1, 2]
 'q' = 3
 v = '#'
 """
-    assert notes(text) == {"a.x": "of x", "a.y": "of y", "a.z": "of z", "a.w": "of w and more"}
+    assert key_comments(text) == {"a.x": "of x", "a.y": "of y", "a.z": "of z", "a.w": "of w and more"}
 
 
 def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None:
@@ -243,7 +245,7 @@ def test_the_card_says_what_it_is(tmp_path: Path) -> None:
 
 def test_a_run_without_steps_and_evaluations(tmp_path: Path) -> None:
     config, source = load_config("configs/tiny.toml")
-    card = model_card(start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
+    card = model_card(create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
     assert "This run has no evaluation." in card and "This run has no training step." in card
     assert "base_model" not in card and "base    = str(EMBEDDED / 'base')\nadapter = " in card
 
@@ -257,8 +259,8 @@ def test_the_adapters_card_is_code_that_runs_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, source = load_config("configs/tiny.toml")
-    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
-    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    run = create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(TINY_WORLD_DIR / "v46", run.adapter)
     card = write_model_card(run.path, run.adapter / "README.md").read_text(encoding="utf-8")
     monkeypatch.chdir(run.adapter)
     torch.manual_seed(0)
@@ -271,8 +273,8 @@ def test_a_merged_models_card_is_code_that_runs_in_its_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config, source = load_config("configs/tiny.toml")
-    run = start_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
-    shutil.copytree(EMBEDDED / "v46", run.adapter)
+    run = create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu")
+    shutil.copytree(TINY_WORLD_DIR / "v46", run.adapter)
     merge(run.adapter, tmp_path / "merged", check=False)
     code = usage((tmp_path / "merged" / "README.md").read_text(encoding="utf-8"))
     assert "peft" not in code and "grpo" not in code

@@ -26,9 +26,9 @@ from tokenizers import Tokenizer
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.commands.report import main
 from grpo.commands.tensorboard import scalars
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.inspection.run_reader import read_run
-from grpo.metrics import advantage_shares, step_metrics, token_account
+from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
 from grpo.report import page as page_module
 from grpo.report.charts import COLORS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
 from grpo.report.evaluation import before_after, verdict
@@ -36,13 +36,13 @@ from grpo.report.figures import SECTIONS
 from grpo.report.number_format import plain, tick_labels, ticks
 from grpo.report.samples import DEPTHS, FIELDS, TOKEN_CLASSES, sample_run, token_texts
 from grpo.report.views import draw, running_mean, thinned
-from grpo.run.folder import Run, add_metrics, finite, start_run, write_json
+from grpo.run.folder import RunFolder, append_metrics, create_run, nan_to_none, write_json
 from grpo.run.ledger import read_step, write_step
-from grpo.types import Case, Completion, Group, Prompt, Step, TokenRecord
+from grpo.types import Case, Completion, Group, Prompt, StepLogprobs, StepRecord
 from rewards import load_reward
 
 TINY = Path(__file__).parents[2] / "configs" / "tiny.toml"
-TOKENIZER = Tokenizer.from_file(str(EMBEDDED / "base" / "tokenizer.json"))
+TOKENIZER = Tokenizer.from_file(str(TINY_WORLD_DIR / "base" / "tokenizer.json"))
 END = TOKENIZER.token_to_id("<|im_end|>")
 BUDGET = 60
 ATTACKS = (
@@ -82,7 +82,7 @@ def record_run(
     ]  # fmt: skip
     config, source = load_config(TINY, overrides)
     reward = load_reward("v49")
-    start_run(folder, config, source, reward, device="a test")
+    create_run(folder, config, source, reward, device="a test")
     random = torch.Generator().manual_seed(0)
     for number in range(1, steps + 1):
         groups, scores = [], []
@@ -91,8 +91,8 @@ def record_run(
             groups.append(Group(Prompt(case, (1, 2, 3), True), completions))
             scores.append(
                 tuple(
-                    reward.score(text=case.text, gold=case.gold_level, completion=c.text, thinking=True, finished=c.finished,
-                                 case_id=case.id)
+                    reward.score(text=case.text, gold=case.gold_level, completion=c.text, thinking=True,
+                                 finished=c.finished, case_id=case.id)
                     for c in completions
                 )
             )  # fmt: skip
@@ -103,21 +103,21 @@ def record_run(
         )
         count = int(batch.completion_mask.sum())
         noise = [torch.rand(count, generator=random) for _ in range(2)]
-        tokens = TokenRecord(-noise[0].unsqueeze(0), -noise[1], noise[1])
-        step = Step(number, tuple(groups), tuple(scores), batch, tokens, (), 0.1 / number, 0.5 / number, 0)
+        tokens = StepLogprobs(-noise[0].unsqueeze(0), -noise[1], noise[1])
+        step = StepRecord(number, tuple(groups), tuple(scores), batch, tokens, (), 0.1 / number, 0.5 / number, 0)
         write_recorded(folder, step, text)
     return folder
 
 
-def write_recorded(folder: Path, step: Step, text: str) -> None:
+def write_recorded(folder: Path, step: StepRecord, text: str) -> None:
     """A step's line of metrics and its ledger record."""
     run = read_run(folder)
-    account = token_account(step.logprobs, step.batch, run.config.loss)
-    shares = advantage_shares(step, run.config.advantage)
-    metrics = finite(step_metrics(step, account, shares, run.config) | {"lr": 1e-3})
+    account = compute_token_terms(step.logprobs, step.batch, run.config.loss)
+    shares = advantage_by_component(step, run.config.advantage)
+    metrics = nan_to_none(step_metrics(step, account, shares, run.config) | {"lr": 1e-3})
     write_step(folder / "ledger", step, account, shares, metrics, text=text)
     cost = {"time/rollout_s": 1.0, "time/update_s": 3.0, "tokens_per_s/step": 50.0, "memory/peak_bytes": 2**30}
-    add_metrics(Run(folder), metrics | cost)
+    append_metrics(RunFolder(folder), metrics | cost)
 
 
 def completion(text: str) -> Completion:

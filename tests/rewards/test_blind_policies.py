@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import RewardError, View, load_reward, parse_answer
-from rewards.blind_policies import POLICIES, PolicyReport, WeightedCase, expected_rewards, honest_draws
-from rewards.rule_audit import audit_rules, never_matter
+from rewards import RewardError, RuleInput, load_reward, parse_answer
+from rewards.blind_policies import BLIND_POLICIES, PolicyReport, WeightedCase, expected_rewards, honest_responses
+from rewards.rule_audit import audit_rules, rules_without_effect
 
 PLAIN = "A 50-year-old male with a complaint."
 
@@ -33,19 +33,19 @@ def test_v45c_at_twenty_times_pays_always_1_more_than_an_honest_policy() -> None
     assert report.ranked[0].policy == "always 1"
     assert means(report)["always 1"] == pytest.approx(20 / 24)
     assert report.honest.mean == pytest.approx(0.7)
-    assert report.beaten_by == ("always 1",)
+    assert report.policies_that_beat_honest == ("always 1",)
 
 
 def test_v49_at_five_times_pays_nobody_more_than_the_honest_policy() -> None:
     report = expected_rewards(load_reward("v49"), balanced(5.0))
-    assert report.beaten_by == ()
+    assert report.policies_that_beat_honest == ()
     assert report.ranked[0] == report.honest
     # 5 of 9 right, one valve, three over by two or more
     assert means(report)["always 1"] == pytest.approx((5 * 1.0 + 0.0 - 0.5 * 3) / 9)
     # errors: under by one for level 1, a valve or an under-triage for 2-4, a valve for 5
     honest = (5 * (0.7 - 0.15) + 3 * (0.7 - 0.075) + 0.7) / 9
     assert report.honest.mean == pytest.approx(honest)
-    for hack in set(POLICIES) - {f"always {level}" for level in range(1, 6)}:
+    for hack in set(BLIND_POLICIES) - {f"always {level}" for level in range(1, 6)}:
         assert means(report)[hack] == -2.0
 
 
@@ -91,7 +91,7 @@ def test_expectations_are_weighted_means(weights: list[int], accuracy: float) ->
 @settings(deadline=None)
 @given(gold=st.integers(1, 5), accuracy=st.floats(0.01, 1.0))
 def test_the_honest_policy_errs_by_one_level_only(gold: int, accuracy: float) -> None:
-    draws = honest_draws(gold, accuracy)
+    draws = honest_responses(gold, accuracy)
     assert math.fsum(share for share, _ in draws) == pytest.approx(1.0)
     assert draws[0][0] == accuracy
     written = [int(completion[-1]) for _, completion in draws]
@@ -107,7 +107,9 @@ def test_a_modifier_reaches_the_expectation() -> None:
 
 
 def test_a_tie_with_the_honest_policy_refuses_too() -> None:
-    assert expected_rewards(load_reward("v49"), [one(PLAIN, 2)], accuracy=1.0).beaten_by == ("always 2",)
+    assert expected_rewards(load_reward("v49"), [one(PLAIN, 2)], accuracy=1.0).policies_that_beat_honest == (
+        "always 2",
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,10 +131,10 @@ def test_meaningless_inputs_are_refused(cases: list[WeightedCase], accuracy: flo
 
 
 def test_every_hack_is_probed_and_none_but_the_constant_ones_is_an_answer() -> None:
-    assert len(POLICIES) == 10
-    assert POLICIES["list all five"].endswith("ANSWER: ESI 1, 2, 3, 4, 5")
-    assert POLICIES["list all five, blanks between"].endswith("ANSWER: ESI 1 2 3 4 5")
-    answers = {name: parse_answer(text, thinking=True) for name, text in POLICIES.items()}
+    assert len(BLIND_POLICIES) == 10
+    assert BLIND_POLICIES["list all five"].endswith("ANSWER: ESI 1, 2, 3, 4, 5")
+    assert BLIND_POLICIES["list all five, blanks between"].endswith("ANSWER: ESI 1 2 3 4 5")
+    answers = {name: parse_answer(text, thinking=True) for name, text in BLIND_POLICIES.items()}
     for name, answer in answers.items():
         assert answer.level == (int(name[-1]) if name.startswith("always ") else None)
     assert {name: answer.reason for name, answer in answers.items() if answer.level is None} == {
@@ -144,11 +146,11 @@ def test_every_hack_is_probed_and_none_but_the_constant_ones_is_an_answer() -> N
     }
 
 
-def out_of_range(view: View) -> float:
+def out_of_range(view: RuleInput) -> float:
     return 7.0
 
 
-def fails(view: View) -> float:
+def fails(view: RuleInput) -> float:
     raise SystemExit(0)
 
 
@@ -238,14 +240,14 @@ def test_rows_that_can_never_change_an_advantage_are_named(tmp_path: Path) -> No
     path.write_text(SHADOWED, encoding="utf-8")
     reward = load_reward(path)
     # a row paid for every level still parts answers from silence, so it is not inert
-    assert never_matter(reward) == ("lesser", "nothing")
+    assert rules_without_effect(reward) == ("lesser", "nothing")
     audit = {row.rule: row for row in audit_rules(reward, [one("pain 9/10", 2), one(PLAIN, 3)])}
     assert audit["lesser"].fires == (0, 1, 0, 0, 0)
     assert not audit["lesser"].changes_advantage
     assert audit["severe_pain_missed"].changes_advantage
     assert not audit["nothing"].changes_advantage
     assert audit["present"].changes_advantage
-    assert never_matter(load_reward("v49")) == never_matter(load_reward("v50")) == ()
+    assert rules_without_effect(load_reward("v49")) == rules_without_effect(load_reward("v50")) == ()
 
 
 def test_the_audit_of_a_text_that_is_one_long_word_takes_no_long_time(tmp_path: Path) -> None:

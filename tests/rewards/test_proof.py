@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rewards import Overlong, Reward, RewardError, View, load_reward, overlong
+from rewards import Overlong, Reward, RewardError, RuleInput, load_reward, overlong
 from rewards.proof import OUTCOMES, Invariant, Proof, Row, prove
 from rewards.types import LEVELS
 
@@ -212,7 +212,7 @@ def test_an_overlong_term_outside_its_ranges_is_refused(length: int, budget: int
         overlong(length, budget=budget, cache=cache, penalty=penalty)
 
 
-def graded_by_length(view: View) -> float:
+def graded_by_length(view: RuleInput) -> float:
     return 0.25 if view.completion.startswith("#") else -0.25
 
 
@@ -306,12 +306,12 @@ def as_toml(spec: dict) -> str:
     return text
 
 
-def stated_0(view: View) -> float:
+def stated_0(view: RuleInput) -> float:
     """What the completion asks of the first rule of code."""
     return float(view.completion.split("|")[0])
 
 
-def stated_1(view: View) -> float:
+def stated_1(view: RuleInput) -> float:
     return float(view.completion.split("|")[1])
 
 

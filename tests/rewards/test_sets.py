@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import rewards
-from rewards import Reward, RewardError, View, dump_reward, load_reward
+from rewards import Reward, RewardError, RuleInput, dump_reward, load_reward
 from rewards import reward as reward_module
 from rewards import rules as rules_module
 from rewards.parse import FORMATS
 from rewards.rules import NumberTrigger, PatternTimeout, PatternTrigger, find_trigger, levels
 from rewards.schema import ExampleCase
 from rewards.set_files import load_set, shipped_sets
-from rewards.table import ERRORS, Table, combine, total
+from rewards.table import SIGNED_ERRORS, Table, score_parts, total
 
 EXAMPLES = [
     pytest.param(name, case, id=f"{name}-{case.name}") for name in shipped_sets() for case in load_set(name)[0].case
@@ -283,8 +283,8 @@ quarters = st.integers(-8, 8).map(lambda n: n / 4)
 def test_combine_is_the_sum_that_the_policies_describe(
     values: list[float], penalties: str, bonuses: str, bounds: tuple[float, float], base: float
 ) -> None:
-    table = Table(dict.fromkeys(ERRORS, base), -3.0, penalties, bonuses, *bounds)
-    parts = combine(table, 0, {f"r{i}": value for i, value in enumerate(values)})
+    table = Table(dict.fromkeys(SIGNED_ERRORS, base), -3.0, penalties, bonuses, *bounds)
+    parts = score_parts(table, 0, {f"r{i}": value for i, value in enumerate(values)})
     expected = base
     negative = [value for value in values if value < 0]
     positive = [value for value in values if value > 0]
@@ -295,7 +295,7 @@ def test_combine_is_the_sum_that_the_policies_describe(
     assert sum(parts[f"r{i}"] != 0 for i in range(len(values)) if values[i] < 0) <= (
         1 if penalties == "worst" else len(values)
     )
-    assert total(combine(table, None, {"r0": 1.0})) == min(max(-3.0, bounds[0]), bounds[1])
+    assert total(score_parts(table, None, {"r0": 1.0})) == min(max(-3.0, bounds[0]), bounds[1])
 
 
 def test_conditions_are_sets_of_levels() -> None:
@@ -565,27 +565,27 @@ def test_a_dumped_set_may_not_name_two_rules_alike_or_a_rule_like_a_component(tm
 # ---- rules of code ------------------------------------------------------------------------------------------------
 
 
-def concise(view: View) -> float:
+def concise(view: RuleInput) -> float:
     return -0.25 if len(view.completion) > 20 else 0.0
 
 
-def too_much(view: View) -> float:
+def too_much(view: RuleInput) -> float:
     return 7.0
 
 
-def not_a_number(view: View) -> float:
+def not_a_number(view: RuleInput) -> float:
     return math.nan
 
 
-def fails(view: View) -> float:
+def fails(view: RuleInput) -> float:
     raise KeyError(view.text)
 
 
-def leaves(view: View) -> float:
+def leaves(view: RuleInput) -> float:
     raise SystemExit(0)
 
 
-def enormous(view: View) -> float:
+def enormous(view: RuleInput) -> float:
     return 10**5000
 
 

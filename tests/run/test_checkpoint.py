@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo.config import Checkpoint
-from grpo.policy.policy import Policy, adapter_copy
+from grpo.config import CheckpointSection
+from grpo.policy.policy import Policy, copy_adapter
 from grpo.run import checkpoint as checkpoint_module
 from grpo.run.checkpoint import (
     CHECKPOINT_FILES,
@@ -28,7 +28,7 @@ from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import UserError
 from tests.support.faults import DAMAGES
 
-EVERY = Checkpoint(every=1, keep=2)
+EVERY = CheckpointSection(every=1, keep=2)
 
 
 def adamw(policy: Policy) -> torch.optim.Optimizer:
@@ -63,14 +63,14 @@ def steps(folder: Path) -> list[int]:
 
 def test_what_is_loaded_is_what_was_saved(policy: Policy, make_policy: Callable[..., Policy], folder: Path) -> None:
     optimizer, other = adamw(policy), make_policy(moved=False)
-    mine = adapter_copy(policy)
+    mine = copy_adapter(policy)
     theirs = adamw(other)
     assert load_checkpoint(folder / "step_000002", other, theirs) == Progress(2, 2)
-    assert all(torch.equal(p, mine[name]) for name, p in adapter_copy(other).items())
+    assert all(torch.equal(p, mine[name]) for name, p in copy_adapter(other).items())
     assert load_checkpoint(folder / "step_000002", policy, optimizer) == Progress(2, 2)
     move(other, theirs)
     move(policy, optimizer)
-    assert all(torch.equal(p, adapter_copy(policy)[name]) for name, p in adapter_copy(other).items())
+    assert all(torch.equal(p, copy_adapter(policy)[name]) for name, p in copy_adapter(other).items())
 
 
 def test_no_pickle_and_all_files_are_in_the_manifest(folder: Path) -> None:
@@ -152,21 +152,21 @@ def test_of_old_ones_the_last_asked_for_are_kept(policy: Policy, tmp_path: Path)
     optimizer = adamw(policy)
     kept = {}
     for step in (2, 3, 4, 6, 7, 8, 9):  # 3, 7 and 9 by a signal
-        save_checkpoint(tmp_path, policy, optimizer, Progress(step), Checkpoint(every=2, keep=2))
+        save_checkpoint(tmp_path, policy, optimizer, Progress(step), CheckpointSection(every=2, keep=2))
         kept[step] = steps(tmp_path)
     assert kept == {2: [2], 3: [2, 3], 4: [2, 4], 6: [4, 6], 7: [6, 7], 8: [6, 8], 9: [8, 9]}
-    save_checkpoint(tmp_path, policy, optimizer, Progress(10), Checkpoint(every=2, keep=1))
+    save_checkpoint(tmp_path, policy, optimizer, Progress(10), CheckpointSection(every=2, keep=1))
     assert steps(tmp_path) == [10]
 
 
 def test_the_only_good_one_is_never_dropped(policy: Policy, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    optimizer, one = adamw(policy), Checkpoint(every=1, keep=1)
+    optimizer, one = adamw(policy), CheckpointSection(every=1, keep=1)
     (folder / "step_000002" / "state.json").unlink()
     shutil.copytree(folder / "step_000002", folder / "step_000007")  # a damaged one of later, as after a fallback
     save_checkpoint(folder, policy, optimizer, Progress(3), one)
     assert steps(folder) == [3, 7] and latest_checkpoint(folder)[0] == folder / "step_000003"
 
-    true = checkpoint_module.placed
+    true = checkpoint_module.atomic_folder
 
     @contextlib.contextmanager
     def lying(target: Path) -> Iterator[Path]:
@@ -198,13 +198,13 @@ def _refuse(patch: pytest.MonkeyPatch, name: str) -> None:
     def full(*_: object, **__: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    true = checkpoint_module.write_whole
+    true = checkpoint_module.write_atomic
     if name == "adapter":
         patch.setattr(checkpoint_module, "save_adapter", full)
     elif name.endswith(".safetensors"):
         patch.setattr(checkpoint_module, "save_file", full)
     else:
-        patch.setattr(checkpoint_module, "write_whole", lambda p, c: full() if p.name == name else true(p, c))
+        patch.setattr(checkpoint_module, "write_atomic", lambda p, c: full() if p.name == name else true(p, c))
 
 
 def test_what_a_crash_left_half_written_or_half_dropped_is_cleared(policy: Policy, folder: Path) -> None:

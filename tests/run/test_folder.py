@@ -13,19 +13,19 @@ import pytest
 from grpo.commands.inspect import main as inspect
 from grpo.commands.replay import main as replay
 from grpo.commands.report import main as report
-from grpo.config import Config, Source, load_config
+from grpo.config import Config, ConfigSource, load_config
 from grpo.evaluation.records import append_evaluation
 from grpo.run.checkpoint import Progress
 from grpo.run.folder import (
-    Run,
-    add_metrics,
+    RunFolder,
+    append_metrics,
     check_folder,
-    evaluations,
     exclusive_lock,
     has_started,
+    read_evaluations,
     rewind_run,
 )
-from grpo.run.folder import start_run as start
+from grpo.run.folder import create_run as start
 from grpo.runtime.errors import UserError
 from rewards import load_reward
 from tests.support.recorded_runs import recorded
@@ -37,17 +37,17 @@ INPUTS = {"cases.train": "a" * 64, "reward.set": "b" * 64}
 
 
 @pytest.fixture(scope="module")
-def made() -> tuple[Config, Source]:
+def made() -> tuple[Config, ConfigSource]:
     return load_config(TINY, [])
 
 
 @pytest.fixture
-def run(made: tuple[Config, Source], tmp_path: Path) -> Run:
+def run(made: tuple[Config, ConfigSource], tmp_path: Path) -> RunFolder:
     config, source = made
     return start(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu", inputs=INPUTS)
 
 
-def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: Run) -> None:
+def test_a_second_run_in_the_folder_is_refused_and_told_by_whom(run: RunFolder) -> None:
     with exclusive_lock(run.path):
         held = subprocess.run(
             [sys.executable, "-c", "import sys, pathlib, grpo.run.folder as r\n"
@@ -75,7 +75,9 @@ def test_a_run_that_is_going_on_can_be_read(tmp_path_factory: pytest.TempPathFac
         assert report([str(run), "--out", str(tmp_path / "report.html")]) == 0
 
 
-def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run: Run, tmp_path: Path) -> None:
+def test_a_run_killed_before_it_began_is_begun(
+    made: tuple[Config, ConfigSource], run: RunFolder, tmp_path: Path
+) -> None:
     config, source = made
     for leaves in ((), ("reward.json",), ("reward.json", ".config.json.partial")):
         folder = tmp_path / "".join(leaves) / "x"
@@ -96,7 +98,7 @@ def test_a_run_killed_before_it_began_is_begun(made: tuple[Config, Source], run:
 
 
 def test_config_json_is_written_last(
-    made: tuple[Config, Source], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    made: tuple[Config, ConfigSource], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, source = made
     written = []
@@ -108,7 +110,7 @@ def test_config_json_is_written_last(
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "eval", "checkpoints", "ledger", "checkpoints/step_000001", ".lock"])
 def test_a_symlink_out_of_the_folder_is_refused(
-    made: tuple[Config, Source], run: Run, tmp_path: Path, name: str
+    made: tuple[Config, ConfigSource], run: RunFolder, tmp_path: Path, name: str
 ) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
@@ -127,13 +129,13 @@ def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
         load_config(TINY, [f'evaluate.ends={{"{name}" = "embedded:cases/test.jsonl"}}'])
 
 
-def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, Source], tmp_path: Path) -> None:
+def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, ConfigSource], tmp_path: Path) -> None:
     config, source = made
     folder = tmp_path / "run"
     folder.mkdir(mode=0o755)
     folder.chmod(0o755)
     run = start(folder, config, source, load_reward(config.reward.set), device="cpu")
-    add_metrics(run, {"step": 1})
+    append_metrics(run, {"step": 1})
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert {stat.S_IMODE(p.stat().st_mode) for p in folder.iterdir()} == {0o600}
     folder.chmod(0o755)
@@ -142,10 +144,10 @@ def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, Sour
 
 
 def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
-    made: tuple[Config, Source], run: Run, capsys: pytest.CaptureFixture[str]
+    made: tuple[Config, ConfigSource], run: RunFolder, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for step in (1, 2, 3):
-        add_metrics(run, {"step": step, "loss": 0.5})
+        append_metrics(run, {"step": step, "loss": 0.5})
         append_evaluation(run, {"step": step, "cases": "t", "thinking": "on", **RATES}, [])
     before = (run.path / "eval.json").read_bytes(), run.metrics.read_bytes()
     with run.metrics.open("ab") as file:
@@ -165,14 +167,14 @@ def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
     assert f"{run.ledger}: no step 1, 2, although the checkpoint is from step 2" in capsys.readouterr().err
 
 
-def test_a_resume_with_other_contents_is_refused(made: tuple[Config, Source], run: Run) -> None:
+def test_a_resume_with_other_contents_is_refused(made: tuple[Config, ConfigSource], run: RunFolder) -> None:
     rewind_run(run.path, Progress(0), made[0], INPUTS)
     with pytest.raises(UserError, match=r"the file behind cases\.train has changed since the run started"):
         rewind_run(run.path, Progress(0), made[0], INPUTS | {"cases.train": "c" * 64})
 
 
 @pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
-def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run, content: str) -> None:
+def test_a_broken_config_json_is_one_error(made: tuple[Config, ConfigSource], run: RunFolder, content: str) -> None:
     (run.path / "config.json").write_text(content, encoding="latin-1")
     with pytest.raises(UserError, match=r"config\.json: cannot be read|a different config"):
         check_folder(run.path, made[0], resume=True)
@@ -200,9 +202,9 @@ def test_a_broken_config_json_is_one_error(made: tuple[Config, Source], run: Run
     ],
 )
 def test_records_of_anything_are_one_error_and_nothing_is_touched(
-    made: tuple[Config, Source], run: Run, name: str, content: str | None, says: str
+    made: tuple[Config, ConfigSource], run: RunFolder, name: str, content: str | None, says: str
 ) -> None:
-    add_metrics(run, {"step": 1, "loss": 0.5})
+    append_metrics(run, {"step": 1, "loss": 0.5})
     append_evaluation(run, {"step": 1, "cases": "t", "thinking": "on", **RATES}, [])
     path = run.path / name
     path.unlink()
@@ -217,10 +219,10 @@ def test_records_of_anything_are_one_error_and_nothing_is_touched(
     assert before == {p: p.read_bytes() for p in run.path.rglob("*") if p.is_file()}
 
 
-def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted(run: Run) -> None:
+def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted(run: RunFolder) -> None:
     right = {"step": 1, "cases": "t", "thinking": "on", **RATES, "more": {"secret": [None]}}
     run.evaluations.write_text(json.dumps([right, {k: v for k, v in right.items() if k != "intervals"}]))
-    assert evaluations(run)[0] == right, "what is not checked is kept"
+    assert read_evaluations(run)[0] == right, "what is not checked is kept"
     odd: list[tuple[str, object]] = [
         ("cases", 7), ("thinking", None), ("thinking", ["secret" * 1000]), ("step", -1), ("step", 1.0), ("n", "secret"),
         ("n", True), ("exact", "0.5"), ("exact", True), ("adjacent", 1.1), ("no_parse", -0.1), ("clipped_ratio", {}),
@@ -230,15 +232,17 @@ def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted
     for key, value in odd:
         run.evaluations.write_text(json.dumps([right, right | {key: value}, {"secret": value}]))
         with pytest.raises(UserError) as told:
-            evaluations(run)
+            read_evaluations(run)
         assert str(told.value) == f"{run.evaluations}: not the evaluations of a run: {key} of record 2", value
 
 
 @pytest.mark.parametrize(
     "line", ['{"step": 1e999}', '{"step": 99999999999999999999}', '{"step": null}', "[1]", "[" * 9000, "\xff"]
 )
-def test_a_line_of_metrics_that_says_no_step_is_cut_off(made: tuple[Config, Source], run: Run, line: str) -> None:
-    add_metrics(run, {"step": 1, "loss": 0.5})
+def test_a_line_of_metrics_that_says_no_step_is_cut_off(
+    made: tuple[Config, ConfigSource], run: RunFolder, line: str
+) -> None:
+    append_metrics(run, {"step": 1, "loss": 0.5})
     before = run.metrics.read_bytes()
     with run.metrics.open("ab") as file:
         file.write(line.encode("latin-1") + b"\n")

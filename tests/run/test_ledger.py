@@ -10,21 +10,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from grpo.metrics import advantage_shares, step_metrics, token_account
+from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
 from grpo.run import ledger as ledger_module
-from grpo.run.ledger import TENSOR_SPECS, cut_ledger, ledger_steps, read_step, step_files, write_step
+from grpo.run.ledger import TENSOR_SPECS, read_step, recorded_steps, step_files, truncate_ledger, write_step
 from grpo.runtime.atomic_files import DiskError
 from grpo.runtime.errors import UserError
-from grpo.types import Dropped, Step
+from grpo.types import ReplacedGroup, StepRecord
 from tests.test_metrics import config_with, make_step
 
-DROPPED = (Dropped("c9", (1, 2, 3), (True, True, True), (0.1, 0.1, 0.1)),)
+DROPPED = (ReplacedGroup("c9", (1, 2, 3), (True, True, True), (0.1, 0.1, 0.1)),)
 
 
-def write(folder: Path, step: Step, *overrides: str, text: str = "full") -> dict[str, object]:
+def write(folder: Path, step: StepRecord, *overrides: str, text: str = "full") -> dict[str, object]:
     config = config_with(*overrides)
-    account = token_account(step.logprobs, step.batch, config.loss)
-    shares = advantage_shares(step, config.advantage)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
+    shares = advantage_by_component(step, config.advantage)
     record = step_metrics(step, account, shares, config)
     write_step(folder, step, account, shares, record, text=text)
     return record
@@ -42,7 +42,7 @@ def folder(tmp_path: Path) -> Path:
 def test_what_is_read_is_what_was_written(folder: Path) -> None:
     step = make_step(config_with(), epochs=2, dropped=DROPPED)
     entry = read_step(folder, 3)
-    assert ledger_steps(folder) == (3,) and entry.modified_files == () and entry.text == "full"
+    assert recorded_steps(folder) == (3,) and entry.modified_files == () and entry.text == "full"
     again = entry.step
     # sampled log-probabilities pass through float32, as they do in the batch
     drawn = lambda s: [torch.tensor(c.sampler_logprobs) for g in s.groups for c in g.completions]  # noqa: E731
@@ -57,9 +57,9 @@ def test_what_is_read_is_what_was_written(folder: Path) -> None:
         assert torch.equal(getattr(again.batch, name), getattr(step.batch, name)), name
     assert torch.equal(again.logprobs.logprobs, step.logprobs.logprobs)
     config = config_with()
-    account = token_account(step.logprobs, step.batch, config.loss)
+    account = compute_token_terms(step.logprobs, step.batch, config.loss)
     assert torch.equal(entry.account.loss, account.loss) and torch.equal(entry.account.clip_side, account.clip_side)
-    assert entry.metrics == step_metrics(again, account, advantage_shares(again, config.advantage), config)
+    assert entry.metrics == step_metrics(again, account, advantage_by_component(again, config.advantage), config)
     assert math.fsum(entry.account.loss[0].tolist()) == entry.metrics["loss"]
     assert np.array_equal(entry.advantages.flatten(), step.batch.advantages.numpy())
 
@@ -109,7 +109,7 @@ def test_a_changed_line_is_named(folder: Path) -> None:
 
 def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(config_with())
-    write(tmp_path, Step(1, *(getattr(step, n) for n in Step.__slots__[1:])))
+    write(tmp_path, StepRecord(1, *(getattr(step, n) for n in StepRecord.__slots__[1:])))
     for refused in ("write_whole", "append_line"):
         with monkeypatch.context() as patch:
 
@@ -118,24 +118,24 @@ def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, mo
 
             patch.setattr(ledger_module, refused, full)
             with pytest.raises(DiskError):
-                write(tmp_path, Step(2, *(getattr(step, n) for n in Step.__slots__[1:])))
-        assert ledger_steps(tmp_path) == (1,) and read_step(tmp_path, 1).modified_files == ()
+                write(tmp_path, StepRecord(2, *(getattr(step, n) for n in StepRecord.__slots__[1:])))
+        assert recorded_steps(tmp_path) == (1,) and read_step(tmp_path, 1).modified_files == ()
 
 
 def test_a_resumed_run_takes_the_steps_after_its_checkpoint_out(tmp_path: Path) -> None:
     step = make_step(config_with())
     for number in (1, 2, 3):
-        write(tmp_path, Step(number, *(getattr(step, n) for n in Step.__slots__[1:])))
+        write(tmp_path, StepRecord(number, *(getattr(step, n) for n in StepRecord.__slots__[1:])))
     (tmp_path / ".step_000004.partial").write_bytes(b"torn")
     with (tmp_path / "index.jsonl").open("a") as file:
         file.write('{"step": 4, "fi')
-    assert ledger_steps(tmp_path) == (1, 2, 3), "a line torn by a crash is no step"
-    cut_ledger(tmp_path, step=2)
-    assert ledger_steps(tmp_path) == (1, 2)
+    assert recorded_steps(tmp_path) == (1, 2, 3), "a line torn by a crash is no step"
+    truncate_ledger(tmp_path, step=2)
+    assert recorded_steps(tmp_path) == (1, 2)
     assert {p.name for p in tmp_path.iterdir()} == {
         "index.jsonl", "step_000001.jsonl", "step_000001.safetensors", "step_000002.jsonl", "step_000002.safetensors",
     }  # fmt: skip
-    cut_ledger(tmp_path / "nowhere", step=2)
+    truncate_ledger(tmp_path / "nowhere", step=2)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_what_is_not_there_is_said(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no step 7 in this ledger: it has steps 3 to 3"):
         read_step(folder, 7)
     with pytest.raises(UserError, match="no ledger in this run"):
-        ledger_steps(tmp_path / "nothing")
+        recorded_steps(tmp_path / "nothing")
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="no ledger in this run"):
         read_step(folder, 3)

@@ -20,7 +20,7 @@ from transformers.models.qwen3_5 import modeling_qwen3_5
 from grpo import train as train_module
 from grpo.commands.evaluate import main as evaluate_main
 from grpo.commands.triage import main as triage_main
-from grpo.config import Lora, Model
+from grpo.config import LoraSection, ModelSection
 from grpo.policy import optional_kernels
 from grpo.policy.policy import Kernels, Policy, load_policy
 from grpo.qwen3_5 import decode
@@ -239,8 +239,8 @@ def policy(request: pytest.FixtureRequest) -> Policy:
 
 @cache
 def load(dtype: Any, name: str = "embedded:base", **more: Any) -> Policy:
-    model = Model(name=name, device="cpu", dtype=dtype, gradient_checkpointing=False, **more)
-    return load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    model = ModelSection(name=name, device="cpu", dtype=dtype, gradient_checkpointing=False, **more)
+    return load_policy(model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
 
 
 # --- the table -------------------------------------------------------------------------------------------------------
@@ -442,7 +442,7 @@ def test_a_check_that_fails_stops_the_run_before_it_begins(
 def test_all_ranks_take_the_kernels_that_pass_on_each(make_policy: Callable[..., Policy]) -> None:
     ranks: Any = SimpleNamespace(exchange=lambda value: [value, value | {"graphs": False}])
     check = SelfCheck(Kernels(triton=False), {"op": 1.0}, ("a line",))
-    assert agree(replace(make_policy(), ranks=ranks), check) == replace(check, kernels=Kernels(False, False, True))
+    assert agree(replace(make_policy(), world=ranks), check) == replace(check, kernels=Kernels(False, False, True))
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------

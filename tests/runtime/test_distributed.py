@@ -25,7 +25,7 @@ from benchmarks import bench
 from benchmarks.series import __main__ as lab
 from grpo import train as train_module
 from grpo.commands import evaluate
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.run import resume as opening
 from grpo.run.checkpoint import find_damage
 from grpo.run.exit_messages import stopped_early
@@ -34,17 +34,17 @@ from grpo.run.resume import check_ranks_agree
 from grpo.run.setup import Setup
 from grpo.runtime import distributed as ranks_module
 from grpo.runtime.distributed import (
-    ALONE,
+    SINGLE_PROCESS,
     TORCHRUN_VARIABLES,
-    Elsewhere,
     RankLost,
-    Ranks,
+    ReportedByMainRank,
+    World,
     check_cards,
-    joined,
+    init_world,
     launch_prefix,
 )
 from grpo.runtime.errors import UserError
-from grpo.runtime.interrupts import Stopped
+from grpo.runtime.interrupts import Interrupted
 from grpo.runtime.out_of_memory import OutOfMemory
 from tests.support import ranked
 from tests.support.ranked import on_ranks
@@ -132,26 +132,30 @@ def test_sums_are_exact_and_what_is_not_alike_is_named_once_for_all_ranks() -> N
     assert sum(np.float32(row[0]) for row in values) == 1, "in float32 and in this order the small ones are lost"
     exact = [1 + 2.0**-22, 1 + 2.0**-22, 2.0]
     says = "the ranks differ from rank 0: rank 1, 2: other rollout.n; rank 3: other base, rollout.n"
-    kinds = [UserError.__name__, *3 * [Elsewhere.__name__]]
+    kinds = [UserError.__name__, *3 * [ReportedByMainRank.__name__]]
     assert on_ranks(4, ranked.told_apart, values) == [(exact, kind, says) for kind in kinds]
 
 
 def test_alone_every_operation_is_the_identity() -> None:
     values = torch.tensor([1.0, float("nan")])
     before = values.clone()
-    ALONE.all_reduce_(values)
-    ALONE.broadcast_([values])
+    SINGLE_PROCESS.all_reduce_(values)
+    SINGLE_PROCESS.broadcast_([values])
     assert torch.equal(values, before) or bool(values[1].isnan() and values[0] == 1)
     marker = object()
-    assert ALONE.all_gather_object(marker) == [marker] and ALONE.broadcast_object(marker) is marker
+    assert SINGLE_PROCESS.all_gather_object(marker) == [marker] and SINGLE_PROCESS.broadcast_object(marker) is marker
     loss = torch.tensor(2.0)
-    assert ALONE.all_reduce_gradients([], loss) is loss and list(ALONE.slice_of(3)) == [0, 1, 2] and ALONE.is_main
+    assert (
+        SINGLE_PROCESS.all_reduce_gradients([], loss) is loss
+        and list(SINGLE_PROCESS.slice_of(3)) == [0, 1, 2]
+        and SINGLE_PROCESS.is_main
+    )
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("count", [0, 1, 3, 8])
 def test_everything_is_somebodys_once(size: int, count: int) -> None:
-    shares = [Ranks(rank, size).slice_of(count) for rank in range(size)]
+    shares = [World(rank, size).slice_of(count) for rank in range(size)]
     assert [i for share in shares for i in share] == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -162,7 +166,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     against the rounding of a gradient: a step divides by the gradient's own size, and near 0 that makes rounding
     visible."""
     folder = tmp_path_factory.mktemp("world")
-    rows = (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     for name, chosen in (("cases", rows[:9]), ("held_out", rows[100:103])):
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n")
     values = {
@@ -364,20 +368,20 @@ def test_a_signal_ends_the_wait_for_a_rank_that_hangs_and_the_step_is_kept(world
         (2, RankLost("another rank ended"), signal.SIGTERM, 143, ""),
         (0, RankLost("another rank ended"), signal.SIGINT, 130, "\nstopped by SIGINT. hint\n"),
         (1, RankLost("another rank ended"), signal.SIGINT, 130, ""),
-        (0, Stopped(signal.SIGTERM), signal.SIGTERM, 143, "\nstopped by SIGTERM{torchrun}. hint\n"),
-        (1, Stopped(signal.SIGTERM), signal.SIGTERM, 143, ""),
+        (0, Interrupted(signal.SIGTERM), signal.SIGTERM, 143, "\nstopped by SIGTERM{torchrun}. hint\n"),
+        (1, Interrupted(signal.SIGTERM), signal.SIGTERM, 143, ""),
     ],
 )
 def test_one_rank_prints_how_to_resume_when_a_rank_is_lost(
     rank: int,
-    error: Stopped | RankLost,
+    error: Interrupted | RankLost,
     requested: int | None,
     code: int,
     message: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Also if rank 0 is the one that is lost."""
-    assert stopped_early(error, requested, Ranks(rank, 3), "hint") == code
+    assert stopped_early(error, requested, World(rank, 3), "hint") == code
     torchrun = " (torchrun sends it when another rank has ended)"
     advice = "; if it printed a reason, fix that first"
     assert capsys.readouterr().err == message.format(advice=advice, torchrun=torchrun)
@@ -387,20 +391,20 @@ def test_one_rank_prints_how_to_resume_when_a_rank_is_lost(
     ("error", "message"),
     [
         (OutOfMemory("a micro-batch of 4 rows does not fit"), "error: rank 1: a micro-batch of 4 rows does not fit\n"),
-        (Elsewhere("rank 0 has printed this"), ""),
+        (ReportedByMainRank("rank 0 has printed this"), ""),
     ],
 )
 def test_rank_1_prints_an_error_of_its_own_and_not_one_of_rank_0(
     error: UserError, message: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     @contextlib.contextmanager
-    def joined_as_rank_1(*_: Any, **__: Any) -> Iterator[Ranks]:
-        yield Ranks(1, 2)
+    def joined_as_rank_1(*_: Any, **__: Any) -> Iterator[World]:
+        yield World(1, 2)
 
     def fails(*_: Any) -> None:
         raise error
 
-    monkeypatch.setattr(train_module, "joined", joined_as_rank_1)
+    monkeypatch.setattr(train_module, "init_world", joined_as_rank_1)
     monkeypatch.setattr(train_module, "run_training", fails)
     monkeypatch.setattr(train_module, "QUIET_EXIT_DELAY_S", 0.0)
     assert train_module.main([TINY, "--out", str(tmp_path / "run")]) == 2
@@ -410,7 +414,7 @@ def test_rank_1_prints_an_error_of_its_own_and_not_one_of_rank_0(
 
 def test_one_rank_hashes_nothing_to_be_at_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "input_hashes", lambda setup: pytest.fail("the inputs were read"))
-    policy = SimpleNamespace(ranks=ALONE, model=torch.nn.Linear(1, 1))
+    policy = SimpleNamespace(ranks=SINGLE_PROCESS, model=torch.nn.Linear(1, 1))
     check_ranks_agree(cast(Setup, SimpleNamespace(policy=policy)))
 
 
@@ -453,7 +457,7 @@ def test_the_command_that_goes_on_starts_as_many_ranks(
     size: int, beside: str, starts: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", beside)
-    assert launch_prefix(Ranks(0, size)) == starts
+    assert launch_prefix(World(0, size)) == starts
 
 
 def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> None:
@@ -496,7 +500,7 @@ def test_half_an_environment_and_too_few_cards_are_refused(
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cards > 0)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: cards)
-    with pytest.raises(UserError) as raised, joined(device, timeout_s=5):
+    with pytest.raises(UserError) as raised, init_world(device, timeout_s=5):
         pass
     assert says in str(raised.value)
 
@@ -545,15 +549,15 @@ def test_the_timeout_is_our_own_and_comes_before_the_watchdogs(monkeypatch: pyte
 
     started = time.monotonic()
     with pytest.raises(RankLost, match=r"^another rank did not respond within train\.rank_timeout_s = 0\.3 s$"):
-        Ranks(0, 2, timeout_s=0.3)._run(time.sleep, 5)
+        World(0, 2, timeout_s=0.3)._run(time.sleep, 5)
     assert 0.3 <= time.monotonic() - started < 5
 
 
 def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in TORCHRUN_VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    with joined("auto", timeout_s=5) as ranks:
-        assert ranks is ALONE
+    with init_world("auto", timeout_s=5) as ranks:
+        assert ranks is SINGLE_PROCESS
 
 
 def test_a_sharded_base_and_a_cut_by_free_memory_are_refused_together() -> None:

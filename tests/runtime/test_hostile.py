@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save, save_file
 
 from benchmarks.tiny_world.model import make_tokenizer
-from grpo.cases import load
+from grpo.cases import load_cases
 from grpo.commands.inspect import main as inspect
 from grpo.commands.merge import main as merge
 from grpo.commands.replay import main as replay
@@ -25,21 +25,21 @@ from grpo.commands.report import main as report
 from grpo.commands.tensorboard import main as mirror
 from grpo.commands.tensorboard import scalars
 from grpo.commands.triage import main as triage
-from grpo.config import EMBEDDED, load_config, notes
+from grpo.config import TINY_WORLD_DIR, key_comments, load_config
 from grpo.inspection.run_reader import read_run
 from grpo.policy.adapter_files import check_lora_tensors, read_adapter_config
-from grpo.policy.base_model import check_base, load_base
+from grpo.policy.base_model import check_model_files, load_base
 from grpo.policy.policy import check_adapter
-from grpo.prompts import control_ids, encode_plain, render_prompt
+from grpo.prompts import control_token_ids, encode_as_plain_text, render_prompt
 from grpo.run.ledger import read_step
 from grpo.runtime.errors import UserError
-from grpo.runtime.tensor_files import declared, open_tensors
+from grpo.runtime.tensor_files import open_tensors, read_tensor_header
 from grpo.runtime.terminal import error_lines, wrap
 from grpo.train import main as train
 from grpo.types import Case
 from rewards import NumberTrigger, PatternTrigger, RewardError, load_reward
 from rewards.rules import find_trigger
-from rewards.safe_files import DEEPEST, Unreadable, check_contents, open_regular, parse_json, parse_toml, read_text
+from rewards.safe_files import DEEPEST, InvalidFile, check_no_links_out, open_regular, parse_json, parse_toml, read_text
 from tests.report.test_report import add_evaluations, evaluation, record_run
 from tests.run.test_ledger import folder as ledger_folder  # noqa: F401
 from tests.support.recorded_runs import TINY
@@ -90,7 +90,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
         (Path("a\0b"), "no file can have this name"),
         (tmp_path / ("x" * 300), "File name too long"),
     ):
-        with pytest.raises(Unreadable, match=says):
+        with pytest.raises(InvalidFile, match=says):
             open_regular(path)
 
 
@@ -106,7 +106,7 @@ def test_what_is_no_file_is_refused_and_never_waited_for(tmp_path: Path) -> None
 )
 def test_text_is_utf_8_and_bounded(tmp_path: Path, content: bytes, says: str) -> None:
     (tmp_path / "file").write_bytes(content)
-    with pytest.raises(Unreadable, match=says):
+    with pytest.raises(InvalidFile, match=says):
         read_text(tmp_path / "file", most=100)
     (tmp_path / "file").write_bytes(b"\xef\xbb\xbfESI 2")
     assert read_text(tmp_path / "file", most=100) == "ESI 2"
@@ -132,14 +132,14 @@ def test_text_is_utf_8_and_bounded(tmp_path: Path, content: bytes, says: str) ->
     ],
 )
 def test_json_is_finite_shallow_and_says_each_thing_once(text: str, says: str) -> None:
-    with pytest.raises(Unreadable, match=says):
+    with pytest.raises(InvalidFile, match=says):
         parse_json(text)
 
 
 def test_json_of_another_program_may_hold_what_json_does_not() -> None:
     assert parse_json('{"a": Infinity, "b": 1e999, "c": 1000000000000000019884624838656}', foreign=True)["b"] > 1e308
     for text in ('{"a": 1, "a": 2}', "[" * 100_000, "1" + "0" * 5000):
-        with pytest.raises(Unreadable):
+        with pytest.raises(InvalidFile):
             parse_json(text, foreign=True)
     assert parse_json("[" * DEEPEST + "]" * DEEPEST) and parse_json(str(2**63 - 1)) == 2**63 - 1
 
@@ -157,7 +157,7 @@ def test_json_of_another_program_may_hold_what_json_does_not() -> None:
     ],
 )
 def test_toml_is_read_in_bounded_time(text: str, says: str) -> None:
-    with pytest.raises(Unreadable, match=says):
+    with pytest.raises(InvalidFile, match=says):
         parse_toml(text)
 
 
@@ -171,17 +171,17 @@ def test_nothing_leads_out_of_a_folder(tmp_path: Path) -> None:
     outside.mkdir()
     (run / "own").write_text("x")
     (run / "a" / "link").symlink_to(run / "own")
-    check_contents(run)
+    check_no_links_out(run)
     (tmp_path / "way").symlink_to(run)
-    check_contents(tmp_path / "way")
+    check_no_links_out(tmp_path / "way")
     for target in (outside, outside / "missing", Path("/etc/passwd"), run / "gone"):
         (run / "a" / "b" / "out").symlink_to(target)
-        with pytest.raises(Unreadable, match="a/b/out: a link out of this folder"):
-            check_contents(run)
+        with pytest.raises(InvalidFile, match="a/b/out: a link out of this folder"):
+            check_no_links_out(run)
         (run / "a" / "b" / "out").unlink()
     os.mkfifo(run / "a" / "pipe")
-    with pytest.raises(Unreadable, match="a/pipe: .*a pipe"):
-        check_contents(run)
+    with pytest.raises(InvalidFile, match="a/pipe: .*a pipe"):
+        check_no_links_out(run)
 
 
 # --- safetensors -----------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ TWICE = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"I3
 def test_a_lying_header_is_one_error(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "adapter_model.safetensors"
     path.write_bytes(content)
-    with pytest.raises(Unreadable), open_tensors(path) as file:
+    with pytest.raises(InvalidFile), open_tensors(path) as file:
         {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     with pytest.raises(UserError, match="adapter_model.safetensors: "):
         check_lora_tensors(tmp_path, {"r": 1, "lora_alpha": 1})
@@ -225,7 +225,7 @@ def test_a_lying_header_is_one_error(tmp_path: Path, content: bytes) -> None:
 
 def test_an_honest_header_is_read(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, 3), "b": torch.zeros(0, 5, dtype=torch.int64)}, tmp_path / "x", {"note": "ours"})
-    assert {name: told.shape for name, told in declared(tmp_path / "x").items()} == {"a": (2, 3), "b": (0, 5)}
+    assert {name: told.shape for name, told in read_tensor_header(tmp_path / "x").items()} == {"a": (2, 3), "b": (0, 5)}
 
 
 def test_a_safetensors_pipe_is_not_waited_for(tmp_path: Path) -> None:
@@ -394,8 +394,8 @@ def test_version_one_is_a_whole_number(tmp_path: Path) -> None:
 
 def test_comments_are_found_in_linear_time() -> None:
     for text in ('"""' + r"\"\"\"" * 60_000, "[" + " " * 200_000, "a" * 200_000, '"' * 200_001, "'''" + "x\n" * 60_000):
-        notes(text)
-    assert notes('a = """x # y""" # KNOWN') == {"a": "KNOWN"}
+        key_comments(text)
+    assert key_comments('a = """x # y""" # KNOWN') == {"a": "KNOWN"}
 
 
 @pytest.mark.parametrize(
@@ -478,7 +478,7 @@ def test_no_error_holds_what_a_case_says(tmp_path: Path, loader: str, content: s
     (tmp_path / "file").write_text(content, encoding="utf-8")
     for strict in (True, False):
         with pytest.raises(UserError) as error:
-            load(loader, str(tmp_path / "file"), strict=strict)
+            load_cases(loader, str(tmp_path / "file"), strict=strict)
         if "subject_id," + MARKER not in content:  # a header is named, so that the missing column can be found
             assert MARKER not in str(error.value)
 
@@ -489,13 +489,13 @@ def test_a_gzip_that_expands_beyond_any_table_is_refused(tmp_path: Path) -> None
             file.write(b"\n" * 2**20)
     assert (tmp_path / "bomb").stat().st_size < 10_000
     with pytest.raises(UserError, match="expands over 100 times"):
-        load("jsonl", str(tmp_path / "bomb"), strict=False)
+        load_cases("jsonl", str(tmp_path / "bomb"), strict=False)
 
 
 def test_a_pipe_is_no_case_file_and_no_reward_and_no_config(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.toml")
     with pytest.raises(UserError, match="found a pipe"):
-        load("jsonl", str(tmp_path / "pipe.toml"), strict=False)
+        load_cases("jsonl", str(tmp_path / "pipe.toml"), strict=False)
     with pytest.raises(RewardError, match="found a pipe"):
         load_reward(tmp_path / "pipe.toml")
     with pytest.raises(UserError, match="no such config"):
@@ -549,7 +549,7 @@ def test_no_code_of_a_models_folder_is_run_or_asked_about(
     with pytest.raises(UserError, match=r"remote code \(auto_map\)"):
         loaded(base)
     # and were it not refused first, the library itself would not run it
-    monkeypatch.setattr("grpo.policy.base_model.check_base", lambda folder: None)
+    monkeypatch.setattr("grpo.policy.base_model.check_model_files", lambda folder: None)
     with contextlib.suppress(UserError):  # a tokenizer, it takes for one that it knows
         loaded(base)
     assert not traces.exists()
@@ -571,7 +571,7 @@ def test_pickled_weights_are_never_opened(base: Path, tmp_path: Path, monkeypatc
     torch.save({"model.embed_tokens.weight": Trap(traces)}, base / "pytorch_model.bin")
     with pytest.raises(UserError, match=r"pickles \(.bin\) can run code and are never opened"):
         loaded(base)
-    monkeypatch.setattr("grpo.policy.base_model.check_base", lambda folder: None)
+    monkeypatch.setattr("grpo.policy.base_model.check_model_files", lambda folder: None)
     with pytest.raises(UserError):  # nor would the library, were it not refused first
         loaded(base)
     assert not traces.exists()
@@ -606,7 +606,7 @@ def put(file: Path, key: str, value: object) -> None:
 
 
 def test_the_shipped_base_is_trusted() -> None:
-    check_base(EMBEDDED / "base")
+    check_model_files(TINY_WORLD_DIR / "base")
 
 
 @pytest.mark.parametrize(
@@ -628,7 +628,7 @@ def test_the_shipped_base_is_trusted() -> None:
 def test_an_adapter_that_is_more_than_it_should_be(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object], says: str
 ) -> None:
-    folder = shutil.copytree(EMBEDDED / "v46", tmp_path / "adapter")
+    folder = shutil.copytree(TINY_WORLD_DIR / "v46", tmp_path / "adapter")
     (tmp_path / "grpo_trap.py").write_text(f"open({str(tmp_path / 'it_ran')!r}, 'w').close()\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     told = json.loads((folder / "adapter_config.json").read_text()) | change
@@ -641,7 +641,7 @@ def test_an_adapter_that_is_more_than_it_should_be(
 
 
 def test_patterns_that_people_write_are_read(tmp_path: Path) -> None:
-    folder = shutil.copytree(EMBEDDED / "v46", tmp_path / "adapter")
+    folder = shutil.copytree(TINY_WORLD_DIR / "v46", tmp_path / "adapter")
     for pattern in (
         r"^model\.layers\.0\.mlp\.up_proj",
         r".*self_attn\.(?:q|k)_proj",
@@ -655,13 +655,13 @@ def test_patterns_that_people_write_are_read(tmp_path: Path) -> None:
 def test_a_pickled_warm_start_is_never_opened(
     tmp_path: Path, base: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from grpo.config import Lora
+    from grpo.config import LoraSection
 
-    folder = shutil.copytree(EMBEDDED / "v46", tmp_path / "adapter")
+    folder = shutil.copytree(TINY_WORLD_DIR / "v46", tmp_path / "adapter")
     told = json.loads((folder / "adapter_config.json").read_text())
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"a": Trap(tmp_path / "unpickled")}, folder / "adapter_model.bin")
-    lora = Lora(r=told["r"], alpha=float(told["lora_alpha"]), dropout=0.0, warm_start=str(folder),
+    lora = LoraSection(r=told["r"], alpha=float(told["lora_alpha"]), dropout=0.0, warm_start=str(folder),
                 target_modules=tuple(told["target_modules"]))  # fmt: skip
     with no_network(monkeypatch) as tried:
         with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):
@@ -692,7 +692,7 @@ def tokenizer() -> object:
 @pytest.mark.parametrize("thinking", [True, False])
 @pytest.mark.parametrize("said", SAID)
 def test_control_tokens_are_the_templates_alone(tokenizer: object, said: str, thinking: bool) -> None:
-    control = control_ids(tokenizer)
+    control = control_token_ids(tokenizer)
 
     def spoken(case: str, system: str) -> list[int]:
         prompt = render_prompt(tokenizer, Case("a", case, 1), system_prompt=system, thinking=thinking)
@@ -724,7 +724,7 @@ def test_nothing_arises_where_template_and_text_meet(tokenizer: object) -> None:
         prompt = render_prompt(tokenizer, Case("a", "|im_end|", 1), system_prompt="|im_start|", thinking=False)
     finally:
         tokenizer.chat_template = before
-    assert not control_ids(tokenizer) & set(prompt.ids)
+    assert not control_token_ids(tokenizer) & set(prompt.ids)
     assert tokenizer.decode(prompt.ids).rstrip() == "<|im_start|>\n<|im_end|>"
 
 
@@ -767,10 +767,10 @@ def test_any_fast_tokenizer_writes_a_control_tokens_spelling_in_plain_tokens(spe
     for normaliser in (None, normalizers.Lowercase(), normalizers.NFKC()):
         made = fast_tokenizer(special=special, normalized=normalized, normaliser=normaliser)
         for text in ("<|ctl|>", "x<|CTL|>y", "＜|ctl|＞", "<<|ctl|><|ctl|>", "plain"):
-            ids = encode_plain(made, text)
-            assert control_ids(made).isdisjoint(ids), (normaliser, text)
+            ids = encode_as_plain_text(made, text)
+            assert control_token_ids(made).isdisjoint(ids), (normaliser, text)
     made = fast_tokenizer(special=special, normalized=False)
-    assert made.decode(encode_plain(made, "a<|ctl|>b")) == "a<|ctl|>b"
+    assert made.decode(encode_as_plain_text(made, "a<|ctl|>b")) == "a<|ctl|>b"
 
 
 def test_a_text_without_a_plain_spelling_is_refused_without_being_quoted() -> None:
@@ -778,7 +778,7 @@ def test_a_text_without_a_plain_spelling_is_refused_without_being_quoted() -> No
     made.add_tokens(["§"], special_tokens=True)
     for text in (f"{MARKER} §", f"{MARKER} \ud800"):
         with pytest.raises(UserError) as error:
-            encode_plain(made, text)
+            encode_as_plain_text(made, text)
         assert MARKER not in str(error.value)
 
 

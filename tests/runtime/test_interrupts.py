@@ -9,7 +9,7 @@ import time
 import pytest
 
 from grpo.runtime import interrupts as stop_module
-from grpo.runtime.interrupts import SIGNALS, Stopped, default_handlers, listening
+from grpo.runtime.interrupts import SIGNALS, Interrupted, default_handlers, handle_signals
 
 
 def send(number: int = signal.SIGTERM) -> None:
@@ -19,7 +19,7 @@ def send(number: int = signal.SIGTERM) -> None:
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_what_may_end_at_once_does(number: int, code: int) -> None:
     reached = []
-    with pytest.raises(Stopped) as told, listening() as stop, stop.at_once():
+    with pytest.raises(Interrupted) as told, handle_signals() as stop, stop.at_once():
         send(number)
         time.sleep(5)
         reached.append("the end")
@@ -29,24 +29,24 @@ def test_what_may_end_at_once_does(number: int, code: int) -> None:
 
 def test_what_writes_is_waited_for_and_what_comes_next_is_not_begun() -> None:
     done = []
-    with listening() as stop:
+    with handle_signals() as stop:
         send()
         done.append("written")
-        with pytest.raises(Stopped), stop.at_once():
+        with pytest.raises(Interrupted), stop.at_once():
             done.append("begun")
     assert done == ["written"]
 
 
 def test_what_has_begun_has_its_grace_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    with listening() as stop:
+    with handle_signals() as stop:
         with stop.within_grace():
             send()
             time.sleep(0.05)
-        with pytest.raises(Stopped):
+        with pytest.raises(Interrupted):
             stop.raise_if_requested()
-    monkeypatch.setattr(stop_module, "GRACE_S", 0.05)
+    monkeypatch.setattr(stop_module, "GRACE_PERIOD_S", 0.05)
     started = time.monotonic()
-    with pytest.raises(Stopped) as told, listening() as stop, stop.within_grace():
+    with pytest.raises(Interrupted) as told, handle_signals() as stop, stop.within_grace():
         send()
         while time.monotonic() - started < 10:
             time.sleep(0.01)
@@ -54,22 +54,22 @@ def test_what_has_begun_has_its_grace_and_no_more(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_signal_that_came_before_leaves_what_others_began_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_module, "GRACE_S", 0.2)
+    monkeypatch.setattr(stop_module, "GRACE_PERIOD_S", 0.2)
     done = []
-    with listening() as stop:
+    with handle_signals() as stop:
         send()
         with stop.within_grace():
             done.append("finished")
         started = time.monotonic()
-        with pytest.raises(Stopped) as told, stop.within_grace():
+        with pytest.raises(Interrupted) as told, stop.within_grace():
             while time.monotonic() - started < 10:
                 time.sleep(0.01)
     assert done == ["finished"] and told.value.midway and 0.1 < time.monotonic() - started < 5
 
 
 def test_the_grace_ends_with_what_it_was_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stop_module, "GRACE_S", 0.05)
-    with listening() as stop:
+    monkeypatch.setattr(stop_module, "GRACE_PERIOD_S", 0.05)
+    with handle_signals() as stop:
         with stop.within_grace():
             send()
         time.sleep(0.2)  # a save: nothing may break into it
@@ -77,7 +77,7 @@ def test_the_grace_ends_with_what_it_was_for(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_request_that_comes_twice_is_one() -> None:
-    with listening() as stop:
+    with handle_signals() as stop:
         send()
         send()  # as `timeout` does
         assert stop.requested == signal.SIGTERM
@@ -87,7 +87,7 @@ def test_handlers_are_put_back_and_ignored_signals_stay_ignored() -> None:
     before = {number: signal.getsignal(number) for number in (*SIGNALS, signal.SIGALRM)}
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
     try:
-        with listening() as stop:
+        with handle_signals() as stop:
             send(signal.SIGHUP)
             assert stop.requested is None and signal.getsignal(signal.SIGTERM) == stop._on_signal
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -112,7 +112,7 @@ def test_in_another_thread_nothing_is_heard() -> None:
     heard = []
 
     def inside() -> None:
-        with listening() as stop, stop.at_once():
+        with handle_signals() as stop, stop.at_once():
             heard.append(stop.requested)
 
     thread = threading.Thread(target=inside)

@@ -16,7 +16,7 @@ import grpo.update
 from benchmarks import bench
 from grpo import train as loop
 from grpo.commands import replay
-from grpo.config import EMBEDDED
+from grpo.config import TINY_WORLD_DIR
 from grpo.qwen3_5 import decode
 from grpo.run.checkpoint import find_damage
 from grpo.runtime.out_of_memory import OutOfMemory, memory_errors
@@ -31,7 +31,7 @@ Pytest = pytest.MonkeyPatch
 def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Of a run of three short steps that saves no checkpoint by itself before its end."""
     folder = tmp_path_factory.mktemp("memory")
-    rows = (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     for name, chosen in (("cases", rows[:8]), ("held_out", rows[100:102])):
         (folder / f"{name}.jsonl").write_text("\n".join(chosen) + "\n")
     return [
@@ -140,14 +140,14 @@ def test_an_update_that_has_moved_the_policy_is_not_saved_as_the_step_before(
     """Out of memory in an inner epoch of step 2, whole and halved micro-batches alike."""
     done, true = [0], grpo.update.learning_rate
     monkeypatch.setattr(grpo.update, "learning_rate", lambda *given: (done.append(1), true(*given))[1])
-    true_backward = grpo.update.backward
+    true_backward = grpo.update.forward_backward
 
     def backward(*given: Any) -> Any:
         if len(done) - 1 >= 2 + epoch - 1:  # optimiser steps so far
             raise torch.OutOfMemoryError(FULL)
         return true_backward(*given)
 
-    monkeypatch.setattr(grpo.update, "backward", backward)
+    monkeypatch.setattr(grpo.update, "forward_backward", backward)
     argv = command(overrides, "optim.inner_epochs=2", "evaluate.during={}")
     assert loop.main([*argv, "--out", str(tmp_path / "run")]) == 2
     assert "a micro-batch of 2 rows does not fit" in only_error(capsys.readouterr().err)

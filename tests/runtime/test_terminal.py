@@ -19,10 +19,10 @@ import grpo.commands.replay
 import grpo.commands.report
 import grpo.commands.triage
 import grpo.train
-from grpo.config import EMBEDDED
+from grpo.config import TINY_WORLD_DIR
 from grpo.runtime.cli import run_command
-from grpo.runtime.distributed import leave
-from grpo.runtime.terminal import ASCII_FALLBACKS, say_anyhow
+from grpo.runtime.distributed import exit_process
+from grpo.runtime.terminal import ASCII_FALLBACKS, tolerate_narrow_encodings
 from tests.support.recorded_runs import TINY, recorded
 
 ROOT = Path(__file__).parents[2]
@@ -51,7 +51,7 @@ class Screens:
 def test_anything_can_be_said_and_what_can_be_shown_is_left_alone(text: str, encoding: str) -> None:
     with pytest.MonkeyPatch.context() as monkeypatch:
         screens = Screens(monkeypatch, encoding)
-        say_anyhow()
+        tolerate_narrow_encodings()
         print(text, end="")
         shown = screens.shown()
     fits = text.encode(encoding, "ignore").decode(encoding) == text
@@ -60,7 +60,7 @@ def test_anything_can_be_said_and_what_can_be_shown_is_left_alone(text: str, enc
 
 def test_our_own_signs_are_spelt_and_the_others_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
     screens = Screens(monkeypatch, "ascii")
-    say_anyhow()
+    tolerate_narrow_encodings()
     print("62.0 → 99.6 % (98.6–99.9), 3 × 2 ≥ 5 … 日\udcff")
     assert screens.shown() == "62.0 -> 99.6 % (98.6-99.9), 3 x 2 >= 5 ... \\u65e5\\udcff\n"
     assert all(spelt.isascii() and len(sign) == 1 and not sign.isascii() for sign, spelt in ASCII_FALLBACKS.items())
@@ -96,7 +96,7 @@ def test_every_command_speaks_to_an_ascii_terminal(
         ),
         (
             grpo.commands.merge.main,
-            [EMBEDDED / "v46", "--base", "embedded:base", "--no-check", "--out", tmp_path / "m"],
+            [TINY_WORLD_DIR / "v46", "--base", "embedded:base", "--no-check", "--out", tmp_path / "m"],
             "merged",
         ),
         (
@@ -110,13 +110,13 @@ def test_every_command_speaks_to_an_ascii_terminal(
 
 
 def test_every_command_makes_sure_of_it_first() -> None:
-    """What a main says before `say_anyhow` could still end in a `UnicodeEncodeError`."""
+    """What a main says before `tolerate_narrow_encodings` could still end in a `UnicodeEncodeError`."""
     mains = 0
     for path in sorted((ROOT / "grpo").rglob("*.py")):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if isinstance(node, ast.FunctionDef) and node.name == "main":
                 body = ast.unparse(node)
-                called = (f"{say_anyhow.__name__}()", f"{leave.__name__}(train.main(")
+                called = (f"{tolerate_narrow_encodings.__name__}()", f"{exit_process.__name__}(train.main(")
                 assert f"{run_command.__name__}(" in body or ast.unparse(node.body[1]).startswith(called), path
                 mains += 1
     assert mains >= 12, "the search itself finds them"

@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from grpo import dynamic_sampling as groups
 from grpo import train as train_module
-from grpo.config import EMBEDDED, load_config
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.evaluation import during_training
 from grpo.run import checkpoint as checkpoint_module
 from grpo.runtime import interrupts as stop_module
@@ -61,7 +61,7 @@ class World:
     def __init__(self, folder: Path, *overrides: str) -> None:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
-        lines = (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
         for name, kept in (("cases", lines[:12]), ("test", lines[20:22]), ("validation", lines[30:32])):
             (folder / f"{name}.jsonl").write_text("\n".join(kept) + "\n")
         values = (
@@ -90,7 +90,7 @@ class World:
         self.argv = [TINY, *(part for value in values for part in ("--set", value))]
         config, _ = load_config(TINY, list(values))
         torch.set_num_threads(1)  # more would be a pool of threads, which a fork does not carry over
-        self.setup = train_module.build(config)
+        self.setup = train_module.load_setup(config)
         self.started = time.perf_counter()
         assert self.child(folder / "whole") == 0, self.log()
         self.seconds = time.perf_counter() - self.started
@@ -125,7 +125,7 @@ class World:
             os.dup2(log, 1)
             os.dup2(log, 2)
             true_scores = train_module.score_groups
-            train_module.build = lambda *_: self.setup
+            train_module.load_setup = lambda *_: self.setup
             peft.PeftModel.create_or_update_model_card = lambda *_: None  # a third of the time; it is thrown away
             for module in (train_module, groups):
                 module.score_groups = lambda *given: varied(given[1], true_scores(*given))
@@ -146,7 +146,7 @@ def small_base(folder: Path) -> Path:
     """The embedded base's shape with one layer of each kind, 32 wide, random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    shutil.copytree(EMBEDDED / "base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(TINY_WORLD_DIR / "base", folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = AutoConfig.from_pretrained(folder)
     config.num_hidden_layers, config.layer_types = 2, ["linear_attention", "full_attention"]
     config.hidden_size, config.intermediate_size = 32, 64
@@ -559,14 +559,14 @@ def hung_update(campaign: Campaign, out: Path) -> None:
     for grace, again in ((0.5, False), (60.0, True)):
         pid = os.fork()
         if not pid:
-            stop_module.GRACE_S = grace
+            stop_module.GRACE_PERIOD_S = grace
             world._run(out, standing_still("update", out), ("--resume",) if out.exists() else ())
         waited(out.with_suffix(".still"))
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.05)
         os.kill(pid, signal.SIGTERM)
         if again:
-            time.sleep(stop_module.SAME_S + 0.2)
+            time.sleep(stop_module.DUPLICATE_WINDOW_S + 0.2)
             os.kill(pid, signal.SIGTERM)
         _, status = os.waitpid(pid, 0)
         code, told = os.waitstatus_to_exitcode(status), "quitting now" in world.log()
@@ -609,7 +609,7 @@ def skipped_steps(campaign: Campaign, out: Path) -> None:
 
     def fault(kill: bool) -> Fault:
         def put() -> None:
-            true, due = train_module.update, train_module.evaluate_if_due
+            true, due = train_module.update_policy, train_module.evaluate_if_due
 
             def update(*given: Any, **named: Any) -> Any:
                 return dataclasses.replace(true(*given, **named), skipped=1)
@@ -619,7 +619,7 @@ def skipped_steps(campaign: Campaign, out: Path) -> None:
                     os.kill(os.getpid(), signal.SIGKILL)
                 due(setup, run, step)
 
-            train_module.update, train_module.evaluate_if_due = update, evaluate_if_due
+            train_module.update_policy, train_module.evaluate_if_due = update, evaluate_if_due
 
         return put
 

@@ -198,15 +198,15 @@ def teach_bfloat16() -> None:
 
 def check_rollout(base: Path) -> None:
     """Whole completions with the kernels are those without."""
-    from grpo.config import Lora, Model
+    from grpo.config import LoraSection, ModelSection
     from grpo.policy.policy import load_policy
     from grpo.qwen3_5 import decode
     from tests.conftest import TARGETS
     from tests.engine.test_engines import FEW, assert_same_draws, move, prompts_of, sample
 
     policy = load_policy(
-        Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False),
-        Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
+        ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False),
+        LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""),
         seed=1,
     )
     move(policy)
@@ -218,14 +218,14 @@ def check_rollout(base: Path) -> None:
 
 def check_itself(base: Path) -> None:
     """The self-check passes the kernels, and refuses one whose output is scaled."""
-    from grpo.config import Lora, Model
+    from grpo.config import LoraSection, ModelSection
     from grpo.policy.policy import load_policy
     from grpo.qwen3_5 import decode
     from grpo.run.self_check import self_check
     from tests.conftest import TARGETS
 
-    model = Model(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False)
-    policy = load_policy(model, Lora(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
+    model = ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=False)
+    policy = load_policy(model, LoraSection(r=4, alpha=8.0, dropout=0.0, target_modules=TARGETS, warm_start=""), seed=1)
     remember = fused.remember
     with mock.patch.object(decode, "pieces", lambda _: fused):
         sound = self_check(policy)

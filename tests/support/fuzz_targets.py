@@ -20,10 +20,10 @@ from typing import Any
 
 import torch
 
-from grpo.cases import load
-from grpo.config import EMBEDDED, Checkpoint, Lora, Model, load_config, notes
+from grpo.cases import load_cases
+from grpo.config import TINY_WORLD_DIR, CheckpointSection, LoraSection, ModelSection, key_comments, load_config
 from grpo.evaluation.answers import read_answers
-from grpo.evaluation.comparison import FORMAT, check_same_cases, compare, read_evaluation
+from grpo.evaluation.comparison import EVAL_FORMAT, check_same_cases, compare, read_evaluation
 from grpo.evaluation.records import before_after_table
 from grpo.inspection import run_reader as recording
 from grpo.inspection.replay import folder_differences, replay, replay_lines
@@ -41,7 +41,7 @@ from grpo.run.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from grpo.run.folder import Run, evaluations
+from grpo.run.folder import RunFolder, read_evaluations
 from grpo.run.ledger import read_step
 from grpo.runtime.errors import INPUT_ERRORS, UserError
 from rewards import RewardError, load_reward, parse_answer
@@ -218,15 +218,15 @@ def _config(data: bytes) -> None:
         config, source = load_config(path)
     except UserError as error:
         assert str(path) in str(error) and len(str(error)) < 50_000
-        notes(data.decode("utf-8", "replace"))
+        key_comments(data.decode("utf-8", "replace"))
         raise
-    notes(source.text)
+    key_comments(source.text)
     json.dumps(config.model_dump(mode="json"), allow_nan=False)
 
 
 def _cases_of(loader: str, name: str) -> Callable[[bytes], None]:
     def read(data: bytes) -> None:
-        loaded = load(loader, str(_file(name, data)), strict=False)
+        loaded = load_cases(loader, str(_file(name, data)), strict=False)
         for record in loaded.rows:
             assert record.case.id.isprintable() and 1 <= record.case.gold_level <= 5 and record.case.text.strip()
             json.dumps([record.case.text, record.case.tags], ensure_ascii=False).encode()
@@ -257,7 +257,7 @@ def _mimic(data: bytes) -> None:
         (folder / name).write_bytes(content)
     name = list(MIMIC)[(data or b"\0")[0] % 3]
     (folder / name).write_bytes(data[1:])
-    for record in load("mimic-iv-ed", str(folder), strict=False).rows:
+    for record in load_cases("mimic-iv-ed", str(folder), strict=False).rows:
         assert record.case.text.isprintable() and 1 <= record.case.gold_level <= 5
 
 
@@ -372,12 +372,12 @@ def _report(run: Path) -> None:
 def _card(run: Path) -> None:
     card = model_card(run)
     assert "<script" not in card and "\x1b" not in card
-    before_after_table(evaluations(Run(run)))
+    before_after_table(read_evaluations(RunFolder(run)))
 
 
 @functools.cache
 def _cases() -> tuple[Any, ...]:
-    return load("jsonl", str(EMBEDDED / "cases" / "validation.jsonl"), strict=True).cases[:3]
+    return load_cases("jsonl", str(TINY_WORLD_DIR / "cases" / "validation.jsonl"), strict=True).cases[:3]
 
 
 def _answers(data: bytes) -> None:
@@ -406,20 +406,20 @@ def _evaluation_seeds() -> list[bytes]:
         {"id": c.id, "esi": c.esi, "sha256": hashlib.sha256(c.text.encode()).hexdigest(), "levels": {"on": [1, None]}}
         for c in _cases()
     ]
-    return [json.dumps({"format": FORMAT, "settings": {"samples": 1}, "cases": {"test": cases}}).encode()]
+    return [json.dumps({"format": EVAL_FORMAT, "settings": {"samples": 1}, "cases": {"test": cases}}).encode()]
 
 
 def _adapter(data: bytes) -> None:
     """The first byte says which of the two files the rest is."""
     folder = _scratch() / "adapter"
     if not folder.exists():
-        shutil.copytree(EMBEDDED / "v46", folder)
+        shutil.copytree(TINY_WORLD_DIR / "v46", folder)
     name = ADAPTER[(data or b"\0")[0] % 2]
     (folder / name).write_bytes(data[1:])
     try:
         check_lora_tensors(folder, read_adapter_config(folder))
     finally:
-        shutil.copyfile(EMBEDDED / "v46" / name, folder / name)
+        shutil.copyfile(TINY_WORLD_DIR / "v46" / name, folder / name)
 
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
@@ -429,17 +429,18 @@ def _adapter_seeds() -> list[bytes]:
     from safetensors.torch import load_file, save
 
     small = {
-        k: v[:, :4] if "lora_A" in k else v[:4] for k, v in list(load_file(EMBEDDED / "v46" / ADAPTER[1]).items())[:4]
+        k: v[:, :4] if "lora_A" in k else v[:4]
+        for k, v in list(load_file(TINY_WORLD_DIR / "v46" / ADAPTER[1]).items())[:4]
     }
     weights = save({name: tensor.contiguous() for name, tensor in small.items()})
-    return [b"\0" + (EMBEDDED / "v46" / ADAPTER[0]).read_bytes(), b"\1" + weights]
+    return [b"\0" + (TINY_WORLD_DIR / "v46" / ADAPTER[0]).read_bytes(), b"\1" + weights]
 
 
 @functools.cache
 def _policy() -> tuple[Policy, torch.optim.Optimizer]:
     """A small adapter, and AdamW after one step of it."""
-    model = Model(name="embedded:base", device="cpu", dtype="float32", gradient_checkpointing=False)
-    lora = Lora(r=2, alpha=4.0, dropout=0.0, target_modules=("v_proj",), warm_start="")
+    model = ModelSection(name="embedded:base", device="cpu", dtype="float32", gradient_checkpointing=False)
+    lora = LoraSection(r=2, alpha=4.0, dropout=0.0, target_modules=("v_proj",), warm_start="")
     policy = load_policy(model, lora, seed=1)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=1e-3)
     for p in policy.adapter_parameters().values():
@@ -454,7 +455,7 @@ CHECKPOINT = (*CHECKPOINT_FILES, MANIFEST)
 @functools.cache
 def _saved() -> Path:
     folder = _scratch() / "saved"
-    save_checkpoint(folder, *_policy(), Progress(3, 1), Checkpoint(every=1, keep=1))
+    save_checkpoint(folder, *_policy(), Progress(3, 1), CheckpointSection(every=1, keep=1))
     return folder / "step_000003"
 
 
@@ -485,7 +486,7 @@ def _checkpoint(data: bytes) -> None:
 
 
 def _jsonl_seeds() -> list[bytes]:
-    lines = (EMBEDDED / "cases" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:3]
+    lines = (TINY_WORLD_DIR / "cases" / "validation.jsonl").read_bytes().splitlines(keepends=True)[:3]
     return [b"".join(lines), b'{"id": "a", "text": "Rash.", "esi": 5, "tags": ["adult"], "patient": 7}\n']
 
 

@@ -1,4 +1,4 @@
-"""Ranks for tests: forked from one server that has imported everything, so that a rank costs no start of its own.
+"""World for tests: forked from one server that has imported everything, so that a rank costs no start of its own.
 
 A job is a function of this module; it runs in a process whose environment is as ``torchrun`` makes it.
 """
@@ -31,7 +31,7 @@ from grpo.policy.policy import Policy
 from grpo.rollout import rollout
 from grpo.run import setup
 from grpo.runtime import distributed as ranks_module
-from grpo.runtime.distributed import Ranks, joined, leave
+from grpo.runtime.distributed import World, exit_process, init_world
 from grpo.train import main
 from grpo.types import Batch, Completion, Group
 from tests.conftest import policy_on
@@ -110,7 +110,7 @@ def train(argv: list[str]) -> int:
 
 def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool = False) -> dict[str, Any]:
     """Three groups sampled and one update, once for each of ``asked``: overrides of the config and a fault."""
-    with joined("cpu", timeout_s=60) as ranks:
+    with init_world("cpu", timeout_s=60) as ranks:
         policy = policy_on(base, ranks=ranks, shard=shard)
         prompts = prompts_of(policy)
         keys, mine = keys_of(prompts, 4), ranks.slice_of(3)
@@ -132,7 +132,7 @@ def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool =
 def updated(policy: Policy, batch: Batch, config: Any) -> dict[str, Any]:
     """What the optimiser was handed, and what was recorded."""
     seen: list[Any] = []
-    true_update = update_module.update
+    true_update = update_module.update_policy
 
     def remembers(*given: Any, **named: Any) -> Any:
         seen.append(true_update(*given, **named))
@@ -152,19 +152,19 @@ def updated(policy: Policy, batch: Batch, config: Any) -> dict[str, Any]:
 
 def groups_of(policy: Policy, rows: Rows) -> list[Group]:
     """Three groups of four."""
-    completions = [Completion(tuple(ids), tuple(lps), ids[-1] in policy.end_ids, "") for ids, lps in rows]
+    completions = [Completion(tuple(ids), tuple(lps), ids[-1] in policy.end_token_ids, "") for ids, lps in rows]
     return [Group(prompt, tuple(completions[4 * b : 4 * b + 4])) for b, prompt in enumerate(prompts_of(policy))]
 
 
 def train_slowly(argv: list[str], seconds: float) -> int:
     """A whole run with a pause before every update, so that something can happen to it there."""
-    true_update = train_module.update
+    true_update = train_module.update_policy
 
     def later(*given: Any, **named: Any) -> Any:
         time.sleep(seconds)
         return true_update(*given, **named)
 
-    train_module.update = later
+    train_module.update_policy = later
     return main(argv)
 
 
@@ -178,12 +178,12 @@ def train_otherwise(argv: list[str], overrides: list[str], fault: str = "") -> i
 
 def train_and_leave(argv: list[str], fault: str) -> None:
     """As `train_otherwise`, and then the end of the process."""
-    leave(train_otherwise(argv, [], fault))
+    exit_process(train_otherwise(argv, [], fault))
 
 
 def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
     """Return the sum of each rank's values, and the error for values that differ."""
-    with joined("cpu", timeout_s=60) as ranks:
+    with init_world("cpu", timeout_s=60) as ranks:
         flat = torch.tensor(values[ranks.rank])
         ranks.all_reduce_(flat)
         ranks.check_identical({"same": {"on": "all"}})
@@ -197,7 +197,7 @@ def told_apart(values: list[list[float]]) -> tuple[list[float], str, str]:
 
 def hang(seconds: float) -> str:
     """Rank 1 stops answering; what rank 0 is told."""
-    with joined("cpu", timeout_s=2) as ranks:
+    with init_world("cpu", timeout_s=2) as ranks:
         ranks.all_gather_object("here")
         if ranks.rank == 1:
             time.sleep(seconds)
@@ -226,7 +226,7 @@ class _Patched:
 
 
 def _summed_twice(true: Any) -> Any:
-    def twice(ranks: Ranks, flat: torch.Tensor) -> None:
+    def twice(ranks: World, flat: torch.Tensor) -> None:
         true(ranks, flat)
         true(ranks, flat)
 
@@ -234,7 +234,7 @@ def _summed_twice(true: Any) -> Any:
 
 
 def _averaged(true: Any) -> Any:
-    def mean(ranks: Ranks, flat: torch.Tensor) -> None:
+    def mean(ranks: World, flat: torch.Tensor) -> None:
         true(ranks, flat)
         flat /= ranks.size
 
@@ -301,7 +301,7 @@ def _drifting(true: Any) -> Any:
 
 
 def _dies_at_the_checkpoint(true: Any) -> Any:
-    def check_identical(ranks: Ranks, value: Any) -> None:
+    def check_identical(ranks: World, value: Any) -> None:
         if "adapter" in value:
             os._exit(1)
         true(ranks, value)
@@ -328,9 +328,9 @@ def _full_in(call: int) -> Callable[[Any], Any]:
 
 FAULTS: dict[str, Callable[[], _Patched]] = {
     "": _Patched,
-    "summed twice": lambda: _Patched(Ranks, Ranks.all_reduce_, _summed_twice),
-    "divided by the ranks": lambda: _Patched(Ranks, Ranks.all_reduce_, _averaged),
-    "gradients not summed": lambda: _Patched(Ranks, Ranks.all_reduce_gradients, _unshared),
+    "summed twice": lambda: _Patched(World, World.all_reduce_, _summed_twice),
+    "divided by the ranks": lambda: _Patched(World, World.all_reduce_, _averaged),
+    "gradients not summed": lambda: _Patched(World, World.all_reduce_gradients, _unshared),
     "a row forgotten": lambda: _Patched(update_module, update_module.own_rows, _last_rows_forgotten),
     "every rank trains all rows": lambda: _Patched(update_module, update_module.own_rows, _all_rows_everywhere),
     "stopped in the second rollout": lambda: _Patched(train_module, train_module.prompts_for_step, _stops_in(1)),
@@ -338,10 +338,10 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
         train_module, train_module.make_batch, _signalled_before_update(2)
     ),
     "another base": lambda: _Patched(setup, setup.load_policy, _one_weight_off),
-    "another adapter": lambda: _Patched(train_module, train_module.update, _drifting),
+    "another adapter": lambda: _Patched(train_module, train_module.update_policy, _drifting),
     "full in the second rollout": lambda: _Patched(rollout_module, rollout_module.rollout, _full_in(2)),
-    "full in the second update": lambda: _Patched(update_module, update_module.backward, _full_in(2)),
-    "dies at the checkpoint": lambda: _Patched(Ranks, Ranks.check_identical, _dies_at_the_checkpoint),
+    "full in the second update": lambda: _Patched(update_module, update_module.forward_backward, _full_in(2)),
+    "dies at the checkpoint": lambda: _Patched(World, World.check_identical, _dies_at_the_checkpoint),
 }
 WRONG_SUMS = tuple(FAULTS)[:6]
 """Those that spoil a gradient; the others are for one rank of a run."""

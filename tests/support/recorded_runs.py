@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from grpo.config import EMBEDDED
-from grpo.run.ledger import Entry, ledger_steps, read_step, write_step
+from grpo.config import TINY_WORLD_DIR
+from grpo.run.ledger import LedgerStep, read_step, recorded_steps, write_step
 from grpo.train import main as train
 
 TINY = str(Path(__file__).parents[2] / "configs" / "tiny.toml")
@@ -36,7 +36,9 @@ def recorded(base: Path, kind: str) -> Path:
     """The run folder of one of `KINDS`, under the session's own folder: three steps of two groups of four."""
     folder = base / "recorded"
     folder.mkdir(exist_ok=True)
-    rows = [json.loads(line) for line in (EMBEDDED / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (TINY_WORLD_DIR / "cases" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     chosen = [row for level in range(1, 6) for row in [r for r in rows if r["esi"] == level][:2]]
     cases, held_out = folder / "cases.jsonl", folder / "held_out.jsonl"
     cases.write_text("".join(json.dumps(row | {"id": f"c{i}"}) + "\n" for i, row in enumerate(chosen)))
@@ -63,7 +65,7 @@ def recorded(base: Path, kind: str) -> Path:
 def rewritten(
     run: Path,
     target: Path,
-    edit: Callable[[Entry], Entry] = lambda entry: entry,
+    edit: Callable[[LedgerStep], LedgerStep] = lambda entry: entry,
     *,
     step: int | None = None,
     text: str | None = None,
@@ -82,7 +84,7 @@ def rewritten(
     if text:
         record["config"]["ledger"]["text"] = text
         (target / "config.json").write_text(json.dumps(record))
-    for number in ledger_steps(run / "ledger"):
+    for number in recorded_steps(run / "ledger"):
         entry = read_step(run / "ledger", number)
         figures = entry.metrics
         if step in (None, number):

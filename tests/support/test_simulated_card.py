@@ -21,10 +21,10 @@ from grpo.commands.evaluate import main as evaluate
 from grpo.commands.merge import main as merge
 from grpo.commands.replay import main as replay
 from grpo.commands.triage import main as triage
-from grpo.config import resolve
+from grpo.config import resolve_path
 from grpo.evaluation import during_training
 from grpo.inspection.replay import TIMING_PREFIXES
-from grpo.run.folder import Run, evaluations
+from grpo.run.folder import RunFolder, read_evaluations
 from grpo.train import main as train
 from tests.support.ranked import on_ranks
 from tests.support.simulated_card import WrongCard, simulated_card
@@ -85,7 +85,7 @@ def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of few cases."""
     folder = tmp_path_factory.mktemp("cases")
     for name, count in (("train", 8), ("test", 2)):
-        lines = resolve(f"embedded:cases/{name}.jsonl").read_text().splitlines(keepends=True)
+        lines = resolve_path(f"embedded:cases/{name}.jsonl").read_text().splitlines(keepends=True)
         (folder / f"{name}.jsonl").write_text("".join(lines[:count]))
     return folder
 
@@ -232,7 +232,7 @@ def test_evaluate(run: Path, cases: Path, tmp_path: Path) -> None:
     with simulated_card(index=1, cards=2):
         assert evaluate(argv) == 0
     (record,) = json.loads((out / "eval.json").read_text())["records"]
-    (last,) = [record for record in evaluations(Run(run)) if record["step"] == 2]
+    (last,) = [record for record in read_evaluations(RunFolder(run)) if record["step"] == 2]
     assert {name: record[name] for name in last if name != "step"} == {k: v for k, v in last.items() if k != "step"}
 
 

@@ -11,8 +11,8 @@ from benchmarks.tiny_world.build import MIX, SYSTEM_PROMPT
 from benchmarks.tiny_world.patients import summary
 from benchmarks.tiny_world.teacher import BLIND_SPOT_STRATA, answer, completion, right, steps_to, unsure_v46, v46
 from benchmarks.tiny_world.vignettes import STRATA, Vignette, draw_vignettes
-from grpo.cases import load_jsonl
-from grpo.config import EMBEDDED, load_config
+from grpo.cases import load_jsonl_cases
+from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.policy.policy import Policy, load_policy
 from grpo.prompts import render_prompt
 from rewards import parse_answer
@@ -72,12 +72,12 @@ def policy() -> Policy:
 
 
 def test_the_files_are_the_manifests() -> None:
-    manifest = json.loads((EMBEDDED / "manifest.json").read_text(encoding="utf-8"))
+    manifest = json.loads((TINY_WORLD_DIR / "manifest.json").read_text(encoding="utf-8"))
     for name, digest in manifest["sha256"].items():
-        assert hashlib.sha256((EMBEDDED / name).read_bytes()).hexdigest() == digest, name
-    built = {p for part in ("base", "v46") for p in (EMBEDDED / part).rglob("*") if p.is_file()}
-    assert {str(p.relative_to(EMBEDDED)) for p in built} == set(manifest["sha256"])
-    assert sum(p.stat().st_size for p in EMBEDDED.rglob("*") if p.is_file()) < 10 * 2**20
+        assert hashlib.sha256((TINY_WORLD_DIR / name).read_bytes()).hexdigest() == digest, name
+    built = {p for part in ("base", "v46") for p in (TINY_WORLD_DIR / part).rglob("*") if p.is_file()}
+    assert {str(p.relative_to(TINY_WORLD_DIR)) for p in built} == set(manifest["sha256"])
+    assert sum(p.stat().st_size for p in TINY_WORLD_DIR.rglob("*") if p.is_file()) < 10 * 2**20
 
 
 def test_the_base_has_the_architecture_of_qwen35(policy: Policy) -> None:
@@ -98,7 +98,7 @@ def test_the_tiny_config_speaks_as_the_base_was_taught() -> None:
 
 def test_every_case_fits_the_context_with_room_for_its_budget(policy: Policy) -> None:
     for name in ("train", "validation", "test", "mietic36"):
-        for case in load_jsonl(f"embedded:cases/{name}.jsonl")[:200]:
+        for case in load_jsonl_cases(f"embedded:cases/{name}.jsonl")[:200]:
             prompt = render_prompt(policy.tokenizer, case, system_prompt=SYSTEM_PROMPT, thinking=True)
             assert prompt.thinking and len(prompt.ids) < 200
 
@@ -106,7 +106,7 @@ def test_every_case_fits_the_context_with_room_for_its_budget(policy: Policy) ->
 def test_the_warm_start_answers_in_the_cards_format(policy: Policy) -> None:
     from grpo.rollout import rollout
 
-    cases = [c for c in load_jsonl("embedded:cases/validation.jsonl") if "lifesaving_done" in c.tags][:20]
+    cases = [c for c in load_jsonl_cases("embedded:cases/validation.jsonl") if "lifesaving_done" in c.tags][:20]
     for thinking in (True, False):
         prompts = [render_prompt(policy.tokenizer, c, system_prompt=SYSTEM_PROMPT, thinking=thinking) for c in cases]
         groups = rollout(policy, prompts, [[i] for i in range(20)], max_new_tokens=96, temperature=0.0)
@@ -122,7 +122,7 @@ def test_the_cards_usage_code_runs_on_the_embedded_model() -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    base, adapter = str(EMBEDDED / "base"), str(EMBEDDED / "v46")
+    base, adapter = str(TINY_WORLD_DIR / "base"), str(TINY_WORLD_DIR / "v46")
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter)

@@ -26,10 +26,10 @@ from benchmarks.tiny_world.vignettes import (
     render,
     row,
 )
-from grpo.config import EMBEDDED
+from grpo.config import TINY_WORLD_DIR
 from rewards import load_reward
 
-CASES = EMBEDDED / "cases"
+CASES = TINY_WORLD_DIR / "cases"
 HARMLESS = {"iv_access", "monitor", "oxygen"}
 GOLD = {
     "lifesaving_done": (1, "A"),
