@@ -64,8 +64,9 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
 def baseline_mask(finished: np.ndarray, section: AdvantageSection) -> np.ndarray:
     """Return [B,G] bool, True for completions that count in the mean and std of their group.
 
-    >>> baseline_mask(np.array([[True, False]]), AdvantageSection(kind="none", epsilon=0.0, ddof=1,
-    truncated_in_baseline=False)) array([[ True, False]])
+    >>> section = AdvantageSection(kind="none", epsilon=0.0, ddof=1, truncated_in_baseline=False)
+    >>> baseline_mask(np.array([[True, False]]), section)
+    array([[ True, False]])
     """
     return np.ones_like(finished) if section.truncated_in_baseline else finished
 

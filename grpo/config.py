@@ -374,9 +374,9 @@ def key_comments(text: str) -> dict[str, str]:
 
 
 def embedded_path(name: str) -> Path | None:
-    """Return the path of ``embedded_path:NAME``, or None for any other name.
+    """Return the path of ``embedded:NAME``, or None for any other name.
 
-    >>> embedded_path("embedded_path:base").name
+    >>> embedded_path("embedded:base").name
     'base'
     >>> embedded_path("runs/x/adapter") is None
     True

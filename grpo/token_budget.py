@@ -40,8 +40,9 @@ def finish_reason(completion: Completion, max_new_tokens: int) -> FinishReason:
     Raises:
         UserError: the budget is below 1, or the completion is longer than the budget.
 
-    >>> finish_reason(Completion((5, 2), (0.0, 0.0), True, "a"), 2), finish_reason(Completion((5,), (0.0,), False, "a"),
-    2) ('end', 'other')
+    >>> ended, aborted = Completion((5, 2), (0.0, 0.0), True, "a"), Completion((5,), (0.0,), False, "a")
+    >>> finish_reason(ended, 2), finish_reason(aborted, 2)
+    ('end', 'other')
     """
     _check_lengths([len(completion.ids)], max_new_tokens)
     if completion.finished:
@@ -185,7 +186,7 @@ def truncation_advantage_shift(
 ) -> Stats:
     """Return how truncated completions shift the advantages of the finished ones: A(all in the baseline) − A(truncated
     ones excluded from the baseline), averaged over the finished completions of groups that contain a truncated one;
-    signed as ``advantage/truncation_advantage_shift`` and in absolute value as ``advantage/truncation_pull_abs``.
+    signed as ``advantage/truncation_pull`` and in absolute value as ``advantage/truncation_pull_abs``.
 
     Truncated completions mostly score low and so lower the mean the others are compared with: the signed mean is then
     above 0, an advantage for having ended at all. Without the truncated ones a group's advantages sum to 0, so the

@@ -43,7 +43,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON"),
         ("[1]", "expected an object"),
         ({"id": "a", "esi": 2}, "text missing"),
-        ({**GOOD, "esi": 0}, "whole number from 1 to 5, got 0"),
+        ({**GOOD, "esi": 0}, "integer from 1 to 5, got 0"),
         ({**GOOD, "esi": 6}, "got 6"),
         ({**GOOD, "esi": 2.0}, "got 2.0"),
         ({**GOOD, "esi": True}, "got True"),
@@ -61,7 +61,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:
         ({**GOOD, "tags": ["crushing chest pain"]}, "no blanks"),
         ({**GOOD, "tags": ["chest pain\n"]}, "no blanks"),
         ({**GOOD, "tags": ["chest_pain_" * 4]}, "at most 40 letters"),
-        ({**GOOD, "tags": [f"t{i}" for i in range(21)]}, "21 of them, at most 20"),
+        ({**GOOD, "tags": [f"t{i}" for i in range(21)]}, "expected at most 20, got 21"),
     ],
 )
 def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(tmp_path: Path, row: object, says: str) -> None:
@@ -75,7 +75,7 @@ def test_a_bad_row_is_named_by_its_line_and_its_text_is_not_shown(tmp_path: Path
 def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"2: id 'a' was already used in line 1"):
         load_jsonl_cases(written(tmp_path, GOOD, GOOD))
-    with pytest.raises(UserError, match="no cases in it"):
+    with pytest.raises(UserError, match="contains no cases"):
         load_jsonl_cases(written(tmp_path, "", "  "))
     with pytest.raises(UserError, match="cannot be read"):
         load_jsonl_cases(str(tmp_path / "missing.jsonl"))

@@ -218,10 +218,10 @@ def test_interrupted_and_resumed_is_bit_identical(
             raise KeyboardInterrupt
         return true_update(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "update", dies_in_the_fourth)
+    monkeypatch.setattr(train_module, "update_policy", dies_in_the_fourth)
     assert run(world, parts, *more) == 130
     assert [m["step"] for m in lines(parts / "metrics.jsonl")] == [1, 2, 3]
-    monkeypatch.setattr(train_module, "update", true_update)
+    monkeypatch.setattr(train_module, "update_policy", true_update)
     assert run(world, parts, *more, "--resume") == 0
 
     for file in ("adapter/adapter_model.safetensors", "checkpoints/step_000004/optimizer.safetensors"):

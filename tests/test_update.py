@@ -250,7 +250,7 @@ def test_a_loss_that_is_not_finite_skips_the_step_whatever_the_gradient(
         logprobs, entropies, total = true(*given)
         return logprobs, entropies, total + math.inf
 
-    monkeypatch.setattr(update_module, "backward", without_end)
+    monkeypatch.setattr(update_module, "forward_backward", without_end)
     optimizer = torch.optim.AdamW(policy.adapter_parameters().values(), lr=0.1)
     done = update_policy(policy, batch, config, optimizer, None, step=0)
     assert done.skipped == 1 and math.isfinite(done.grad_norm) and done.grad_norm > 0

@@ -176,7 +176,7 @@ def system_prompt(base: str, adapter: Path | None) -> str:
     """Return the system prompt for a model: from the adapter's run; else from the ``merge.json`` of a merged base; else
     from the shipped config for this base.
 
-    >>> system_prompt("embedded_path:base", None)
+    >>> system_prompt("embedded:base", None)
     'Extract clinical fields, apply the ESI algorithm, then state the ESI level.'
     """
     if adapter and (config := config_of_parent_run(adapter)):

@@ -203,8 +203,9 @@ def base_parameter_count(shape: ModelShape) -> int:
 def lora_parameter_count(shape: ModelShape, targets: Sequence[str], r: int) -> tuple[int, int]:
     """Return (parameters, adapted layers) of a LoRA adapter: Σ r·(in + out) over the targets.
 
-    >>> lora_parameter_count(ModelShape(), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-    "down_proj"), 32) (58195968, 128)
+    >>> targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    >>> lora_parameter_count(ModelShape(), targets, 32)
+    (58195968, 128)
     """
     adapted = [sizes for name, sizes in linear_modules(shape).items() if name in targets]
     return sum(count * r * (in_features + out_features) for count, in_features, out_features in adapted), sum(

@@ -312,7 +312,7 @@ def audit_data(cases: Sequence[Case], oversample: Mapping[int, int], sets: Mappi
 
     >>> cases = [Case("a", "Chest pain.", 2), Case("b", "chest  pain.", 3)]
     >>> audit = audit_data(cases, {2: 3}, {"test": [Case("a", "Rash.", 5)]})
-    >>> audit.levels, audit.oversampled_indices, audit.contradictions
+    >>> audit.levels, audit.stream, audit.contradictions
     ((0, 1, 1, 0, 0), (0, 3, 1, 0, 0), (('a', 'b'),))
     >>> audit.overlaps
     (TrainEvalOverlap(name='test', same_id=('a',), same_text=()),)

@@ -131,7 +131,7 @@ SECTIONS: dict[str, tuple[Figure, ...]] = {
             "Pull of the truncated",
             (("advantage/truncation_pull", "signed"), ("advantage/truncation_pull_abs", "absolute")),
             "What truncated completions add to the advantages of the finished ones in their group, "
-            "`advantage/truncation_advantage_shift`. Above 0, a completion is rewarded merely for having ended.",
+            "`advantage/truncation_pull`. Above 0, a completion is rewarded merely for having ended.",
             "signed",
             levels=zero_line,
         ),

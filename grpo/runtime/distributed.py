@@ -73,7 +73,7 @@ class World:
     def slice_of(self, count: int) -> range:
         """Return which of ``count`` items (prompts, cases) belong to this rank: contiguous, as even as possible.
 
-        >>> [list(World(rank, 4).mine(6)) for rank in range(4)], list(World(1, 4).mine(1))
+        >>> [list(World(rank, 4).slice_of(6)) for rank in range(4)], list(World(1, 4).slice_of(1))
         ([[0], [1, 2], [3], [4, 5]], [])
         """
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)

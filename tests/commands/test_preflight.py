@@ -610,7 +610,7 @@ def test_an_unsound_reward_trains_with_a_reason(
     ],
 )
 def test_a_reason_and_the_permission_belong_together(overrides: list[str]) -> None:
-    with pytest.raises(UserError, match="allow_unsound = true and a reason belong together"):
+    with pytest.raises(UserError, match="allow_unsound = true requires a reason"):
         load_config(TINY, overrides)
 
 

@@ -218,7 +218,7 @@ FORGERIES: dict[str, tuple[Callable[[LedgerStep], LedgerStep], str]] = {
     "fired": (lambda e: with_score(e, 1, 2, fired=(FiredRule("open_injury_missed", (0, 3), -0.5),)), "jsonl: fired"),
     "timed_out": (lambda e: with_score(e, 1, 2, timed_out=True), "jsonl: timed_out"),
     "in_baseline": (
-        lambda e: with_batch(e, "in_baseline", 6, not e.step.batch.baseline_mask[6]),
+        lambda e: with_batch(e, "baseline_mask", 6, not e.step.batch.baseline_mask[6]),
         "safetensors: in_baseline",
     ),
     "advantage": (
@@ -227,7 +227,7 @@ FORGERIES: dict[str, tuple[Callable[[LedgerStep], LedgerStep], str]] = {
     ),
     "token weight": (lambda e: with_batch(e, "token_weights", 6, 0.25), "safetensors: token_weights"),
     "ratio": (lambda e: with_account(e, "ratio", (1, 5), up), "safetensors: ratio"),
-    "clip": (lambda e: with_account(e, "clip", (1, 5), lambda side: 1 - abs(side)), "safetensors: clip"),
+    "clip": (lambda e: with_account(e, "clip_side", (1, 5), lambda side: 1 - abs(side)), "safetensors: clip"),
     "kl": (lambda e: with_account(e, "kl", (1, 5), up), "safetensors: kl"),
     "loss": (lambda e: with_account(e, "loss", (1, 5), up), "safetensors: loss"),
     "share": (

@@ -175,7 +175,7 @@ def test_the_only_good_one_is_never_dropped(policy: Policy, folder: Path, monkey
             yield aside
         os.truncate(target / "optimizer.safetensors", 10)
 
-    monkeypatch.setattr(checkpoint_module, "placed", lying)
+    monkeypatch.setattr(checkpoint_module, "atomic_folder", lying)
     with pytest.raises(UserError, match="right after it was written"):
         save_checkpoint(folder, policy, optimizer, Progress(4), one)
     assert latest_checkpoint(folder)[0] == folder / "step_000003"

@@ -53,7 +53,7 @@ def test_what_is_read_is_what_was_written(folder: Path) -> None:
             (c.ids, c.finished, c.text) for c in mine.completions
         ]
     assert again.scores == step.scores and again.replaced_groups == step.replaced_groups
-    for name in ("completion_mask", "sampler_logprobs", "in_baseline", "advantages", "token_weights"):
+    for name in ("completion_mask", "sampler_logprobs", "baseline_mask", "advantages", "token_weights"):
         assert torch.equal(getattr(again.batch, name), getattr(step.batch, name)), name
     assert torch.equal(again.logprobs.logprobs, step.logprobs.logprobs)
     config = config_with()
@@ -110,7 +110,7 @@ def test_a_changed_line_is_named(folder: Path) -> None:
 def test_a_step_is_in_the_index_only_when_its_files_are_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step(config_with())
     write(tmp_path, StepRecord(1, *(getattr(step, n) for n in StepRecord.__slots__[1:])))
-    for refused in ("write_whole", "append_line"):
+    for refused in ("write_atomic", "append_line_synced"):
         with monkeypatch.context() as patch:
 
             def full(path: Path, content: object) -> None:

@@ -440,7 +440,7 @@ def test_a_check_that_fails_stops_the_run_before_it_begins(
 
 
 def test_all_ranks_take_the_kernels_that_pass_on_each(make_policy: Callable[..., Policy]) -> None:
-    ranks: Any = SimpleNamespace(exchange=lambda value: [value, value | {"graphs": False}])
+    ranks: Any = SimpleNamespace(all_gather_object=lambda value: [value, value | {"graphs": False}])
     check = SelfCheck(Kernels(triton=False), {"op": 1.0}, ("a line",))
     assert agree(replace(make_policy(), world=ranks), check) == replace(check, kernels=Kernels(False, False, True))
 
