@@ -287,7 +287,12 @@ def peer_line(peer: dict[str, Any]) -> str:
 
 def bench_config(path: str, overrides: Sequence[str], steps: int) -> tuple[Config, ConfigSource]:
     """The config without its evaluations, for so many steps."""
-    without = ("evaluate.ends={}", "evaluate.during={}", "optim.warmup_steps=0", "checkpoint.every=1000000")
+    without = (
+        "evaluate.before_and_after={}",
+        "evaluate.periodic={}",
+        "optim.warmup_steps=0",
+        "checkpoint.every=1000000",
+    )
     return load_config(path, [*overrides, *without, f"train.steps={steps}"])
 
 

@@ -78,7 +78,7 @@ def main() -> None:
         cases, run = Path(folder) / "few.jsonl", Path(folder) / "run"
         rows = (ROOT / "grpo" / "tiny" / "cases" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
         cases.write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
-        sets = (f'evaluate.ends={{test = "{cases}"}}', f'evaluate.during={{validation = "{cases}"}}')
+        sets = (f'evaluate.before_and_after={{test = "{cases}"}}', f'evaluate.periodic={{validation = "{cases}"}}')
         base = small_base(Path(folder) / "base")
         values = (*VALUES, *sets, f"model.name={base}", f"train.steps={arguments.steps}")
         command = [sys.executable, "-m", "grpo.train", "configs/tiny.toml", "--out", str(run)]

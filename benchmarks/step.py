@@ -70,7 +70,7 @@ AS_TRL = {
     "advantage.ddof": 1,
     "advantage.truncated_in_baseline": True,
     "optim.inner_epochs": 1,
-    "rollout.refill_rounds": 0,
+    "rollout.resample_rounds": 0,
 }
 """What the config must say for TRL's `loss_type="grpo"` to be the same step."""
 PHASES = ("rollout", "update", "step")
@@ -173,7 +173,7 @@ def with_generate(setup: Setup, step: int) -> Sampled:
         logprobs = torch.stack(
             [s.float().log_softmax(-1).gather(1, picked[:, t, None])[:, 0] for t, s in enumerate(drawn.scores)], 1
         )
-    ends = () if config.rollout.ignore_end else policy.end_token_ids
+    ends = () if config.rollout.ignore_eos else policy.end_token_ids
     rows = [completion(policy, i, lp, ends) for i, lp in zip(picked.tolist(), logprobs.tolist(), strict=True)]
     size = config.rollout.group_size
     groups = tuple(Group(prompts[b], tuple(rows[b : b + size])) for b in range(0, len(rows), size))
@@ -186,7 +186,7 @@ WAYS: dict[str, Callable[[Setup, int], Sampled]] = {"engine": with_engine, "gene
 
 def endings(config: Config, policy: Policy) -> dict[str, Any]:
     """What tells `generate` when a row ends: at an end token, or, where those are ignored, never: it draws none."""
-    ignored = {"min_new_tokens": config.rollout.max_new_tokens} if config.rollout.ignore_end else {}
+    ignored = {"min_new_tokens": config.rollout.max_new_tokens} if config.rollout.ignore_eos else {}
     return {"eos_token_id": list(policy.end_token_ids), **ignored}
 
 
@@ -312,7 +312,7 @@ def run_trl(setup: Setup, steps: int, begin: Callable[[], None], after: Callable
         if row != expected:
             raise ValueError(f"TRL drew the prompts {sorted(set(row))}, expected {sorted(set(expected))}")
         pairs = zip(row, completion_ids, strict=True)
-        ends = () if config.rollout.ignore_end else policy.end_token_ids
+        ends = () if config.rollout.ignore_eos else policy.end_token_ids
         groups = [Group(prompts[i], (completion(policy, ids, [0.0] * len(ids), ends),)) for i, ids in pairs]
         return [scores[0].total for scores in score_groups(setup.reward, groups, config)]
 

@@ -67,7 +67,7 @@ def leave_one_out_divisor(rewards: Floats, baseline_mask: Bools, epsilon: float,
 
 ADVANTAGES: dict[str, Divisor] = {
     "group": group_divisor,
-    "none": unit_divisor,
+    "mean_only": unit_divisor,
     "batch": batch_divisor,
     "leave_one_out": leave_one_out_divisor,
 }
@@ -85,7 +85,7 @@ def advantages(
 
     Args:
         rewards: [B,G] finite, one row per group (the completions of one prompt), G >= 2.
-        kind: "group" divides by the group's std + epsilon, "batch" by the batch's std + epsilon, "none" by 1,
+        kind: "group" divides by the group's std + epsilon, "batch" by the batch's std + epsilon, "mean_only" by 1,
             "leave_one_out" by (G - 1)/G.
         epsilon: >= 0, in units of reward, added to the std after the root.
         ddof: 1 divides the squares by n - 1 (as TRL and v49 do), 0 by n. One success among eight has an
@@ -103,7 +103,7 @@ def advantages(
     >>> advantages([[1.0, 3.0, 5.0], [2.0, 2.0, 2.0]], kind="group", epsilon=0.0, ddof=1)
     array([[-1.,  0.,  1.],
            [ 0.,  0.,  0.]])
-    >>> advantages([[0.0, 3.0, 9.0]], kind="none", epsilon=0.0, ddof=1, in_baseline=[[True, True, False]])
+    >>> advantages([[0.0, 3.0, 9.0]], kind="mean_only", epsilon=0.0, ddof=1, in_baseline=[[True, True, False]])
     array([[-1.5,  1.5,  0. ]])
     """
     matrix = _reward_matrix(rewards, "rewards")
@@ -135,7 +135,7 @@ def advantages_by_component(
         ValueError: no components, components or total of different shapes, or anything that `advantages` refuses.
 
     >>> parts = {"level": [[1.0, 0.0]], "rule": [[0.5, 0.5]]}
-    >>> advantages_by_component(parts, kind="none", epsilon=0.0, ddof=1)
+    >>> advantages_by_component(parts, kind="mean_only", epsilon=0.0, ddof=1)
     {'level': array([[ 0.5, -0.5]]), 'rule': array([[0., 0.]])}
     """
     if not components:

@@ -64,7 +64,7 @@ def make_batch(groups: Sequence[Group], advantages: np.ndarray, config: Config) 
 def baseline_mask(finished: np.ndarray, section: AdvantageSection) -> np.ndarray:
     """Return [B,G] bool, True for completions that count in the mean and std of their group.
 
-    >>> section = AdvantageSection(kind="none", epsilon=0.0, ddof=1, truncated_in_baseline=False)
+    >>> section = AdvantageSection(kind="mean_only", epsilon=0.0, ddof=1, truncated_in_baseline=False)
     >>> baseline_mask(np.array([[True, False]]), section)
     array([[ True, False]])
     """

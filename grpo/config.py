@@ -6,7 +6,7 @@ error names the file, the line and the key, and suggests a correction.
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -26,8 +26,18 @@ from pydantic import (
 from grpo.runtime.errors import UserError
 from rewards.safe_files import InvalidFile, is_regular, parse_toml, read_text, shorten
 
-CONFIG_VERSION = 1
+CONFIG_VERSION = 2
 """Incremented when a key changes its meaning; a file of another version is refused."""
+
+RENAMED_KEYS = {
+    "evaluate.ends": "evaluate.before_and_after",
+    "evaluate.during": "evaluate.periodic",
+    "rollout.refill_rounds": "rollout.resample_rounds",
+    "rollout.ignore_end": "rollout.ignore_eos",
+    "train.max_skipped_steps": "train.max_nonfinite_steps",
+    "reward.reason": "reward.unsound_reason",
+}
+"""Keys of config version 1 → their names in version 2."""
 
 MIN_TEMPERATURE = 1e-6
 """Lowest temperature above 0: logits divided by less exceed float32's range."""
@@ -127,10 +137,10 @@ class RolloutSection(StrictModel):
     temperature: Annotated[float, Field(ge=MIN_TEMPERATURE)]
     thinking: Literal["on", "off", "mixed"]
     """"mixed": half of a step's prompts think, the other half answer directly."""
-    refill_rounds: NonNegativeInt
+    resample_rounds: NonNegativeInt
     """How many times a step may replace groups whose rewards are all equal, which have no gradient, by further cases; 0
     keeps them. Groups without variance after the last round stay in the batch."""
-    ignore_end: bool = False
+    ignore_eos: bool = False
     """Sample past end tokens, so that every completion uses the whole budget and counts as truncated. For benchmarks,
     like ``ignore_eos`` of other engines; evaluations always stop at an end token."""
 
@@ -150,18 +160,18 @@ class RewardSection(StrictModel):
     """A length term added to the set's reward; the proof covers it."""
     allow_unsound: bool = False
     """Train even if `grpo.preflight.checks` refuses this reward for this run."""
-    reason: str = ""
+    unsound_reason: str = ""
     """Why ``allow_unsound`` is set; recorded in the run's config.json."""
 
     @model_validator(mode="after")
     def _check_reason(self) -> "RewardSection":
-        if self.allow_unsound != bool(self.reason.strip()):
+        if self.allow_unsound != bool(self.unsound_reason.strip()):
             raise ValueError("allow_unsound = true requires a reason and vice versa: set both or neither")
         return self
 
 
 class AdvantageSection(StrictModel):
-    kind: Literal["group", "none", "batch", "leave_one_out"]
+    kind: Literal["group", "mean_only", "batch", "leave_one_out"]
     epsilon: Annotated[float, Field(ge=0)]
     ddof: Literal[0, 1]
     truncated_in_baseline: bool
@@ -216,7 +226,7 @@ class OptimSection(StrictModel):
 class TrainSection(StrictModel):
     steps: PositiveInt
     seed: Annotated[int, Field(ge=0, lt=2**63)]
-    max_skipped_steps: NonNegativeInt
+    max_nonfinite_steps: NonNegativeInt
     """How many non-finite steps in a row are skipped; one more stops the run."""
     rank_timeout_s: PositiveInt = 600
     """Seconds that the ranks wait for each other before the run ends. Unused with one rank."""
@@ -238,9 +248,9 @@ class LedgerSection(StrictModel):
 
 
 class EvaluateSection(StrictModel):
-    ends: dict[Name, PathName]
+    before_and_after: dict[Name, PathName]
     """Name → file of the sets evaluated before and after training."""
-    during: dict[Name, PathName]
+    periodic: dict[Name, PathName]
     """Name → file of the sets also evaluated every ``every`` steps."""
     every: PositiveInt
     thinking: Annotated[tuple[ThinkingMode, ...], Field(min_length=1), BeforeValidator(_as_tuple)]
@@ -251,8 +261,8 @@ class EvaluateSection(StrictModel):
 
     @model_validator(mode="after")
     def _check_sets_and_sampling(self) -> "EvaluateSection":
-        if duplicates := sorted(set(self.ends) & set(self.during)):
-            raise ValueError(f"{', '.join(duplicates)}: expected in either ends or during, found in both")
+        if duplicates := sorted(set(self.before_and_after) & set(self.periodic)):
+            raise ValueError(f"{', '.join(duplicates)}: expected in either before_and_after or periodic, found in both")
         if 0 < self.temperature < MIN_TEMPERATURE:
             raise ValueError(f"temperature = {self.temperature:g}: expected 0 (greedy) or at least {MIN_TEMPERATURE:g}")
         if len(set(self.thinking)) < len(self.thinking):
@@ -261,7 +271,7 @@ class EvaluateSection(StrictModel):
 
 
 class Config(StrictModel):
-    version: Literal[1]
+    version: Literal[2]
     name: Name
     model: ModelSection
     lora: LoraSection
@@ -329,9 +339,15 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     except InvalidFile as error:
         raise UserError(f"{file}: {error}") from None
     if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
+        renames = "".join(
+            f"\n  {old} is now {new}" for old, new in RENAMED_KEYS.items() if _get(table, old) is not None
+        )
+        if _get(table, "advantage.kind") == "none":
+            renames += '\n  advantage.kind = "none" is now "mean_only"'
         raise UserError(
             f"{file}{_line_of(text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
-            f"config version {CONFIG_VERSION}: compare with a shipped config, then set version = {CONFIG_VERSION}"
+            f"config version {CONFIG_VERSION}: set version = {CONFIG_VERSION}"
+            + (f" and rename{renames}" if renames else "")
         )
     for override in overrides:
         _apply_override(table, override)
@@ -340,6 +356,26 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     except ValidationError as error:
         overridden = {tuple(o.split("=", 1)[0].strip().split(".")) for o in overrides}
         raise UserError("\n".join(_error_line(file, text, overridden, entry) for entry in error.errors())) from None
+
+
+def upgrade_recorded_config(recorded: Any) -> Any:
+    """Return the config in a run's ``config.json`` with the keys of today's version; other values are unchanged."""
+    if not isinstance(recorded, dict) or recorded.get("version") != 1:
+        return recorded
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in recorded.items()}
+    for old, new in RENAMED_KEYS.items():
+        (section, old_key), new_key = old.split("."), new.split(".")[1]
+        if isinstance(table := config.get(section), dict) and old_key in table:
+            table[new_key] = table.pop(old_key)
+    if _get(config, "advantage.kind") == "none":
+        config["advantage"]["kind"] = "mean_only"
+    return config | {"version": CONFIG_VERSION}
+
+
+def _get(table: Mapping[str, Any], dotted: str) -> Any:
+    section, key = dotted.split(".")
+    inner = table.get(section)
+    return inner.get(key) if isinstance(inner, dict) else None
 
 
 def key_comments(text: str) -> dict[str, str]:

@@ -24,13 +24,13 @@ def replace_uniform_groups(
 ) -> tuple[tuple[Group, ...], Scores, tuple[ReplacedGroup, ...]]:
     """Return the groups of the step, their scores, and the groups that were replaced or not used.
 
-    Each of up to ``rollout.refill_rounds`` rounds samples as many new prompts as there are groups with uniform rewards;
-    new groups with unequal rewards replace them. Samples are a function of (seed, step, round, case, member).
+    Each of up to ``rollout.resample_rounds`` rounds samples as many new prompts as there are groups with uniform
+    rewards; new groups with unequal rewards replace them. Samples are a function of (seed, step, round, case, member).
     """
     config, policy = setup.config, setup.policy
     current, current_scores, dropped = list(groups), list(scores), []
     members_so_far = Counter(group.prompt.case.id for group in groups for _ in group.completions)
-    for resample_round in range(1, 1 + config.rollout.refill_rounds):
+    for resample_round in range(1, 1 + config.rollout.resample_rounds):
         uniform = [b for b, group in enumerate(current) if has_uniform_rewards(group, current_scores[b], config)]
         if not uniform:
             break

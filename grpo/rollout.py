@@ -48,7 +48,7 @@ def sample_groups(
             [keys[i] for i in part],
             max_new_tokens=section.max_new_tokens,
             temperature=section.temperature,
-            ignore_end=section.ignore_end,
+            ignore_eos=section.ignore_eos,
         )
     completions = policy.world.all_gather([group.completions for group in groups])
     return tuple(Group(prompt, members) for prompt, members in zip(prompts, completions, strict=True))
@@ -81,7 +81,7 @@ def rollout(
     max_new_tokens: int,
     temperature: float,
     engine: str | None = None,
-    ignore_end: bool = False,
+    ignore_eos: bool = False,
 ) -> tuple[Group, ...]:
     """Sampled completions of each prompt, as many as it has keys.
 
@@ -92,14 +92,14 @@ def rollout(
         temperature: of the sampled distribution softmax(logits / temperature); 0 takes the most likely token. There is
             no top-p and no top-k: what is sampled is what is scored.
         engine: a name in `ENGINES`; None chooses the fastest that knows the model.
-        ignore_end: no token ends a completion: all are T long and none is finished.
+        ignore_eos: no token ends a completion: all are T long and none is finished.
 
     Raises:
         UserError: a prompt and its budget do not fit the model's context.
     """
     for prompt in prompts:
         check_length(policy, prompt, max_new_tokens)
-    if ignore_end:
+    if ignore_eos:
         policy = replace(policy, end_token_ids=())
     was_training = policy.model.training
     policy.model.eval()

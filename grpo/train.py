@@ -140,7 +140,7 @@ def save_if_due(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progre
     of the ranks are compared first."""
     config, policy = setup.config, setup.policy
     scheduled = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
-    if not scheduled and progress.skipped_in_a_row <= config.train.max_skipped_steps:
+    if not scheduled and progress.skipped_in_a_row <= config.train.max_nonfinite_steps:
         return
     policy.world.check_identical({"adapter": bit_checksum(policy.adapter_parameters().values())})
     if policy.world.is_main:
@@ -181,13 +181,13 @@ def record_step(setup: Setup, run: RunFolder, record: StepRecord, seconds: dict[
 
 
 def raise_if_diverged(setup: Setup, progress: Progress, groups: Sequence[Group]) -> None:
-    """Raise `UserError` after more non-finite steps in a row than ``train.max_skipped_steps`` allows."""
-    allowed = setup.config.train.max_skipped_steps
+    """Raise `UserError` after more non-finite steps in a row than ``train.max_nonfinite_steps`` allows."""
+    allowed = setup.config.train.max_nonfinite_steps
     if progress.skipped_in_a_row > allowed:
         ids = ", ".join(repr(group.prompt.case.id) for group in groups)
         raise setup.policy.world.error(
             f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
-            f"finite, train.max_skipped_steps = {allowed}; cases of the last one: {ids}"
+            f"finite, train.max_nonfinite_steps = {allowed}; cases of the last one: {ids}"
         )
 
 

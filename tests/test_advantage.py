@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 from tests.support import oracles
 from tests.support.maths_modules import REAL, Maths
 
-KINDS = ("group", "none", "batch", "leave_one_out")
+KINDS = ("group", "mean_only", "batch", "leave_one_out")
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_special_cases_reduce_to_each_other(maths: Maths) -> None:
     np.testing.assert_allclose(pair, [[1.75, -1.75]], rtol=1e-12)
     for rewards, _ in draws(4):
         size = rewards.shape[1]
-        plain = maths.advantage.advantages(rewards, kind="none", **settings)
+        plain = maths.advantage.advantages(rewards, kind="mean_only", **settings)
         others = maths.advantage.advantages(rewards, kind="leave_one_out", **settings)
         np.testing.assert_allclose(others, plain * size / (size - 1), rtol=1e-12)
         one_group = rewards[-1:]
@@ -131,7 +131,7 @@ def test_split_adds_up_and_is_linear(maths: Maths) -> None:
                 whole = maths.advantage.advantages(total, **settings)
                 assert list(split) == list(parts)
                 np.testing.assert_allclose(sum(split.values()), whole, atol=1e-9)
-                if kind == "none" and mask is None:
+                if kind == "mean_only" and mask is None:
                     silent = total.max(1) == total.min(1)
                     expected = np.where(silent[:, None], 0.0, bonus - bonus.mean(1, keepdims=True))
                     np.testing.assert_allclose(split["bonus"], expected, atol=1e-12)

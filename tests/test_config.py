@@ -10,7 +10,15 @@ import pytest
 from grpo import loss
 from grpo.advantage import ADVANTAGES
 from grpo.cases import LOADERS
-from grpo.config import AdvantageSection, CasesSection, LossSection, OptimSection, load_config
+from grpo.config import (
+    RENAMED_KEYS,
+    AdvantageSection,
+    CasesSection,
+    LossSection,
+    OptimSection,
+    load_config,
+    upgrade_recorded_config,
+)
 from grpo.runtime.errors import UserError
 from grpo.update import SCHEDULES
 
@@ -49,7 +57,7 @@ def test_v49_holds_the_values_the_card_states() -> None:
 
 def test_every_value_of_v49_carries_its_grade() -> None:
     lines = (ROOT / "configs" / "v49.toml").read_text(encoding="utf-8").splitlines()
-    free = {"version", "name", "during", "target_modules", "system_prompt"}
+    free = {"version", "name", "periodic", "target_modules", "system_prompt"}
     for number, line in enumerate(lines):
         key = line.split("=")[0].strip()
         if "=" in line and not line.startswith("#") and key.isidentifier() and (key not in free or "Qwen" in line):
@@ -93,7 +101,7 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ("cases.oversample={one=2}", "valid integer"),
         ("name=../x", "should match pattern"),
         ("model.device=tpu", "should match pattern"),
-        ("evaluate.during={test='a.jsonl'}", "test: expected in either ends or during, found in both"),
+        ("evaluate.periodic={test='a.jsonl'}", "test: expected in either before_and_after or periodic, found in both"),
         ("train.steps=0", "greater than or equal to 1"),
         ("train.steps", "expected section.key=value"),
         ("train.steps.more=1", "is a value, not a section"),
@@ -123,7 +131,45 @@ def test_files_that_are_not_a_config(tmp_path: Path) -> None:
     assert "not valid TOML" in error_of(broken)
     broken.write_bytes(b"name = '\xff'")
     assert "not UTF-8 (byte 8)" in error_of(broken)
-    assert "this program reads config version 1" in error_of(edited(tmp_path, "version = 1", "version = 2"))
+    assert "this program reads config version 2" in error_of(edited(tmp_path, "version = 2", "version = 3"))
+
+
+OLD_KEYS = {
+    "version = 2": "version = 1",
+    "before_and_after =": "ends =",
+    "periodic =": "during =",
+    "resample_rounds =": "refill_rounds =",
+    "max_nonfinite_steps =": "max_skipped_steps =",
+    'kind = "group"': 'kind = "none"',
+}
+"""Text of configs/tiny.toml → the same in config version 1."""
+
+
+def test_version_1_is_refused_with_the_renames(tmp_path: Path) -> None:
+    text = (ROOT / "configs" / "tiny.toml").read_text()
+    for new, old in OLD_KEYS.items():
+        assert text.count(new) == 1, new
+        text = text.replace(new, old)
+    (tmp_path / "old.toml").write_text(text)
+    assert error_of(tmp_path / "old.toml").splitlines()[1:] == [
+        "  evaluate.ends is now evaluate.before_and_after",
+        "  evaluate.during is now evaluate.periodic",
+        "  rollout.refill_rounds is now rollout.resample_rounds",
+        "  train.max_skipped_steps is now train.max_nonfinite_steps",
+        '  advantage.kind = "none" is now "mean_only"',
+    ]
+
+
+def test_a_recorded_config_of_version_1_is_upgraded() -> None:
+    config, _ = load_config("configs/tiny.toml", ['advantage.kind="mean_only"'])
+    recorded = config.model_dump(mode="json")
+    old = {key: dict(value) if isinstance(value, dict) else value for key, value in recorded.items()} | {"version": 1}
+    for old_name, new_name in RENAMED_KEYS.items():
+        (section, old_key), new_key = old_name.split("."), new_name.split(".")[1]
+        old[section][old_key] = old[section].pop(new_key)
+    old["advantage"]["kind"] = "none"
+    assert upgrade_recorded_config(old) == recorded
+    assert upgrade_recorded_config(recorded) == recorded
 
 
 def test_a_shipped_config_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,8 +32,8 @@ from tests.engine.test_engines import FEW, buffers, logprobs, move, prompts_of, 
 NEEDS_CARD = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 SHORT = (
     "train.steps=2",
-    "evaluate.ends={}",
-    "evaluate.during={}",
+    "evaluate.before_and_after={}",
+    "evaluate.periodic={}",
     "rollout.prompts_per_step=2",
     "optim.micro_batch_size=16",
 )

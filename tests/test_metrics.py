@@ -115,7 +115,7 @@ def test_the_token_terms_are_the_logged_loss_to_the_last_bit() -> None:
     assert record["loss"] == math.fsum(terms) == math.fsum(reversed(terms)) != 0.0
 
 
-@pytest.mark.parametrize("kind", ["group", "none", "batch", "leave_one_out"])
+@pytest.mark.parametrize("kind", ["group", "mean_only", "batch", "leave_one_out"])
 def test_the_shares_add_up_to_the_advantage(kind: str) -> None:
     config = config_with(f'advantage.kind="{kind}"')
     step = make_step(config)

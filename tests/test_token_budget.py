@@ -226,7 +226,7 @@ def test_pull_by_hand_without_a_std() -> None:
     finished = [[True, True, False, True], [True] * 4, [False] * 4, [True, True, False, False]]
     # Group 0: mean −1/2 with everybody, 0 without the truncated one: +1/2 for each of three.
     # Groups 1 and 2: nothing truncated; nothing finished. Group 3: mean 2 against 1/2: −3/2 for each of two.
-    stats = truncation_advantage_shift(rewards, finished, kind="none", epsilon=0.0, ddof=1)
+    stats = truncation_advantage_shift(rewards, finished, kind="mean_only", epsilon=0.0, ddof=1)
     assert stats == {"advantage/truncation_pull": (-1.5, 5), "advantage/truncation_pull_abs": (4.5, 5)}
 
 
@@ -237,7 +237,9 @@ def test_pull_by_hand_with_a_std_and_epsilon() -> None:
     shrunk = 1 / 1.5 - 1 / (math.sqrt(8.5) + 0.5)  # outliers in the std shrink +1 and −1 alike: no signed pull
     assert stats["advantage/truncation_pull"] == pytest.approx((0, 2))
     assert stats["advantage/truncation_pull_abs"] == pytest.approx((2 * shrunk, 2))
-    assert set(truncation_advantage_shift(rewards, finished, kind="none", epsilon=0.5, ddof=0).values()) == {(0, 2)}
+    assert set(truncation_advantage_shift(rewards, finished, kind="mean_only", epsilon=0.5, ddof=0).values()) == {
+        (0, 2)
+    }
 
 
 def test_no_pull_where_nothing_is_truncated_or_nothing_finished() -> None:
@@ -265,7 +267,9 @@ def test_pull_agrees_with_a_loop(groups: list[list[tuple[float, bool]]], ddof: i
         if len(without) < len(everybody):
             pulls += [advantage(r, everybody) - advantage(r, without) for r in without]
     rewards, finished = [[r for r, _ in group] for group in groups], [[done for _, done in group] for group in groups]
-    stats = truncation_advantage_shift(rewards, finished, kind="group" if std else "none", epsilon=epsilon, ddof=ddof)
+    stats = truncation_advantage_shift(
+        rewards, finished, kind="group" if std else "mean_only", epsilon=epsilon, ddof=ddof
+    )
     assert stats["advantage/truncation_pull"] == pytest.approx((sum(pulls), len(pulls)), abs=1e-9)
     assert stats["advantage/truncation_pull_abs"] == pytest.approx((sum(map(abs, pulls)), len(pulls)), abs=1e-9)
 
@@ -408,7 +412,7 @@ def test_the_names_are_apart_and_all_there() -> None:
         clipped_ratio_forecast(STEP, max_new_tokens=BUDGET),
         parse_stats([], []),
         reward_by_truncation([], []),
-        truncation_advantage_shift([[1, 2]], [[True, False]], kind="none", epsilon=0.0, ddof=1),
+        truncation_advantage_shift([[1, 2]], [[True, False]], kind="mean_only", epsilon=0.0, ddof=1),
     ]
     assert len(add_stats(parts)) == sum(len(part) for part in parts) == 17 + 3 + 9 + 2 + 2
     assert add_stats([length_stats([], max_new_tokens=1)]).keys() == parts[0].keys()
@@ -436,9 +440,9 @@ def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(UserError, match=r"with 1 not finite"):
         reward_by_truncation(STEP, [0.0] * 7 + [math.nan])
     with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got bool \[2, 1\]"):
-        truncation_advantage_shift([[1, 2]], [[True], [False]], kind="none", epsilon=0.0, ddof=1)
+        truncation_advantage_shift([[1, 2]], [[True], [False]], kind="mean_only", epsilon=0.0, ddof=1)
     with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got int64"):
-        truncation_advantage_shift([[1, 2]], [[1, 0]], kind="none", epsilon=0.0, ddof=1)
+        truncation_advantage_shift([[1, 2]], [[1, 0]], kind="mean_only", epsilon=0.0, ddof=1)
 
 
 @pytest.mark.parametrize(

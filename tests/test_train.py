@@ -57,8 +57,8 @@ def world(tmp_path: Path) -> list[str]:
         "checkpoint.every": 2,
         "evaluate.every": 2,
         "evaluate.max_new_tokens": 40,
-        "evaluate.ends": f'{{test = "{held_out}"}}',
-        "evaluate.during": f'{{validation = "{held_out}"}}',
+        "evaluate.before_and_after": f'{{test = "{held_out}"}}',
+        "evaluate.periodic": f'{{validation = "{held_out}"}}',
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
 
@@ -160,7 +160,7 @@ def test_the_bar_of_a_long_run_fits_80_columns(step: int, steps: int, seconds: i
 def test_without_a_terminal_progress_is_one_plain_line_per_step(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    without = ("--set", "evaluate.ends={}", "--set", "evaluate.during={}")
+    without = ("--set", "evaluate.before_and_after={}", "--set", "evaluate.periodic={}")
     assert run(world, tmp_path / "run", "--set", "train.steps=2", *without) == 0
     printed = [line for line in capsys.readouterr().err.split("\n") if line.startswith("step ")]
     line = r"step [12]/2  reward [+-]\d\.\d\d, clipped \d+ %, KL \d\.\d{4}, \d+\.\d s"
@@ -173,7 +173,7 @@ def test_a_run_that_recorded_its_roofline_is_resumed_and_replayed(
     """Earlier versions measured the device at the start and wrote shares of its roofline into every line."""
     out, short = (
         tmp_path / "run",
-        ("--set", "evaluate.ends={}", "--set", "evaluate.during={}", "--set", "train.steps=3"),
+        ("--set", "evaluate.before_and_after={}", "--set", "evaluate.periodic={}", "--set", "train.steps=3"),
     )
     assert run(world, out, *short) == 0
     shutil.rmtree(out / "checkpoints" / "step_000003")
@@ -207,7 +207,7 @@ def test_the_adapter_loads_as_any_peft_adapter(world: list[str], tmp_path: Path)
 def test_interrupted_and_resumed_is_bit_identical(
     world: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    more = ["--set", "optim.inner_epochs=2", "--set", "lora.dropout=0.1", "--set", "rollout.refill_rounds=2"]
+    more = ["--set", "optim.inner_epochs=2", "--set", "lora.dropout=0.1", "--set", "rollout.resample_rounds=2"]
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(world, whole, *more) == 0
 
@@ -292,7 +292,7 @@ def test_a_torn_checkpoint_is_named(world: list[str], tmp_path: Path, capsys: py
 def test_too_many_updates_that_are_not_finite_stop_the_run(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, settings = tmp_path / "run", ("--set", "train.max_skipped_steps=1", "--set", "checkpoint.every=100")
+    out, settings = tmp_path / "run", ("--set", "train.max_nonfinite_steps=1", "--set", "checkpoint.every=100")
     with monkeypatch.context() as broken:
         broken.setattr(train_module.torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(float("nan")))
         assert run(world, out, *settings) == 2
@@ -374,7 +374,7 @@ def test_groups_without_variance_are_refilled(
     for module in (train_module, groups):
         monkeypatch.setattr(module, "score_groups", only_half_vary)
     out = tmp_path / "run"
-    assert run(world, out, "--set", "rollout.refill_rounds=3", "--set", "train.steps=8") == 0
+    assert run(world, out, "--set", "rollout.resample_rounds=3", "--set", "train.steps=8") == 0
     metrics = lines(out / "metrics.jsonl")
     rounds, dropped = iter(sampled), []
     for m in metrics:

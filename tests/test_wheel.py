@@ -30,7 +30,11 @@ def test_the_wheel_trains_in_an_empty_environment(tmp_path: Path) -> None:
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    small = {"train.steps": 2, "evaluate.ends": "{mietic36='embedded:cases/mietic36.jsonl'}", "evaluate.during": "{}"}
+    small = {
+        "train.steps": 2,
+        "evaluate.before_and_after": "{mietic36='embedded:cases/mietic36.jsonl'}",
+        "evaluate.periodic": "{}",
+    }
     overrides = [part for key, value in small.items() for part in ("--set", f"{key}={value}")]
     shown = call(python, "-m", "grpo.train", "configs/tiny.toml", *overrides, cwd=elsewhere)
     assert "mietic36" in shown

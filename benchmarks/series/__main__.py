@@ -113,8 +113,10 @@ def check_overrides(overrides: Sequence[str], configs: Mapping[str, Config]) -> 
                 f"--set {key}: the lab sets the seed and the warm start of each run itself: see --seeds and "
                 f"benchmarks/series/plan.py"
             )
-    if without := [name for name, config in configs.items() if LAB not in config.evaluate.ends]:
-        raise PlanError(f"evaluate.ends of {', '.join(without)} names no set {LAB!r}, by which the lab judges")
+    if without := [name for name, config in configs.items() if LAB not in config.evaluate.before_and_after]:
+        raise PlanError(
+            f"evaluate.before_and_after of {', '.join(without)} names no set {LAB!r}, by which the lab judges"
+        )
     if without := [name for name, config in configs.items() if not config.ledger.every]:
         raise PlanError(f"ledger.every of {', '.join(without)} is 0: the lab reads what was sampled from the ledger")
 

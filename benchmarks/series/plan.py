@@ -61,7 +61,7 @@ ENTRIES: tuple[Entry, ...] = (
     _ablation("stacked", "penalties stack", 'reward={set="v49_stacked",allow_unsound=true,reason="an ablation"}'),
     _ablation("no-kl", "no KL", "loss.beta=0.0"),
     _ablation("ddof-0", "std with ddof 0", "advantage.ddof=0"),
-    _ablation("no-std", "advantages not divided by a std", 'advantage.kind="none"'),
+    _ablation("no-std", "advantages not divided by a std", 'advantage.kind="mean_only"'),
     _ablation("token-weights", "each token weighs the same", 'loss.token_weights="token"'),
     _ablation("masked", "truncated completions masked", "loss.mask_truncated=true"),
     _ablation("thinking-on", "thinking always on in rollouts", 'rollout.thinking="on"'),

@@ -186,7 +186,7 @@ def _generalisation(runs: Sequence[Seen], lab: Mapping[str, Case]) -> dict[str, 
 def _cases(configs: Mapping[str, Config], name: str) -> dict[str, Case]:
     """The cases of a set by id, from the first config that has it."""
     for config in configs.values():
-        files = {**config.evaluate.ends, **config.evaluate.during}
+        files = {**config.evaluate.before_and_after, **config.evaluate.periodic}
         if name in files:
             return {case.id: case for case in load_jsonl_cases(files[name])}
     return {}

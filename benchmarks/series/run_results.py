@@ -179,7 +179,7 @@ def rolled(folder: Path) -> list[Metrics]:
 
 def tags_of(run: RunRecord) -> dict[str, tuple[str, ...]]:
     """Case id → tags, over the sets that the run was evaluated on."""
-    files = {**run.config.evaluate.ends, **run.config.evaluate.during}
+    files = {**run.config.evaluate.before_and_after, **run.config.evaluate.periodic}
     return {case.id: case.tags for file in files.values() for case in load_jsonl_cases(file)}
 
 

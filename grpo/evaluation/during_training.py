@@ -21,8 +21,8 @@ def evaluate_if_due(setup: Setup, run: RunFolder, step: int) -> None:
     section, ranks = setup.config.evaluate, setup.policy.world
     first_or_last = step in (0, setup.config.train.steps)
     names = [
-        *(section.ends if first_or_last else ()),
-        *(section.during if first_or_last or step % section.every == 0 else ()),
+        *(section.before_and_after if first_or_last else ()),
+        *(section.periodic if first_or_last or step % section.every == 0 else ()),
     ]
     if not names:
         return

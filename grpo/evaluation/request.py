@@ -144,7 +144,7 @@ def load_sets(
     Raises:
         UserError: one line for each missing or unreadable file.
     """
-    files = {set_name(file): file} if file is not None else config.evaluate.ends | config.evaluate.during
+    files = {set_name(file): file} if file is not None else config.evaluate.before_and_after | config.evaluate.periodic
     if not files:
         raise UserError("no cases: [evaluate] has no set; give a file with --cases")
     sets, dropped, faults = {}, [], list(faults)

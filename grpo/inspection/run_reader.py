@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from grpo.config import MAX_COUNT, Config, key_comments
+from grpo.config import MAX_COUNT, Config, key_comments, upgrade_recorded_config
 from grpo.run.folder import RunFolder
 from grpo.run.ledger import file_errors, recorded_steps
 from grpo.runtime.errors import UserError
@@ -81,7 +81,7 @@ class _Source(_Lenient):
 class RunHeader(_Lenient):
     """The contents of ``config.json``."""
 
-    config: Config
+    config: Annotated[Config, BeforeValidator(upgrade_recorded_config)]
     source: _Source = _Source()
     started: AwareDatetime | None = None
     commit: str | None = None
@@ -293,7 +293,7 @@ def _read_evaluations(file: Path, config: Config) -> tuple[Evaluation, ...]:
         records = TypeAdapter(list[Evaluation]).validate_python(_read_json(file))
     except ValidationError as error:
         raise UserError(f"{file}: {_first_error(error)}; not an eval.json of this version") from None
-    order = [*config.evaluate.ends, *config.evaluate.during]
+    order = [*config.evaluate.before_and_after, *config.evaluate.periodic]
     order += sorted({record.cases for record in records} - set(order))
     latest = {record.key: record for record in records}
     return tuple(sorted(latest.values(), key=lambda e: (e.step, order.index(e.cases), e.thinking == "off")))

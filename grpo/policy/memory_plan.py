@@ -230,7 +230,7 @@ def make_plan(config: Config, shape: ModelShape | None, longest_narrative: int |
         micro_batches=-(-rows // config.optim.micro_batch_size),
         inner_epochs=config.optim.inner_epochs,
         steps=config.train.steps,
-        max_tokens_per_step=rows * rollout.max_new_tokens * (1 + rollout.refill_rounds),
+        max_tokens_per_step=rows * rollout.max_new_tokens * (1 + rollout.resample_rounds),
         frozen=base_parameter_count(shape) if shape else None,
         trained=trained,
         modules=modules,

@@ -168,7 +168,7 @@ def load_inputs(config: Config, *, reward_only: bool = False) -> PreflightInputs
     sets: dict[str, tuple[Case, ...]] = {}
     if not reward_only:
         cases = _load(config, config.cases.train, file_errors, dropped_rows)
-        for name, file in (config.evaluate.ends | config.evaluate.during).items():
+        for name, file in (config.evaluate.before_and_after | config.evaluate.periodic).items():
             members = _load(config, file, file_errors, dropped_rows)
             if members is not None:
                 sets[name] = members
@@ -247,7 +247,7 @@ def _unchecked(config: Config, inputs: PreflightInputs) -> tuple[str, ...]:
     if not inputs.file_errors:
         return ()
     training = ["blind policies, rules, data: no training cases"] if inputs.cases is None else []
-    missing = [name for name in config.evaluate.ends | config.evaluate.during if name not in inputs.sets]
+    missing = [name for name in config.evaluate.before_and_after | config.evaluate.periodic if name not in inputs.sets]
     return (*training, *([f"overlap of the training cases with {', '.join(missing)}"] if missing else []))
 
 
@@ -259,7 +259,7 @@ def require_sound_reward(config: Config, result: PreflightResult) -> None:
         f'reward "{config.reward.set}" is refused for this run:\n'
         + "".join(f"  - {reason}\n" for reason in result.problems)
         + "`grpo preflight` with the same config shows the whole table. Change the reward or the oversampling, "
-        'or set reward.allow_unsound = true and reward.reason = "..." to train anyway'
+        'or set reward.allow_unsound = true and reward.unsound_reason = "..." to train anyway'
     )
 
 

@@ -202,7 +202,7 @@ def verdict_lines(config: Config, result: PreflightResult) -> list[str]:
     lines = [f"verdict   {result.verdict}{alone}"]
     lines += [f"          - {escape_control(reason)}" for reason in result.problems]
     if config.reward.allow_unsound:
-        lines.append(f"          training is allowed anyway: {escape_control(config.reward.reason)}")
+        lines.append(f"          training is allowed anyway: {escape_control(config.reward.unsound_reason)}")
     lines += [f"          dropped: {escape_control(line)}" for line in result.dropped_rows]
     if result.not_checked:
         lines += [f"          not checked: {escape_control(check)}" for check in result.not_checked]
@@ -218,7 +218,7 @@ def record(config: Config, result: PreflightResult) -> dict[str, object]:
         "verdict": result.verdict,
         "sound": result.verdict == "SOUND",
         "refusals": result.problems,
-        "allowed": config.reward.reason if config.reward.allow_unsound else None,
+        "allowed": config.reward.unsound_reason if config.reward.allow_unsound else None,
         "faults": result.file_errors,
         "left_out": result.dropped_rows,
         "unchecked": result.not_checked,

@@ -124,7 +124,7 @@ def verdict(run: RunRecord, cases: str) -> tuple[str, str]:
 
 def judged_set(runs: Sequence[RunRecord]) -> str:
     """Return the first set, in the order of the configs, that all runs evaluated, else ""."""
-    names = [name for run in runs for name in (*run.config.evaluate.ends, *run.config.evaluate.during)]
+    names = [name for run in runs for name in (*run.config.evaluate.before_and_after, *run.config.evaluate.periodic)]
     names += [record.cases for run in runs for record in run.evaluations]
     evaluated = [{record.cases for record in run.evaluations} for run in runs]
     return next((name for name in names if all(name in sets for sets in evaluated)), "")

@@ -59,7 +59,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
         "lora": config.lora,
         "reward_name": without_folders(config.reward.set),
         "about": run.reward_set.get("about"),
-        "unsound": config.reward.reason,
+        "unsound": config.reward.unsound_reason,
         "columns": [heading for _, heading, _ in RATES],
         "evaluations": evaluation_tables(before_after(run)),
         "training": training_table(run.metrics),

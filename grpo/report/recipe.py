@@ -58,8 +58,8 @@ def differences(runs: Sequence[RunRecord]) -> tuple[tuple[str, tuple[str, ...]],
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Flatten the sections of a config to dotted keys; tables and lists that are values stay.
 
-    >>> flat({"name": "x", "train": {"steps": 3}, "evaluate": {"during": {"a": "b"}}})
-    {'name': 'x', 'train.steps': 3, 'evaluate.during': {'a': 'b'}}
+    >>> flat({"name": "x", "train": {"steps": 3}, "evaluate": {"periodic": {"a": "b"}}})
+    {'name': 'x', 'train.steps': 3, 'evaluate.periodic': {'a': 'b'}}
     """
     flattened: dict[str, Any] = {}
     for key, inner in value.items():

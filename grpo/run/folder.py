@@ -30,7 +30,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
 
-from grpo.config import Config, ConfigSource
+from grpo.config import Config, ConfigSource, upgrade_recorded_config
 from grpo.run.checkpoint import Progress, delete_old_checkpoints
 from grpo.run.ledger import truncate_ledger
 from grpo.runtime.atomic_files import (
@@ -131,7 +131,7 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
         check_no_links_out(path)
     except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
-    recorded = _read_record(path).get("config")
+    recorded = upgrade_recorded_config(_read_record(path).get("config"))
     if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
         raise UserError(
             f"{path}: was started with a different {', '.join(changed) or 'config'}. Resume with the original config "

@@ -45,7 +45,11 @@ def start_or_resume(out: Path, setup: Setup, source: ConfigSource) -> tuple[RunF
 def input_hashes(setup: Setup) -> dict[str, str]:
     """Return the sha256 of each file or folder named in the config, by key: a resume with other contents is refused."""
     config = setup.config
-    sets = {f"evaluate.{kind}.{name}": name for kind in ("ends", "during") for name in getattr(config.evaluate, kind)}
+    sets = {
+        f"evaluate.{kind}.{name}": name
+        for kind in ("before_and_after", "periodic")
+        for name in getattr(config.evaluate, kind)
+    }
     start = {"lora.warm_start": folder_sha256(resolve_path(config.lora.warm_start), ADAPTER_FILES)}
     return {
         "reward.set": setup.reward.sha256,

@@ -107,7 +107,7 @@ def describe_run(setup: Setup) -> str:
     micro_batches = -(-rows // config.optim.micro_batch_size)
     trained = sum(p.numel() for p in policy.adapter_parameters().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
-    reason = f" (unsound or not, allowed: {config.reward.reason})" if config.reward.allow_unsound else ""
+    reason = f" (unsound or not, allowed: {config.reward.unsound_reason})" if config.reward.allow_unsound else ""
     ranks = f", one of {policy.world.size} ranks" if policy.world.size > 1 else ""
     return "\n".join(
         (

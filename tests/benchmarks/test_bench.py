@@ -34,7 +34,7 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"cases.train={cases}",
         "reward.allow_unsound=true",
-        "reward.reason=a dozen cases",
+        "reward.unsound_reason=a dozen cases",
         "rollout.prompts_per_step=2",
         "rollout.group_size=3",
         "rollout.max_new_tokens=8",
@@ -179,5 +179,5 @@ def test_the_full_size_recipe_is_v49s() -> None:
     different = {f"{s}.{k}" for s, v in own.items() if isinstance(v, dict) for k in v if v[k] != real[s][k]}
     assert different == {
         "model.name", "lora.warm_start", "cases.train", "cases.oversample",
-        "rollout.ignore_end", "train.steps", "evaluate.ends",
+        "rollout.ignore_eos", "train.steps", "evaluate.before_and_after",
     }  # fmt: skip

@@ -345,7 +345,7 @@ def few(tmp_path: Path) -> list[str]:
     file = tmp_path / "few.jsonl"
     lines = (TINY_WORLD_DIR / "cases" / "lab.jsonl").read_text(encoding="ascii").splitlines(keepends=True)
     file.write_text("".join(lines[:6]), encoding="ascii")
-    return [*SMALL, f'evaluate.ends={{lab="{file}"}}', "evaluate.during={}"]
+    return [*SMALL, f'evaluate.before_and_after={{lab="{file}"}}', "evaluate.periodic={}"]
 
 
 def call(tmp_path: Path, *more: str, runs: str = "v49") -> list[str]:
@@ -495,12 +495,12 @@ def test_a_worker_that_is_killed_is_told_by_its_signal(tmp_path: Path) -> None:
             for key, value in (
                 ("train.seed", "7"),
                 ("lora.warm_start", "x"),
-                ("train", "{steps=2, seed=1, max_skipped_steps=3}"),
+                ("train", "{steps=2, seed=1, max_nonfinite_steps=3}"),
                 ("lora", '{r=4, alpha=4, dropout=0, target_modules=["q_proj"], warm_start="embedded:v43"}'),
             )
         ),
         (["--set", "train . seed=7"], "--set train.seed: the lab sets"),
-        (["--set", "evaluate.ends={}"], "names no set 'lab'"),
+        (["--set", "evaluate.before_and_after={}"], "names no set 'lab'"),
         (["--set", "ledger.every=0"], "is 0: the lab reads what was sampled from the ledger"),
     ],
 )

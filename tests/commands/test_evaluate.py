@@ -427,7 +427,9 @@ def test_what_cannot_be_evaluated_is_refused_before_a_model_is_loaded(
     said = refusal(capsys, "configs/v49.toml")  # neither the model, nor its warm start, nor MIETIC-36 is here
     assert "hf download" in said and "adapters/v46" in said and "(give another file with --cases)" in said
     assert "no such config" in refusal(capsys, tmp_path / "x.toml")
-    assert "[evaluate] has no set" in refusal(capsys, TINY, "--set", "evaluate.ends={}", "--set", "evaluate.during={}")
+    assert "[evaluate] has no set" in refusal(
+        capsys, TINY, "--set", "evaluate.before_and_after={}", "--set", "evaluate.periodic={}"
+    )
     assert "evaluate.temperature" in refusal(capsys, TINY, "--temperature", -1)
     out = ["--cases", case_file(tmp_path / "four.jsonl"), "--out", tmp_path / "run"]
     assert "already exists and is not an evaluation" in refusal(capsys, TINY, *out)

@@ -73,7 +73,9 @@ def jsonl(path: Path, cases: Sequence[Case]) -> Path:
 
 def small(path: Path, *cases: Case) -> list[str]:
     """Overrides that train on these cases and evaluate nothing."""
-    return sets(cases__train=jsonl(path / "cases.jsonl", cases), evaluate__ends="{}", evaluate__during="{}")
+    return sets(
+        cases__train=jsonl(path / "cases.jsonl", cases), evaluate__before_and_after="{}", evaluate__periodic="{}"
+    )
 
 
 @pytest.fixture
@@ -246,7 +248,10 @@ source = "worth nothing"
 def test_the_data_audit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     cases = [Case("a", "Chest pain.", 2), Case("b", "chest  PAIN.", 3), Case("c", "Rash.", 5), Case("d", "Rash.", 5)]
     test = jsonl(tmp_path / "test.jsonl", [Case("a", "Cut.", 4), Case("x", "RASH.", 5), Case("y", "Cough.", 5)])
-    held = [*small(tmp_path, *cases), *sets(evaluate__ends=f'{{test = "{test}"}}', cases__oversample="{2 = 6}")]
+    held = [
+        *small(tmp_path, *cases),
+        *sets(evaluate__before_and_after=f'{{test = "{test}"}}', cases__oversample="{2 = 6}"),
+    ]
     main([TINY, *held])
     text = shown(capsys)
     assert "texts that occur more than once: 2" in text
@@ -290,7 +295,7 @@ def test_a_catastrophic_pattern_ends_in_bounded_time_and_is_refused(
     assert "proof     sound" in text and "probes    expected reward" in text
     assert "verdict   UNSOUND\n          - patterns time out on 1 of 3 training cases (33.3%)" in text
     assert "whose completions all get the floor: slow" in text and "aaa" not in text
-    allowed = sets(reward__allow_unsound="true", reward__reason="the other cases suffice")
+    allowed = sets(reward__allow_unsound="true", reward__unsound_reason="the other cases suffice")
     config, _ = load_config(TINY, [*world[1::2], *allowed[1::2]])
     require_sound_reward(config, run_checks(config, load_inputs(config)))
     refused, _ = load_config(TINY, world[1::2])
@@ -333,7 +338,7 @@ def test_without_cases_the_proof_and_the_plan_are_shown_and_the_exit_code_is_2(
 def test_a_missing_evaluation_file_alone_leaves_the_verdict_incomplete(
     balanced: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = [*balanced, *sets(evaluate__during='{later = "nowhere.jsonl"}')]
+    held = [*balanced, *sets(evaluate__periodic='{later = "nowhere.jsonl"}')]
     assert main([TINY, *held]) == 2
     out, _ = capsys.readouterr()
     assert "honest, 70% exact" in out and "verdict   INCOMPLETE" in out
@@ -390,9 +395,9 @@ def test_bad_input_is_json_where_json_was_asked_for(
     assert err == f"error: {json.loads(out)['error']}\n"
 
 
-def test_the_most_tokens_of_a_step_hold_its_refill_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_most_tokens_of_a_step_hold_its_resample_rounds(capsys: pytest.CaptureFixture[str]) -> None:
     for rounds, tokens in ((0, "8,192"), (2, "24,576")):
-        assert main([V49, "--reward-only", *sets(rollout__refill_rounds=rounds)]) == 0
+        assert main([V49, "--reward-only", *sets(rollout__resample_rounds=rounds)]) == 0
         assert f"≤ {tokens} sampled tokens per step" in shown(capsys)
 
 
@@ -512,7 +517,7 @@ def test_explain_takes_a_text_that_begins_with_the_sign_of_a_file(
 def test_explain_does_not_hide_that_a_case_file_is_missing(
     balanced: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    held = [*balanced, *sets(evaluate__during='{later = "nowhere.jsonl"}')]
+    held = [*balanced, *sets(evaluate__periodic='{later = "nowhere.jsonl"}')]
     assert main([TINY, *held, "--explain", "nobody", "--completion", "ANSWER: ESI 2"]) == 2
     error = capsys.readouterr().err.splitlines()
     assert error[0].endswith("no training or evaluation case has the id 'nobody'; 200 were read")
@@ -594,7 +599,7 @@ def test_training_refuses_a_losing_probe(
 def test_an_unsound_reward_trains_with_a_reason(
     balanced: list[str], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    allowed = sets(reward__set="v46", reward__allow_unsound="true", reward__reason="to watch v48 collapse")
+    allowed = sets(reward__set="v46", reward__allow_unsound="true", reward__unsound_reason="to watch v48 collapse")
     assert train.main([TINY, "--out", str(tmp_path / "run"), *balanced, *allowed]) == 2
     assert "the weights were asked for" in capsys.readouterr().err, "past the gate"
     assert main([TINY, *balanced, *allowed]) == 1, "the verdict stays what it is"
@@ -605,8 +610,8 @@ def test_an_unsound_reward_trains_with_a_reason(
     "overrides",
     [
         ["reward.allow_unsound=true"],
-        ["reward.reason=just because"],
-        ["reward.allow_unsound=true", "reward.reason='  '"],
+        ["reward.unsound_reason=just because"],
+        ["reward.allow_unsound=true", "reward.unsound_reason='  '"],
     ],
 )
 def test_a_reason_and_the_permission_belong_together(overrides: list[str]) -> None:
@@ -670,5 +675,5 @@ def test_rows_that_are_left_out_are_said(tmp_path: Path, capsys: pytest.CaptureF
     said = capsys.readouterr()
     assert "no acuity" in said.out + said.err
     assert main([*args, "--set", "cases.strict=false", "--set", "reward.allow_unsound=true", "--set",
-                 "reward.reason=one case"]) in (0, 1)  # fmt: skip
+                 "reward.unsound_reason=one case"]) in (0, 1)  # fmt: skip
     assert "dropped: mimic-iv-ed:" in capsys.readouterr().out

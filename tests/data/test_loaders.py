@@ -735,11 +735,11 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
 def test_a_run_reads_every_format(tmp_path: Path) -> None:
     path = tmp_path / "MIETIC-validate-samples.csv"
     path.write_bytes(validate_file(mietic_50()))
-    overrides = ['cases.format="mietic-validate"', f'cases.train="{path}"', "evaluate.during={}"]
-    config, _ = load_config("configs/tiny.toml", [*overrides, f'evaluate.ends={{mietic="{path}"}}'])
+    overrides = ['cases.format="mietic-validate"', f'cases.train="{path}"', "evaluate.periodic={}"]
+    config, _ = load_config("configs/tiny.toml", [*overrides, f'evaluate.before_and_after={{mietic="{path}"}}'])
     material = load_inputs(config)
     assert material.file_errors == () and material.cases is not None and len(material.cases) == 36
-    config, _ = load_config("configs/tiny.toml", [*overrides, "evaluate.ends={}", 'cases.format="jsonl"'])
+    config, _ = load_config("configs/tiny.toml", [*overrides, "evaluate.before_and_after={}", 'cases.format="jsonl"'])
     (fault,) = load_inputs(config).file_errors
     assert "not valid JSON" in fault
 

@@ -146,7 +146,7 @@ def test_where_end_tokens_are_ignored_every_row_takes_the_budget(
     policy = replace(make_policy(), end_token_ids=ENDS)
     prompts, keys = prompts_of(policy, (30, 3)), [[1, 2], [5, 6]] if engine == "reference" else [range(9), range(9, 18)]
     forced, free = (
-        rollout(policy, prompts, keys, max_new_tokens=14, temperature=1.0, engine=engine, ignore_end=ignore)
+        rollout(policy, prompts, keys, max_new_tokens=14, temperature=1.0, engine=engine, ignore_eos=ignore)
         for ignore in (True, False)
     )
     pairs = zip((c for g in forced for c in g.completions), (c for g in free for c in g.completions), strict=True)

@@ -19,7 +19,7 @@ def evaluated(name: str, thinking: str, step: int, exact: float, **more: object)
 def test_the_closing_table_of_the_tiny_config_fits_80_columns() -> None:
     config, _ = load_config("configs/tiny.toml")
     section = config.evaluate
-    assert {*section.ends, *section.during} == set(MEASURED)
+    assert {*section.before_and_after, *section.periodic} == set(MEASURED)
     keys = [(name, mode) for name in MEASURED for mode in section.thinking]
     records = [
         evaluated(name, mode, step, MEASURED[name][step > 0]) for step in (0, config.train.steps) for name, mode in keys

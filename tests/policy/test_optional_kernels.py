@@ -77,7 +77,12 @@ for name in ("torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule",
 def test_a_run_on_a_cpu_does_not_notice_them(packages: Path) -> None:
     """Head check, prefill, decode, the engine that calls the modules for every token, and the update."""
     values = ("model.device=cpu", "train.steps=1", "rollout.prompts_per_step=2", "rollout.group_size=2")
-    values += ("optim.micro_batch_size=4", "rollout.max_new_tokens=4", "evaluate.ends={}", "evaluate.during={}")
+    values += (
+        "optim.micro_batch_size=4",
+        "rollout.max_new_tokens=4",
+        "evaluate.before_and_after={}",
+        "evaluate.periodic={}",
+    )
     more = [part for value in values for part in ("--set", value)]
     done = python(packages, "-m", "grpo.train", TINY, "--out", str(packages / "run"), *more)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -92,10 +92,10 @@ def test_nothing_of_a_run_becomes_markup(tmp_path: Path) -> None:
     run = make_run(
         tmp_path / "run",
         "reward.allow_unsound=true",
-        f"reward.reason={reason}",
+        f"reward.unsound_reason={reason}",
         f"cases.system_prompt={prompt}",
         f"lora.warm_start={reason}",
-        f"evaluate.ends={{x={reason}}}",
+        f"evaluate.before_and_after={{x={reason}}}",
     )
     write_json(run.evaluations, [evaluation(0, 0.5, by_rule={HOSTILE: {"n": 1, "exact": 1}})])
     plain = model_card(make_run(tmp_path / "plain").path)
@@ -151,10 +151,10 @@ def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None
     assert rows["train.steps"][:2] == ["20", "set"] and rows["train.steps"][2].startswith("v49: ")
     assert rows["lora.target_modules"][1] == "inferred" and "the only set" in rows["lora.target_modules"][2]
     ungraded = {
-        "key", "---", "cases.format", "cases.strict", "evaluate.batch_size", "evaluate.during", "ledger.every",
+        "key", "---", "cases.format", "cases.strict", "evaluate.batch_size", "evaluate.periodic", "ledger.every",
         "ledger.text", "loss.dual_clip", "model.kernels", "model.shard", "optim.micro_batch_size",
-        "optim.micro_batch_tokens", "reward.allow_unsound", "reward.overlong", "reward.reason", "reward.set",
-        "rollout.ignore_end", "train.max_skipped_steps", "train.rank_timeout_s",
+        "optim.micro_batch_tokens", "reward.allow_unsound", "reward.overlong", "reward.unsound_reason", "reward.set",
+        "rollout.ignore_eos", "train.max_nonfinite_steps", "train.rank_timeout_s",
     }  # fmt: skip
     assert {key for key, row in rows.items() if not row[1]} <= ungraded
 

@@ -77,8 +77,8 @@ def record_run(
     """A run folder as `grpo.train` leaves it, of made-up completions and log-probabilities."""
     overrides = [
         f"rollout.prompts_per_step={len(cases)}", f"rollout.group_size={len(said)}", "optim.micro_batch_size=1",
-        f"rollout.max_new_tokens={BUDGET}", f"train.steps={planned or max(steps, 1)}", 'evaluate.ends={test = "x"}',
-        'evaluate.during={validation = "x"}', f"ledger.text={text}", *more,
+        f"rollout.max_new_tokens={BUDGET}", f"train.steps={planned or max(steps, 1)}",
+        'evaluate.before_and_after={test = "x"}', 'evaluate.periodic={validation = "x"}', f"ledger.text={text}", *more,
     ]  # fmt: skip
     config, source = load_config(TINY, overrides)
     reward = load_reward("v49")

@@ -125,8 +125,8 @@ def test_a_symlink_out_of_the_folder_is_refused(
 def test_no_name_leads_out_of_the_folder_of_runs(name: str) -> None:
     with pytest.raises(ValueError, match="name"):
         load_config(TINY, [f'name="{name}"'])
-    with pytest.raises(ValueError, match=r"evaluate\.ends"):
-        load_config(TINY, [f'evaluate.ends={{"{name}" = "embedded:cases/test.jsonl"}}'])
+    with pytest.raises(ValueError, match=r"evaluate\.before_and_after"):
+        load_config(TINY, [f'evaluate.before_and_after={{"{name}" = "embedded:cases/test.jsonl"}}'])
 
 
 def test_the_folder_is_its_owners_alone_whatever_it_was(made: tuple[Config, ConfigSource], tmp_path: Path) -> None:

@@ -413,7 +413,7 @@ def test_a_run_with_the_check_is_the_run_without(
     world: list[str], tmp_path: Path, card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same bits of a step, and the choice and its figures in config.json."""
-    short = ("--set", "train.steps=1", "--set", "evaluate.ends={}", "--set", "evaluate.during={}")
+    short = ("--set", "train.steps=1", "--set", "evaluate.before_and_after={}", "--set", "evaluate.periodic={}")
     monkeypatch.setattr(decode, "uses_graphs", lambda policy: False)
     assert run(world, tmp_path / "without", *short) == 0
     card.norm = raising(plain.norm)
@@ -452,7 +452,7 @@ def test_the_largest_difference_is_logged_and_warned_of_once(
     world: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Without the check, with one decode op scaled by 0.7."""
-    short = ("--set", "train.steps=2", "--set", "evaluate.ends={}", "--set", "evaluate.during={}")
+    short = ("--set", "train.steps=2", "--set", "evaluate.before_and_after={}", "--set", "evaluate.periodic={}")
     assert run(world, tmp_path / "sound", *short) == 0
     assert "warning: step" not in capsys.readouterr().err
     monkeypatch.setattr(plain, "attend", scaled(plain.attend))

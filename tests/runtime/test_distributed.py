@@ -174,7 +174,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "rollout.prompts_per_step": 3,
         "rollout.group_size": 4,
         "rollout.max_new_tokens": 40,
-        "rollout.refill_rounds": 1,
+        "rollout.resample_rounds": 1,
         "optim.micro_batch_size": 4,
         "optim.epsilon": 1e-3,
         "train.steps": 3,
@@ -183,8 +183,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluate.every": 9,
         "evaluate.thinking": '["off"]',
         "evaluate.max_new_tokens": 40,
-        "evaluate.ends": f'{{test = "{folder / "held_out.jsonl"}"}}',
-        "evaluate.during": "{}",
+        "evaluate.before_and_after": f'{{test = "{folder / "held_out.jsonl"}"}}',
+        "evaluate.periodic": "{}",
         "train.rank_timeout_s": 120,
     }
     return [part for key, value in values.items() for part in ("--set", f"{key}={value}")]
@@ -464,7 +464,7 @@ def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> No
     """One step, as the hint of an interrupted run starts it."""
     out = tmp_path / "run"
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "grpo", "train"]
-    short = ["--set", "train.steps=1", "--set", "evaluate.ends={}", "--out", str(out)]
+    short = ["--set", "train.steps=1", "--set", "evaluate.before_and_after={}", "--out", str(out)]
     done = subprocess.run(
         [sys.executable, "-m", *torchrun, TINY, *world, *short],
         cwd=Path(__file__).parents[2],

@@ -367,8 +367,8 @@ def test_a_megabyte_of_completion_is_shown(tmp_path: Path, capsys: pytest.Captur
         ("cases.train=a\x00b", "printable"),
         ("cases.train=a\x1b[2Jb", "printable"),
         ("model.name=embedded:../../etc", "holds .."),
-        ("evaluate.ends={'../x' = 'a'}", "evaluate.ends"),
-        ("evaluate.ends={'a\\u0000' = 'a'}", "evaluate.ends"),
+        ("evaluate.before_and_after={'../x' = 'a'}", "evaluate.before_and_after"),
+        ("evaluate.before_and_after={'a\\u0000' = 'a'}", "evaluate.before_and_after"),
         ("name=../run", "name"),
         ("name=a/b", "name"),
         ("name='a\\n'", "name"),
@@ -511,7 +511,7 @@ def test_a_long_line_is_wrapped_in_linear_time() -> None:
 
 
 def test_errors_are_shown_and_not_obeyed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "c.toml").write_text('version = 1\n"\\u001b[2J\\u202e" = 1\n')
+    (tmp_path / "c.toml").write_text('version = 2\n"\\u001b[2J\\u202e" = 1\n')
     assert train([str(tmp_path / "c.toml")]) == 2
     assert triage(["x", "--adapter", "no\x1b[2J\udcff"]) == 2
     assert merge(["no\x1b[2J\udcff", "--out", str(tmp_path / "out")]) == 2
@@ -795,8 +795,9 @@ def test_a_run_is_private_silent_on_the_network_and_keeps_texts_out_of_every_fil
     monkeypatch.setattr("grpo.rollout._completion", marked(sys.modules["grpo.rollout"]._completion))
     values = (
         f"cases.train={cases}", "rollout.prompts_per_step=2", "rollout.group_size=2", "rollout.max_new_tokens=8",
-        "optim.micro_batch_size=2", "train.steps=2", "checkpoint.every=1", f"evaluate.ends={{test = '{cases}'}}",
-        "evaluate.during={}", 'evaluate.thinking=["off"]', "evaluate.max_new_tokens=4", "ledger.text=off",
+        "optim.micro_batch_size=2", "train.steps=2", "checkpoint.every=1",
+        f"evaluate.before_and_after={{test = '{cases}'}}", "evaluate.periodic={}",
+        'evaluate.thinking=["off"]', "evaluate.max_new_tokens=4", "ledger.text=off",
     )  # fmt: skip
     before = os.umask(0)
     try:

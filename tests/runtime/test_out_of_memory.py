@@ -37,7 +37,7 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [
         f"cases.train={folder / 'cases.jsonl'}",
         "reward.allow_unsound=true",
-        "reward.reason=eight cases",
+        "reward.unsound_reason=eight cases",
         "rollout.prompts_per_step=2",
         "rollout.group_size=3",
         "rollout.max_new_tokens=12",
@@ -47,8 +47,8 @@ def overrides(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
         "evaluate.every=2",
         'evaluate.thinking=["off"]',
         "evaluate.max_new_tokens=8",
-        f'evaluate.during={{test = "{folder / "held_out.jsonl"}"}}',
-        "evaluate.ends={}",
+        f'evaluate.periodic={{test = "{folder / "held_out.jsonl"}"}}',
+        "evaluate.before_and_after={}",
     ]
 
 
@@ -148,7 +148,7 @@ def test_an_update_that_has_moved_the_policy_is_not_saved_as_the_step_before(
         return true_backward(*given)
 
     monkeypatch.setattr(grpo.update, "forward_backward", backward)
-    argv = command(overrides, "optim.inner_epochs=2", "evaluate.during={}")
+    argv = command(overrides, "optim.inner_epochs=2", "evaluate.periodic={}")
     assert loop.main([*argv, "--out", str(tmp_path / "run")]) == 2
     assert "a micro-batch of 2 rows does not fit" in only_error(capsys.readouterr().err)
     assert (tmp_path / "run" / "checkpoints" / "step_000001").exists() is kept
@@ -156,7 +156,7 @@ def test_an_update_that_has_moved_the_policy_is_not_saved_as_the_step_before(
 
 @pytest.mark.parametrize("fault", ["full in the second rollout", "full in the second update"])
 def test_on_two_ranks_there_is_one_error_and_the_step_is_kept(overrides: list[str], tmp_path: Path, fault: str) -> None:
-    argv = [*command(overrides, "evaluate.during={}"), "--out", str(tmp_path / "run")]
+    argv = [*command(overrides, "evaluate.periodic={}"), "--out", str(tmp_path / "run")]
     assert ranked.on_ranks(2, ranked.train_otherwise, argv, [], fault, log=tmp_path) == [2, 2]
     said = [(tmp_path / f"rank{rank}.log").read_text() for rank in (0, 1)]
     assert "error: rank 1: " in only_error(said[0]) and "step_000001 is saved" in said[0] and "lower " in said[0]

@@ -69,22 +69,22 @@ class World:
             "lora.r=4",
             "lora.warm_start=",
             f"cases.train={folder / 'cases.jsonl'}",
-            f'evaluate.ends={{test = "{folder / "test.jsonl"}"}}',
-            f'evaluate.during={{validation = "{folder / "validation.jsonl"}"}}',
+            f'evaluate.before_and_after={{test = "{folder / "test.jsonl"}"}}',
+            f'evaluate.periodic={{validation = "{folder / "validation.jsonl"}"}}',
             "evaluate.every=2",
             "evaluate.max_new_tokens=3",
             'evaluate.thinking=["off"]',
             "rollout.prompts_per_step=2",
             "rollout.group_size=2",
             "rollout.max_new_tokens=6",
-            "rollout.refill_rounds=1",
+            "rollout.resample_rounds=1",
             "rollout.thinking=mixed",
             "lora.dropout=0.1",
             "optim.inner_epochs=2",
             "optim.micro_batch_size=3",
             "checkpoint.every=1",
             "train.steps=3",
-            "train.max_skipped_steps=1",
+            "train.max_nonfinite_steps=1",
             *overrides,
         )
         self.argv = [TINY, *(part for value in values for part in ("--set", value))]
@@ -605,7 +605,7 @@ def written_evaluations(campaign: Campaign, out: Path) -> None:
 def skipped_steps(campaign: Campaign, out: Path) -> None:
     """Steps that are not finite, in a row across a kill: the run stops where an uninterrupted one does."""
     world = campaign.world
-    every, allowed = world.setup.config.checkpoint.every, world.setup.config.train.max_skipped_steps
+    every, allowed = world.setup.config.checkpoint.every, world.setup.config.train.max_nonfinite_steps
 
     def fault(kill: bool) -> Fault:
         def put() -> None:
@@ -695,7 +695,7 @@ WORLDS: dict[str, tuple[str, ...]] = {
         "train.seed=7",
         "ledger.text=redacted",
         "train.steps=5",
-        "train.max_skipped_steps=2",  # one of them lies behind a checkpoint: they are counted across a resume
+        "train.max_nonfinite_steps=2",  # one of them lies behind a checkpoint: they are counted across a resume
     ),
 }
 """A checkpoint and a ledger record each step, or each other; evaluations, refills and two inner epochs in both."""

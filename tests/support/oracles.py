@@ -25,7 +25,7 @@ def std(values: Row, ddof: int) -> float:
 def advantages(
     rewards: Rows, kind: str, epsilon: float, ddof: int, members: Sequence[Sequence[bool]]
 ) -> list[list[float]]:
-    """DeepSeekMath 2402.03300, Dr. GRPO 2503.20783 ("none"), Lite PPO 2508.08221, RLOO 2402.14740."""
+    """DeepSeekMath 2402.03300, Dr. GRPO 2503.20783 ("mean_only"), Lite PPO 2508.08221, RLOO 2402.14740."""
     everyone = [r for row, inside in zip(rewards, members, strict=True) for r, m in zip(row, inside, strict=True) if m]
     result = []
     for row, inside in zip(rewards, members, strict=True):
@@ -36,7 +36,7 @@ def advantages(
                 line.append(0.0)
             elif kind == "group":
                 line.append((r - mean(counted)) / (std(counted, ddof) + epsilon))
-            elif kind == "none":
+            elif kind == "mean_only":
                 line.append(r - mean(counted))
             elif kind == "batch":
                 line.append((r - mean(counted)) / (std(everyone, ddof) + epsilon))

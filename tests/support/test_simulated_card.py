@@ -41,7 +41,7 @@ SMALL = (
     'rollout.thinking="off"',
     "optim.micro_batch_size=4",
     "evaluate.max_new_tokens=44",
-    "evaluate.during={}",
+    "evaluate.periodic={}",
     'evaluate.thinking=["off"]',
 )
 RUN = ("train.steps=2", "checkpoint.every=1")
@@ -49,7 +49,10 @@ RUN = ("train.steps=2", "checkpoint.every=1")
 
 def small(cases: Path, *more: str) -> list[str]:
     """Arguments that name the tiny config with 8 cases to train on and 2 to evaluate."""
-    sets = (f'cases.train="{cases / "train.jsonl"}"', f'evaluate.ends={{ test = "{cases / "test.jsonl"}" }}')
+    sets = (
+        f'cases.train="{cases / "train.jsonl"}"',
+        f'evaluate.before_and_after={{ test = "{cases / "test.jsonl"}" }}',
+    )
     return ["configs/tiny.toml", *(part for value in (*SMALL, *sets, *more) for part in ("--set", value))]
 
 
@@ -188,7 +191,7 @@ def test_everything_is_put_back() -> None:
 def test_train(run: Path, cases: Path, tmp_path: Path, device: str) -> None:
     """On the first of two cards, with the numbers of the second."""
     with simulated_card(cards=2):
-        overrides = ("train.steps=1", "evaluate.ends={}", f"model.device={device}")
+        overrides = ("train.steps=1", "evaluate.before_and_after={}", f"model.device={device}")
         assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 0
     assert metrics(tmp_path / "run")[0] == metrics(run)[0]
     assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"]["device"] == "simulated card 0"
@@ -197,7 +200,10 @@ def test_train(run: Path, cases: Path, tmp_path: Path, device: str) -> None:
 def test_train_on_the_second_card(run: Path, cases: Path, tmp_path: Path) -> None:
     """A CPU finds the same, but for its other chunks."""
     assert json.loads((run / "config.json").read_text())["machine"]["device"] == "simulated card 1"
-    assert train([*small(cases, *RUN, "evaluate.ends={}", "model.device=cpu"), "--out", str(tmp_path / "run")]) == 0
+    assert (
+        train([*small(cases, *RUN, "evaluate.before_and_after={}", "model.device=cpu"), "--out", str(tmp_path / "run")])
+        == 0
+    )
     for ours, theirs in zip(metrics(run), metrics(tmp_path / "run"), strict=True):
         check_near(ours, theirs)
     assert all(line["grad_norm"] > 0 and line["reward/std_group"] > 0 for line in metrics(run))
@@ -271,7 +277,7 @@ def train_on_own_card(argv: list[str]) -> tuple[int, list[str], int]:
 
 def test_two_ranks_each_on_its_own_card(run: Path, cases: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    argv = [*small(cases, *RUN, "model.device=cuda", "evaluate.ends={}"), "--out", str(out)]
+    argv = [*small(cases, *RUN, "model.device=cuda", "evaluate.before_and_after={}"), "--out", str(out)]
     found = on_ranks(2, train_on_own_card, argv, log=tmp_path)
     assert found == [(0, ["nccl"], 0), (0, ["nccl"], 1)], (tmp_path / "rank0.log").read_text()
     for ours, theirs in zip(metrics(out), metrics(run), strict=True):
@@ -285,7 +291,7 @@ def test_an_update_that_does_not_fit_once_is_cut_in_half(
     run: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with simulated_card() as card, card.out_of_memory(update_module, "backward", after=300) as failed:
-        overrides = ("train.steps=1", "evaluate.ends={}", "model.device=cuda")
+        overrides = ("train.steps=1", "evaluate.before_and_after={}", "model.device=cuda")
         assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 0
     assert failed == [0] and capsys.readouterr().err.count("once more with half") == 1
     check_near(metrics(tmp_path / "run")[0], metrics(run)[0])
@@ -293,7 +299,7 @@ def test_an_update_that_does_not_fit_once_is_cut_in_half(
 
 def test_an_update_that_never_fits_is_refused(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with simulated_card() as card, card.out_of_memory(update_module, "backward", calls=ALWAYS, after=300) as failed:
-        overrides = ("train.steps=1", "evaluate.ends={}", "model.device=cuda")
+        overrides = ("train.steps=1", "evaluate.before_and_after={}", "model.device=cuda")
         assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 2
     assert failed == [0, 1] and "lower optim.micro_batch_size" in capsys.readouterr().err
 
@@ -308,7 +314,7 @@ def test_a_rollout_that_does_not_fit_keeps_the_steps_before(
     run: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    overrides = ("train.steps=2", "checkpoint.every=100", "model.device=cuda", "evaluate.ends={}")
+    overrides = ("train.steps=2", "checkpoint.every=100", "model.device=cuda", "evaluate.before_and_after={}")
     argv = [*small(cases, *overrides), "--out", str(out)]
     with simulated_card() as card:
         with card.out_of_memory(train_module, "sample_groups", calls=(1,), after=50) as failed:
@@ -322,7 +328,11 @@ def test_a_rollout_that_does_not_fit_keeps_the_steps_before(
 def test_an_evaluation_that_does_not_fit_keeps_the_steps_before(
     cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ("evaluate.ends={}", f'evaluate.during={{ test = "{cases / "test.jsonl"}" }}', "evaluate.every=1")
+    sets = (
+        "evaluate.before_and_after={}",
+        f'evaluate.periodic={{ test = "{cases / "test.jsonl"}" }}',
+        "evaluate.every=1",
+    )
     argv = small(cases, "train.steps=2", "checkpoint.every=100", "model.device=cuda", *sets)
     with simulated_card() as card, card.out_of_memory(during_training, "evaluate", calls=(1,), after=50) as failed:
         assert train([*argv, "--out", str(tmp_path / "run")]) == 2
