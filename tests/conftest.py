@@ -31,6 +31,20 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 os.umask(MASK := os.umask(0o077))
 
 
+CORE = (
+    "test_advantage test_cases test_config test_logprobs test_loss test_metrics test_token_budget test_update",
+    "rewards/test_parse rewards/test_proof run/test_checkpoint",
+)
+"""Files of the tests that ``pytest -m core`` runs: the maths, the reward, one whole step, and what a resume reads."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    core = {Path(__file__).parent / f"{name}.py" for names in CORE for name in names.split()}
+    for item in items:
+        if item.path in core:
+            item.add_marker("core")
+
+
 @pytest.fixture(autouse=True)
 def file_mode_mask() -> Iterator[None]:
     """Give every test the mask the session began with: commands and fixtures in this process change it."""
