@@ -60,7 +60,7 @@ def test_the_loop_is_printed_as_it_is() -> None:
 
 
 def test_the_examples_are_there() -> None:
-    assert len(PYTHON) == 3 and any("advantages(" in block for block in PYTHON)
+    assert len(PYTHON) == 4 and any("advantages(" in block for block in PYTHON)
 
 
 @pytest.mark.parametrize("folder", [p for p in (ROOT / "grpo").iterdir() if (p / "__init__.py").is_file()], ids=str)
