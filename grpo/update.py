@@ -48,8 +48,6 @@ class MicroBatch:
     """[n] long, of the batch."""
     silent: bool = False
     """None of them can move the policy."""
-    idle: bool = False
-    """Computed for its calls of the model alone, which other ranks make too; nothing comes of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +87,7 @@ def update_policy(
     space = room(policy, config.optim, batch)
     ref = None
     if config.loss.beta > 0:
-        with memory_errors("reference", UPDATE, policy.independent_ranks):
+        with memory_errors("reference", UPDATE, policy.world):
             ref = fitting(
                 lambda cuts: reference_logprobs(policy, batch, cuts, config, reference), policy, batch, config, space
             )
@@ -115,7 +113,7 @@ def update_policy(
                     p.grad = torch.zeros_like(p)
             return done
 
-        with memory_errors("update", UPDATE, policy.independent_ranks, midway=epoch > 0):
+        with memory_errors("update", UPDATE, policy.world, midway=epoch > 0):
             logprobs, entropies, total = fitting(one_pass, policy, batch, config, space)
         total = policy.world.all_reduce_gradients(policy.adapter_parameters().values(), total)
         if epoch == 0:
@@ -163,10 +161,6 @@ def forward_backward(
     for cut in cuts:
         with torch.set_grad_enabled(not cut.silent):
             now, entropy, mask = micro_batch_logprobs(policy, batch, cut, config.rollout.temperature)
-        if cut.idle:
-            if not cut.silent:
-                (now.sum() * 0.0).backward()
-            continue
         width = now.shape[1]
         rows = cut.rows.to(policy.device, non_blocking=True)
         logprobs[rows, :width] = now.detach().float()
@@ -181,7 +175,6 @@ def forward_backward(
 
 def fitting(run: Callable[[tuple[MicroBatch, ...]], T], policy: Policy, batch: Batch, config: Config, space: Room) -> T:
     """``run`` over this rank's micro-batches; where the device has no room for one, again with half as much in each.
-    The ranks of a sharded policy cut alike, so there it is not tried again.
 
     Raises:
         OutOfMemory: half does not fit either.
@@ -190,11 +183,9 @@ def fitting(run: Callable[[tuple[MicroBatch, ...]], T], policy: Policy, batch: B
     for half in (False, True):
         cuts = micro_batches(batch, space.halved() if half else space, beta=config.loss.beta, rows=rows)
         try:
-            return run(in_step(cuts, policy, batch) if policy.sharded else cuts)
+            return run(cuts)
         except torch.OutOfMemoryError:
             pass  # its frames hold the tensors: let them go before anything else
-        if policy.sharded:
-            break
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -208,18 +199,6 @@ def own_rows(policy: Policy, batch: Batch, config: Config) -> range:
     size, count = config.rollout.group_size, len(batch.completion_ids)
     groups = policy.world.slice_of(-(-count // size))
     return range(groups.start * size, min(groups.stop * size, count))
-
-
-def in_step(cuts: Sequence[MicroBatch], policy: Policy, batch: Batch) -> tuple[MicroBatch, ...]:
-    """As many micro-batches of each kind as the rank with most of them has: a sharded policy computes on all ranks at
-    once. The shortest row fills up."""
-    shortest = min(range(len(batch.prompt_ids)), key=lambda i: len(batch.prompt_ids[i]) + len(batch.completion_ids[i]))
-    filled: list[MicroBatch] = []
-    for silent in (False, True):
-        own = [cut for cut in cuts if cut.silent is silent]
-        missing = max(policy.world.all_gather_object(len(own))) - len(own)
-        filled += [*own, *[MicroBatch(torch.tensor([shortest]), silent, idle=True)] * missing]
-    return tuple(filled)
 
 
 def packed(values: Tensor, batch: Batch) -> Tensor:
@@ -314,8 +293,6 @@ def scored(policy: Policy, batch: Batch, cuts: Sequence[MicroBatch], temperature
     whole = blank(policy, batch)
     for cut in cuts:
         logprobs, _, _ = micro_batch_logprobs(policy, batch, cut, temperature)
-        if cut.idle:
-            continue
         whole[cut.rows.to(policy.device, non_blocking=True), : logprobs.shape[1]] = logprobs.float()
     return whole
 

@@ -101,12 +101,11 @@ class Weights:
 
 
 def readable(policy: Policy) -> bool:
-    """Whether this file knows the model: Qwen3.5's text layers, as published, and whole on this device."""
+    """Whether this file knows the model: Qwen3.5's text layers, as published."""
     base = policy.model.get_base_model()
     config = base.config.get_text_config()
     return (
-        not policy.sharded
-        and type(base).__name__ == "Qwen3_5ForCausalLM"
+        type(base).__name__ == "Qwen3_5ForCausalLM"
         and config.hidden_act == "silu"
         and not config.attention_bias
         and config.rope_parameters.get("rope_type", "default") == "default"
