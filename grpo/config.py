@@ -196,13 +196,6 @@ class LossSection(StrictModel):
         return self
 
 
-def _check_tokens(value: object) -> object:
-    """Raise one error, where pydantic would report one for each member of the union."""
-    if value is not None and value != "auto" and not (type(value) is int and value > 0):
-        raise ValueError('expected a whole number of tokens above 0, or "auto"')
-    return value
-
-
 class OptimSection(StrictModel):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]
@@ -215,10 +208,10 @@ class OptimSection(StrictModel):
     inner_epochs: PositiveInt
     """μ: optimizer steps on one batch of completions."""
     micro_batch_size: PositiveInt
-    """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_tokens)] = None
-    """Maximum tokens per forward and backward pass. "auto" is as many as free memory allows; then the micro-batches,
-    and with them the rounding of the gradient, are not a function of the config."""
+    """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient. Halved for the rest of
+    the run whenever a GPU runs out of memory."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Maximum tokens per forward and backward pass; None for no limit."""
 
 
 class TrainSection(StrictModel):
@@ -372,6 +365,8 @@ def upgrade_recorded_config(recorded: Any) -> Any:
         raise UserError("model.shard: sharded base models are no longer supported; use the version that made this run")
     if isinstance(model := config.get("model"), dict):
         model.pop("shard", None)
+    if _get(config, "optim.micro_batch_tokens") == "auto":
+        config["optim"]["micro_batch_tokens"] = None
     return config
 
 

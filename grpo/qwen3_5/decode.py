@@ -27,7 +27,6 @@ from grpo.logprobs import head_logits
 from grpo.policy.policy import Policy
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent, Rotary, State
 from grpo.qwen3_5.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
-from grpo.runtime.free_memory import unreserved_bytes
 from grpo.types import Prompt
 
 WINDOW = 16
@@ -122,7 +121,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     of gigabytes anew. Nothing here waits for the device. Other threads may use CUDA meanwhile.
     """
     device = torch.cuda.current_device()
-    if unreserved_bytes(torch.device("cuda", device)) < CAPTURE_BYTES:
+    if torch.cuda.mem_get_info(device)[0] < CAPTURE_BYTES:
         torch.cuda.empty_cache()
     graph, latest = torch.cuda.CUDAGraph(), _latest_graphs.get(device)
     current, side = torch.cuda.current_stream(), _capture_stream(device)

@@ -329,8 +329,8 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "summed twice": lambda: _Patched(World, World.all_reduce_, _summed_twice),
     "divided by the ranks": lambda: _Patched(World, World.all_reduce_, _averaged),
     "gradients not summed": lambda: _Patched(World, World.all_reduce_gradients, _unshared),
-    "a row forgotten": lambda: _Patched(update_module, update_module.own_rows, _last_rows_forgotten),
-    "every rank trains all rows": lambda: _Patched(update_module, update_module.own_rows, _all_rows_everywhere),
+    "a row forgotten": lambda: _Patched(update_module, update_module.rank_rows, _last_rows_forgotten),
+    "every rank trains all rows": lambda: _Patched(update_module, update_module.rank_rows, _all_rows_everywhere),
     "stopped in the second rollout": lambda: _Patched(train_module, train_module.prompts_for_step, _stops_in(1)),
     "signalled before the second update": lambda: _Patched(
         train_module, train_module.make_batch, _signalled_before_update(2)
