@@ -96,8 +96,6 @@ class ModelSection(StrictModel):
     kernels: Literal["auto", "plain"] = "auto"
     """With CUDA, "auto" decodes with Triton kernels and trains with flash-linear-attention's, if they are installed
     and pass `grpo.run.self_check`; "plain" uses neither. CUDA graphs are used with both."""
-    shard: bool = False
-    """With more than one rank, each holds a part of the decoder layers' weights (FSDP2) instead of all of them."""
 
 
 class LoraSection(StrictModel):
@@ -198,13 +196,6 @@ class LossSection(StrictModel):
         return self
 
 
-def _check_tokens(value: object) -> object:
-    """Raise one error, where pydantic would report one for each member of the union."""
-    if value is not None and value != "auto" and not (type(value) is int and value > 0):
-        raise ValueError('expected a whole number of tokens above 0, or "auto"')
-    return value
-
-
 class OptimSection(StrictModel):
     learning_rate: Annotated[float, Field(gt=0)]
     schedule: Literal["constant", "linear", "cosine"]
@@ -217,10 +208,10 @@ class OptimSection(StrictModel):
     inner_epochs: PositiveInt
     """μ: optimizer steps on one batch of completions."""
     micro_batch_size: PositiveInt
-    """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient."""
-    micro_batch_tokens: Annotated[int | Literal["auto"] | None, BeforeValidator(_check_tokens)] = None
-    """Maximum tokens per forward and backward pass. "auto" is as many as free memory allows; then the micro-batches,
-    and with them the rounding of the gradient, are not a function of the config."""
+    """Maximum rows per forward and backward pass. Changes memory and speed, never the gradient. Halved for the rest of
+    the run whenever a GPU runs out of memory."""
+    micro_batch_tokens: PositiveInt | None = None
+    """Maximum tokens per forward and backward pass; None for no limit."""
 
 
 class TrainSection(StrictModel):
@@ -298,11 +289,6 @@ class Config(StrictModel):
                 f"optim.micro_batch_size = {self.optim.micro_batch_size} exceeds the {rows} completions of a step "
                 f"(rollout.prompts_per_step {self.rollout.prompts_per_step} × group_size {self.rollout.group_size})"
             )
-        if self.model.shard and self.optim.micro_batch_tokens == "auto":
-            raise ValueError(
-                'optim.micro_batch_tokens = "auto" measures each rank by itself, but with model.shard = true all ranks '
-                "cut alike: give a number"
-            )
         overlong, budget = self.reward.overlong, self.rollout.max_new_tokens
         if overlong and overlong.cache_tokens > budget:
             raise ValueError(
@@ -359,17 +345,29 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
 
 
 def upgrade_recorded_config(recorded: Any) -> Any:
-    """Return the config in a run's ``config.json`` with the keys of today's version; other values are unchanged."""
-    if not isinstance(recorded, dict) or recorded.get("version") != 1:
+    """Return the config in a run's ``config.json`` in the form of today's version; other values are unchanged.
+
+    Raises:
+        UserError: the base model was sharded, which is no longer supported.
+    """
+    if not isinstance(recorded, dict):
         return recorded
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in recorded.items()}
-    for old, new in RENAMED_KEYS.items():
-        (section, old_key), new_key = old.split("."), new.split(".")[1]
-        if isinstance(table := config.get(section), dict) and old_key in table:
-            table[new_key] = table.pop(old_key)
-    if _get(config, "advantage.kind") == "none":
-        config["advantage"]["kind"] = "mean_only"
-    return config | {"version": CONFIG_VERSION}
+    if config.get("version") == 1:
+        for old, new in RENAMED_KEYS.items():
+            (section, old_key), new_key = old.split("."), new.split(".")[1]
+            if isinstance(table := config.get(section), dict) and old_key in table:
+                table[new_key] = table.pop(old_key)
+        if _get(config, "advantage.kind") == "none":
+            config["advantage"]["kind"] = "mean_only"
+        config["version"] = CONFIG_VERSION
+    if _get(config, "model.shard"):
+        raise UserError("model.shard: sharded base models are no longer supported; use the version that made this run")
+    if isinstance(model := config.get("model"), dict):
+        model.pop("shard", None)
+    if _get(config, "optim.micro_batch_tokens") == "auto":
+        config["optim"]["micro_batch_tokens"] = None
+    return config
 
 
 def _get(table: Mapping[str, Any], dotted: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which forward pass a policy is trained through."""
+"""The choice of the forward pass that a policy is trained with."""
 
 from collections.abc import Callable, Sequence
 
@@ -11,9 +11,9 @@ from grpo.qwen3_5.train_forward import predicting_states_shared, shared
 Forward = Callable[[Policy, Sequence[Sequence[int]], Sequence[Sequence[int]]], Tensor]
 """(policy, N prompts, N completions) → the hidden states [M,H] that predict the completion tokens."""
 FORWARDS: dict[str, Forward] = {"shared": predicting_states_shared, "modules": transformers_hidden_states}
-"""Qwen3.5, each prompt once; any causal language model, row by row."""
+"""Qwen3.5, computing each prompt once; any causal language model, computing each row completely."""
 
 
 def forward_of(policy: Policy) -> Forward:
-    """The first of `FORWARDS` where it knows the model, else the other."""
+    """Return the pass for Qwen3.5 if it supports the policy, else the one with transformers' modules."""
     return FORWARDS["shared" if shared(policy) else "modules"]

@@ -13,7 +13,6 @@ import numpy as np
 
 from grpo.cases import stable_seed
 from grpo.config import Config
-from grpo.engine.lockstep import sample_in_step
 from grpo.engine.reference_engine import sample_plainly
 from grpo.engine.sampling import Drawn, sample, uniforms
 from grpo.engine.transformers_engine import start_cached
@@ -30,10 +29,9 @@ Engine = Callable[[Policy, Sequence[Prompt], Sequence[int], np.ndarray, float], 
 ENGINES: dict[str, Engine] = {
     "own": partial(sample, start_own),
     "generic": partial(sample, start_cached),
-    "in_step": sample_in_step,
     "reference": sample_plainly,
 }
-"""Qwen3.5 at full speed; any causal language model, and one that is sharded over ranks; the slow oracle of both."""
+"""Qwen3.5 at full speed; any causal language model; the slow oracle of both."""
 
 
 def sample_groups(
@@ -41,7 +39,7 @@ def sample_groups(
 ) -> tuple[Group, ...]:
     """Return the sampled completions of each prompt, the same on every rank: each samples its slice of the prompts."""
     section, part = config.rollout, policy.world.slice_of(len(prompts))
-    with memory_errors("rollout", ROLLOUT, policy.independent_ranks):
+    with memory_errors("rollout", ROLLOUT, policy.world):
         groups = rollout(
             policy,
             [prompts[i] for i in part],
@@ -86,7 +84,7 @@ def rollout(
     """Sampled completions of each prompt, as many as it has keys.
 
     Args:
-        prompts: B prompts; each is prefilled once. A rank may have none; a sharded policy's is called all the same.
+        prompts: B prompts; each is prefilled once. A rank may have none.
         keys: B rows of 128-bit noise keys, one a completion.
         max_new_tokens: the token budget T of a completion.
         temperature: of the sampled distribution softmax(logits / temperature); 0 takes the most likely token. There is
@@ -106,10 +104,10 @@ def rollout(
     try:
         owners = [b for b, row in enumerate(keys) for _ in row]
         noise = uniforms([key for row in keys for key in row], max_new_tokens)
-        if owners or policy.sharded:
+        ids: list[list[int]] = []
+        logprobs: list[list[float]] = []
+        if owners:
             ids, logprobs = ENGINES[engine or choose(policy)](policy, prompts, owners, noise, temperature)
-        else:
-            ids, logprobs = [], []
     finally:
         policy.model.train(was_training)
     rows = iter(_completion(policy, i, lp) for i, lp in zip(ids, logprobs, strict=True))
@@ -118,7 +116,7 @@ def rollout(
 
 def choose(policy: Policy) -> str:
     """The name of the fastest engine that knows the model."""
-    return "in_step" if policy.sharded else "own" if readable(policy) else "generic"
+    return "own" if readable(policy) else "generic"
 
 
 def check_length(policy: Policy, prompt: Prompt, max_new_tokens: int) -> None:

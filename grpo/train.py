@@ -83,7 +83,15 @@ def train(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) ->
                     batch = make_batch(groups, advantages, config)  # token weights are fixed here
                     stop_if_any_rank_was_asked(ranks, stop)
                     with stop.within_grace():
-                        result = update_policy(policy, batch, config, setup.optimizer, setup.reference, step=step)
+                        result = update_policy(
+                            policy,
+                            batch,
+                            config,
+                            setup.optimizer,
+                            setup.reference,
+                            step=step,
+                            limit=setup.micro_batch_limit,
+                        )
                     seconds = {"rollout": sampled - started, "update": time.perf_counter() - sampled}
                     progress = progress.after(result.skipped)
                     record = StepRecord(progress.step, groups, scores, batch, result.logprobs, dropped, *result.figures)
@@ -192,8 +200,8 @@ def raise_if_diverged(setup: Setup, progress: Progress, groups: Sequence[Group])
 
 
 def timing_metrics(record: StepRecord, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
-    """Return the seconds of each phase, the sampled tokens per second, and rank 0's peak memory so far (of the device
-    with CUDA, else of the process)."""
+    """Return the seconds of each phase, the sampled tokens per second, rank 0's peak memory so far (of the device with
+    CUDA, else of the process) and its limit of rows per micro-batch."""
     tokens = sum(len(completion.ids) for group in record.groups for completion in group.completions)
     tokens += sum(sum(group.lengths) for group in record.replaced_groups)
     if setup.policy.device.type == "cuda":
@@ -205,6 +213,7 @@ def timing_metrics(record: StepRecord, setup: Setup, phases: dict[str, float]) -
         "tokens_per_s/rollout": tokens / phases["rollout"],
         "tokens_per_s/step": tokens / sum(phases.values()),
         "memory/peak_bytes": peak,
+        "memory/micro_batch_rows": setup.micro_batch_limit.rows,
     }
 
 

@@ -75,12 +75,11 @@ def policy_on(
     checkpointing: bool = False,
     moved: bool = True,
     ranks: World = SINGLE_PROCESS,
-    shard: bool = False,
     **lora: object,
 ) -> Policy:
     """A policy on the random base whose fresh adapter is no longer zero."""
     policy = load_policy(
-        ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing, shard=shard),
+        ModelSection(name=str(base), device="cpu", dtype="float32", gradient_checkpointing=checkpointing),
         LoraSection(**{"r": 4, "alpha": 8.0, "dropout": dropout, "target_modules": TARGETS, "warm_start": ""} | lora),
         seed=1,
         ranks=ranks,

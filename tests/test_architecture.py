@@ -15,7 +15,7 @@ LAYERS = (
     "scoring batch token_budget metrics",
     "prompts policy",
     "engine qwen3_5",
-    "rollout forward micro_batch_limit update",
+    "rollout forward update",
     "preflight",
     "run",
     "evaluation dynamic_sampling",

@@ -20,7 +20,7 @@ from grpo.config import (
     upgrade_recorded_config,
 )
 from grpo.runtime.errors import UserError
-from grpo.update import SCHEDULES
+from grpo.update import LR_SCHEDULES
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "configs" / "tiny.toml"
@@ -88,10 +88,8 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
         ('evaluate.thinking=["on", "on"]', "thinking contains a mode twice"),
         ("rollout.temperature=inf", "finite"),
         ("optim.micro_batch_size=65", "exceeds the 64 completions of a step"),
-        (
-            "optim.micro_batch_tokens=0",
-            'optim.micro_batch_tokens: expected a whole number of tokens above 0, or "auto"',
-        ),
+        ("optim.micro_batch_tokens=0", "optim.micro_batch_tokens: Input should be greater than or equal to 1"),
+        ("optim.micro_batch_tokens=auto", "optim.micro_batch_tokens: Input should be a valid integer"),
         ("optim.warmup_steps=60", "fewer than train.steps × optim.inner_epochs"),
         ("loss.kl=k9", "'k1', 'k2', 'k3' or 'ratio_k3'"),
         ("loss.surrogate=dual_clip", "set both or neither"),
@@ -208,7 +206,7 @@ def test_the_config_offers_exactly_the_entries_of_the_tables() -> None:
         "kl": set(loss.KL_ESTIMATORS),
         "token_weights": set(loss.TOKEN_WEIGHTS),
         "kind": set(ADVANTAGES),
-        "schedule": set(SCHEDULES),
+        "schedule": set(LR_SCHEDULES),
         "format": set(LOADERS),
     }
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.autograd import gradcheck
 
-from grpo.micro_batch_limit import kept_bytes
 from grpo.policy.policy import Policy
 from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5 import train_forward as shared_prefix
@@ -27,6 +26,7 @@ from grpo.qwen3_5.gated_delta_step import gated_delta_step
 from grpo.qwen3_5.train_forward import lay_out, predicting_states_shared, read_linear, shared
 from grpo.qwen3_5.train_ops import Linear, causal_conv, from_grid, linear, recomputed, rms_norm, swiglu, to_grid
 from tests.conftest import TARGETS
+from tests.support.saved_tensors import kept_bytes
 
 Ids = list[tuple[int, ...]]
 

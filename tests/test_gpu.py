@@ -189,7 +189,7 @@ def test_a_step_that_does_not_fit_is_cut_in_half(device: str, capsys: pytest.Cap
     torch.cuda.set_per_process_memory_fraction((half + whole) / 2 / total)
     try:
         assert "does not fit" not in capsys.readouterr().err
-        assert needed(rows) < whole and "once more with half" in capsys.readouterr().err
+        assert needed(rows) < whole and f"limited to {rows // 2} for the rest" in capsys.readouterr().err
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -15,11 +15,10 @@ from grpo import update as update_module
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config, load_config
 from grpo.metrics import compute_token_terms
-from grpo.micro_batch_limit import Room
 from grpo.policy.policy import Policy, copy_adapter
 from grpo.rollout import rollout
 from grpo.types import Batch, Completion, Group
-from grpo.update import learning_rate, micro_batches, update_policy
+from grpo.update import MicroBatchLimit, learning_rate, micro_batches, update_policy
 from tests.test_rollout import keys_of, prompts_of
 
 TINY = Path(__file__).parent.parent / "configs" / "tiny.toml"
@@ -308,7 +307,7 @@ def test_a_step_without_a_signal_moves_by_momentum_as_a_gradient_of_zero_does(
 
 def test_micro_batches_hold_every_row_once_and_longest_first(make_policy: Callable[..., Policy]) -> None:
     batch = batch_of(make_policy(), config_with())
-    cuts = micro_batches(batch, Room(5, None, True), beta=0.1)
+    cuts = micro_batches(batch, MicroBatchLimit(5), beta=0.1)
     rows = [i for cut in cuts for i in cut.rows.tolist()]
     lengths = [len(batch.prompt_ids[i]) + len(batch.completion_ids[i]) for i in rows]
     assert sorted(rows) == list(range(12)) and [len(cut.rows) for cut in cuts] == [5, 5, 2]

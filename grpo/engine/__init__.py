@@ -1,1 +1,1 @@
-"""The engines behind `grpo.rollout`: prompts and noise in, ids and the log-probabilities they were drawn with out."""
+"""The engines behind `grpo.rollout`: prompts and noise → token ids and the log-probabilities they were drawn with."""

@@ -1,6 +1,6 @@
-"""The slow engine that is obviously right: one row at a time, the whole sequence again for every token.
+"""The slow reference engine: one row at a time, with the whole sequence recomputed for every token.
 
-No cache, no batch, no padding and no loop shared with the other engines, so that it can be their oracle.
+It shares no cache, batch, padding or loop with the other engines, so that it can be their oracle in tests.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from grpo.types import Prompt
 def sample_plainly(
     policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], noise: np.ndarray, temperature: float
 ) -> Drawn:
-    """N completions; the arguments are those of `grpo.engine.sampling.sample`."""
+    """Sample N completions; see `grpo.engine.sampling.sample` for the arguments."""
     rows = [_row(policy, prompts[b], u, temperature) for b, u in zip(owners, noise, strict=True)]
     return [ids for ids, _ in rows], [logprobs for _, logprobs in rows]
 

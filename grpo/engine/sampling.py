@@ -1,10 +1,10 @@
-"""The loop that every decoder is driven by: draw, write down, let finished rows leave.
+"""The loop that drives every decoder: draw a token per row, record it, and remove finished rows.
 
-What a row draws is a function of its key alone: token t takes the t-th uniform of a Philox counter under that key and
-looks it up in the cumulated distribution. Neither neighbours nor the order of rows nor a resume changes it.
+What a row draws depends on its key alone: token t uses the t-th uniform number of a Philox counter with that key and
+looks it up in the cumulative distribution. Other rows, their order and a resume do not change it.
 
-A decoder runs its rows in *slots*, of which there are always a multiple of `SLOT_GRID`: a matrix product gives a row
-the same bits in every batch of that kind. A slot that no row needs repeats the first row, and is never read.
+A decoder runs its rows in *slots*, whose number is always a multiple of `ROW_MULTIPLE`: a matrix product then gives a
+row the same bits in every batch. A slot without a row repeats the first row, and its result is never read.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,44 +19,47 @@ from grpo.policy.policy import Policy
 from grpo.types import Prompt
 
 LOOK_EVERY = 8
-"""Decode steps between two looks at which rows have ended: each look waits for the device."""
-SLOT_GRID = 8
+"""Decode steps between two checks which rows have ended: each check waits for the device."""
+ROW_MULTIPLE = {"cpu": 16, "cuda": 8}
+"""Slots are a multiple of this. On CPUs with AVX-512 or AMX, MKL computes a product of 8 rows with another kernel than
+one of 12 or more rows, so that the last bits of a row would depend on how many rows are left; with multiples of 16 they
+do not. On CUDA it is the smallest number of slots; see `slots_for`."""
 BLOCK = 512
-"""Ids whose probabilities are summed before they are cumulated: over a vocabulary of 248,320 only the 485 sums and one
-block are ever held in float64."""
+"""Ids whose probabilities are summed before the sums are cumulated: of a vocabulary of 248,320 only the 485 sums and
+one block are held in float64."""
 
 Drawn = tuple[list[list[int]], list[list[float]]]
-"""Ids of each of N rows, cut after the first end token, and the log-probability of each."""
+"""Ids of each of N rows, cut after the first end token, and their log-probabilities."""
 
 
 class Decoder(Protocol):
-    """Rows in the middle of a completion."""
+    """State of the rows whose completions are not finished."""
 
     def step(self, ids: Tensor) -> Tensor:
-        """Logits [n,V] after one more token each, ``ids`` [n]. The decoder may write over them in its next step."""
+        """Append one token ``ids`` [n] per row; return the next logits [n,V], which the next step may overwrite."""
 
     def keep(self, slots: Tensor) -> None:
-        """From now on the rows are those in ``slots`` [m], m ≤ n, in that order."""
+        """Continue with the rows in ``slots`` [m], m ≤ n, in that order."""
 
 
 Start = Callable[[Policy, Sequence[Prompt], Sequence[int], int], tuple[Tensor, Decoder]]
-"""(policy, B prompts, n owners, budget T) → logits [n,V] of the first token, and the decoder that gives the next T - 1:
-slot i continues prompt ``owners[i]``."""
+"""(policy, B prompts, n owners, budget T) → logits [n,V] of the first token, and the decoder for the next T - 1; slot i
+continues prompt ``owners[i]``."""
 
 
 def uniforms(keys: Sequence[int], count: int) -> np.ndarray:
-    """[N, count] float64 in [0, 1): entry t of row i is the t-th number of the Philox counter under ``keys[i]``."""
+    """Return [N, count] float64 in [0, 1): entry t of row i is number t of the Philox counter with key ``keys[i]``."""
     rows = [np.random.Generator(np.random.Philox(key=key)).random(count) for key in keys]
     return np.array(rows).reshape(len(rows), count)
 
 
 def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """One token a row by inverse transform: the first id whose cumulated probability exceeds the noise.
+    """Draw one token per row by inverse transform: the first id whose cumulative probability exceeds the noise.
 
     Args:
         logits: [n,V].
         noise: [n] float64, uniform in [0, 1).
-        temperature: 0 takes the arg max, and the log-probabilities are then those at temperature 1.
+        temperature: 0 takes the most likely token; its log-probability is then that at temperature 1.
 
     Returns:
         ids [n] and their log-probabilities [n], fp32 nats. An id of probability 0 is never drawn.
@@ -71,8 +74,8 @@ def draw(logits: Tensor, noise: Tensor, temperature: float) -> tuple[Tensor, Ten
 
 
 def _invert(p: Tensor, noise: Tensor) -> Tensor:
-    """[n,1]: the first id at which Σ_{j ≤ id} p_j > noise · Σ p. Sums in float64: first over blocks of ids, then within
-    the block that the noise falls into."""
+    """Return [n,1], the first id with Σ_{j ≤ id} p_j > noise · Σ p. Sums are in float64, first over blocks of ids, then
+    within the block that contains the target."""
     n, size = p.shape
     width = min(BLOCK, 1 << (max(size - 1, 1).bit_length() + 1) // 2)
     if size % width:
@@ -83,7 +86,7 @@ def _invert(p: Tensor, noise: Tensor) -> Tensor:
     block = torch.searchsorted(ends, target, right=True)
     before = torch.where(block > 0, ends.gather(1, (block - 1).clamp_(min=0)), 0.0)
     inside = blocks.gather(1, block[:, :, None].expand(n, 1, width))[:, 0].cumsum(-1, dtype=torch.float64)
-    # the block's sum and the end of its cumulation may round apart: stay below the end, so that p > 0 for what is found
+    # the block's sum and its last cumulative sum may round differently: stay below it, so that p > 0 for the id
     rest = torch.minimum(target - before, _below(inside[:, -1:]))
     return block * width + torch.searchsorted(inside, rest, right=True)
 
@@ -93,18 +96,18 @@ def _below(x: Tensor) -> Tensor:
 
 
 def slots_for(rows: int, device: torch.device) -> int:
-    """Slots that hold so many rows: the next multiple of `SLOT_GRID`, and on CUDA the next power of two, so that few
-    graphs of the step are ever captured.
+    """Return the number of slots for so many rows: the next multiple of `ROW_MULTIPLE`, and on CUDA the next power of
+    two, so that few CUDA graphs of the step are captured.
 
     >>> slots_for(33, torch.device("cpu")), slots_for(33, torch.device("cuda")), slots_for(1, torch.device("cuda"))
-    (40, 64, 8)
+    (48, 64, 8)
     """
-    grid = -(-rows // SLOT_GRID) * SLOT_GRID
-    return grid if device.type == "cpu" else max(SLOT_GRID, 1 << (rows - 1).bit_length())
+    multiple = ROW_MULTIPLE[device.type]
+    return -(-rows // multiple) * multiple if device.type == "cpu" else max(multiple, 1 << (rows - 1).bit_length())
 
 
-@torch.no_grad()
-def sample_without_grad(
+@torch.inference_mode()
+def sample(
     start: Start,
     policy: Policy,
     prompts: Sequence[Prompt],
@@ -112,7 +115,7 @@ def sample_without_grad(
     noise: np.ndarray,
     temperature: float,
 ) -> Drawn:
-    """N completions, drawn with a decoder.
+    """Sample N completions with a decoder.
 
     Args:
         owners: N indices into ``prompts``, N ≥ 1.
@@ -147,17 +150,13 @@ def sample_without_grad(
     return _cut(ids, logprobs, ends)
 
 
-sample = torch.inference_mode()(sample_without_grad)
-"""Faster, where no weight is made anew on the way: one that is could not be trained through afterwards."""
-
-
 def _padded(rows: Tensor, device: torch.device) -> Tensor:
     spare = slots_for(len(rows), device) - len(rows)
     return torch.cat([rows, rows[:1].expand(spare)])
 
 
 def _cut(ids: Tensor, logprobs: Tensor, ends: Tensor) -> Drawn:
-    """Each row up to its first end token, that one included."""
+    """Cut each row after its first end token."""
     ended = torch.isin(ids, ends)
     lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, ids.shape[1]).tolist()
     return (

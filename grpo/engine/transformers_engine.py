@@ -1,4 +1,4 @@
-"""Any causal language model, through its own forward and its own cache."""
+"""Sample from any causal language model with its own forward pass and cache."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,23 +12,23 @@ from grpo.policy.policy import Policy
 from grpo.types import Prompt
 
 PREFILL_GRID = 64
-"""Prompts are padded on the left to a multiple of this, the chunk of the gated delta rule: a row's state is then the
-same bits whatever it is batched with."""
+"""Prompts are padded on the left to a multiple of this, the chunk of the gated delta rule, so that a row's state does
+not depend on the other rows of its batch."""
 
 
 class CachedDecoder:
-    """Transformers' cache, and the mask [n,S] of the positions that are no padding."""
+    """A decoder with transformers' cache and the mask [n,S] of positions that are not padding."""
 
     def __init__(self, policy: Policy, cache: Any, mask: Tensor) -> None:
         self._policy, self._cache, self._mask = policy, cache, mask
 
     def step(self, ids: Tensor) -> Tensor:
-        """Logits [n,V] after one more token each."""
+        """Append one token per row; return the next logits [n,V]."""
         self._mask = torch.cat([self._mask, self._mask.new_ones(len(ids), 1)], 1)
         return _logits(self._policy, _hidden(self._policy, ids[:, None], self._mask, self._cache))
 
     def keep(self, slots: Tensor) -> None:
-        """Goes on with the rows in ``slots``."""
+        """Continue with the rows in ``slots``."""
         self._cache.reorder_cache(slots)
         self._mask = self._mask[slots]
 
@@ -36,7 +36,7 @@ class CachedDecoder:
 def start_cached(
     policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], budget: int
 ) -> tuple[Tensor, Decoder]:
-    """Logits [n,V] of the first token and the decoder of the next: each prompt prefilled once, then expanded."""
+    """Return logits [n,V] of the first token and the decoder for the next. Each prompt is prefilled once."""
     hidden, cache, mask = prefill(policy, prompts)
     decoder = CachedDecoder(policy, cache, mask)
     rows = torch.tensor(owners, device=policy.device)
@@ -45,7 +45,7 @@ def start_cached(
 
 
 def prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Tensor]:
-    """Last hidden states [B,H], the cache, and the mask [B,P] of real positions: every prompt once, padded on the left
+    """Return last hidden states [B,H], the cache and the mask [B,P] of real positions. Prompts are padded on the left
     to the next multiple of `PREFILL_GRID`."""
     from transformers import DynamicCache
 
@@ -61,18 +61,18 @@ def prefill(policy: Policy, prompts: Sequence[Prompt]) -> tuple[Tensor, Any, Ten
 
 
 def padded_width(prompt: Prompt) -> int:
-    """Its length up to the next multiple of `PREFILL_GRID`."""
+    """Return the length of the prompt rounded up to a multiple of `PREFILL_GRID`."""
     return -(-len(prompt.ids) // PREFILL_GRID) * PREFILL_GRID
 
 
 def _logits(policy: Policy, hidden: Tensor) -> Tensor:
-    """As the loss computes them."""
+    """Compute logits as the loss does."""
     logits, bias = head_logits(hidden, policy.lm_head.weight), getattr(policy.lm_head, "bias", None)
     return logits if bias is None else logits + bias
 
 
 def _hidden(policy: Policy, ids: Tensor, mask: Tensor, cache: Any) -> Tensor:
-    """Last hidden states [n,H] after the last of ``ids`` [n,k]."""
+    """Return hidden states [n,H] after the last of ``ids`` [n,k]."""
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
     out = policy.decoder(
         input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True

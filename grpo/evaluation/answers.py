@@ -50,17 +50,13 @@ def evaluate(
     Args:
         progress: called with the number of cases just answered, on all ranks together.
     """
-    ranks, section = policy.world, config.evaluate
+    ranks = policy.world
     rank_slice = ranks.slice_of(len(cases))
     answers: list[JudgedAnswer] = []
-    with memory_errors("evaluation", EVALUATION, policy.independent_ranks):
+    with memory_errors("evaluation", EVALUATION, ranks):
         for batch in answer(policy, [cases[i] for i in rank_slice], config, name=name, thinking=thinking):
             answers += batch
             progress(len(batch) * len(cases) // len(rank_slice))
-        largest = -(-len(cases) // ranks.size)
-        for _ in range(-(-largest // section.batch_size) - -(-len(rank_slice) // section.batch_size)):
-            # the ranks of a sharded policy must answer equally many batches
-            rollout(policy, [], [], max_new_tokens=section.max_new_tokens, temperature=section.temperature)
     return in_order(ranks.all_gather(answers), cases)
 
 

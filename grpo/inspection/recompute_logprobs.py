@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from grpo.cases import stable_seed
 from grpo.config import Config, ModelSection
 from grpo.inspection.run_reader import RecordedRun
 from grpo.metrics import group_member_pairs
-from grpo.micro_batch_limit import room
 from grpo.policy.base_model import card_name, resolve_device, resolve_dtype
 from grpo.policy.policy import Policy, as_reference, copy_adapter, load_policy
 from grpo.prompts import render_prompt
@@ -28,7 +26,14 @@ from grpo.run.checkpoint import load_checkpoint
 from grpo.run.ledger import LedgerStep, read_step
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import memory_errors
-from grpo.update import micro_batches, packed, reference_logprobs, scored
+from grpo.update import (
+    batch_logprobs,
+    dropout_seed,
+    micro_batch_limit,
+    micro_batches,
+    pack_tokens,
+    reference_logprobs,
+)
 
 TOLERANCES = {"float32": (1e-4, 1e-6), "bfloat16": (0.5, 0.02)}
 """Dtype of the base → largest and mean |Δ logprob| of a step, in nats, that count as rounding.
@@ -124,7 +129,8 @@ def recompute(recording: RecordedRun, steps: Sequence[int], section: ModelSectio
         folder = recording.run.checkpoints / f"step_{number - 1:06d}"
         before = initial if number == 1 else _load_adapter(policy, folder) if folder.is_dir() else None
         with memory_errors(f"step {number}", "use another device, such as --device cpu"):
-            result = recompute_step(policy, entry, config, reference, before)
+            rows = _logged_rows(recording, number)
+            result = recompute_step(policy, entry, config, reference, before, rows)
         yield result
 
 
@@ -134,24 +140,28 @@ def recompute_step(
     config: Config,
     reference: Mapping[str, Tensor] | None,
     before: Mapping[str, Tensor] | None,
+    micro_batch_rows: int,
 ) -> Recomputed:
     """Recompute one step.
 
     Args:
         reference: adapter of the reference; None is the bare base.
         before: adapter at the start of the step; None if it no longer exists.
+        micro_batch_rows: rows per micro-batch of the training in this step.
     """
     step, batch = entry.step, entry.step.batch
-    cuts = micro_batches(batch, room(policy, config.optim, batch), beta=config.loss.beta)
+    limit = micro_batch_limit(policy, config.optim)
+    limit.rows = micro_batch_rows
+    cuts = micro_batches(batch, limit, beta=config.loss.beta)
     reference_drift = policy_drift = None
     if step.logprobs.ref_logprobs is not None:
-        logprobs = packed(reference_logprobs(policy, batch, cuts, config, reference), batch)
+        logprobs = pack_tokens(reference_logprobs(policy, batch, cuts, config, reference), batch)
         reference_drift = drift(logprobs, step.logprobs.ref_logprobs)
     if before is not None:
         with as_reference(policy, before), torch.no_grad():
             policy.model.train()  # the training applied dropout, with this seed
-            torch.manual_seed(stable_seed("dropout", config.train.seed, step.number - 1, 0) % 2**63)
-            logprobs = packed(scored(policy, batch, cuts, config.rollout.temperature), batch)
+            torch.manual_seed(dropout_seed(config, step.number - 1, 0))
+            logprobs = pack_tokens(batch_logprobs(policy, batch, cuts, config.rollout.temperature), batch)
             policy.model.eval()
         policy_drift = drift(logprobs, step.logprobs.logprobs[0])
     return Recomputed(step.number, reference_drift, policy_drift, tuple(undecodable_rows(policy, entry, config)))
@@ -188,10 +198,13 @@ def undecodable_rows(policy: Policy, entry: LedgerStep, config: Config) -> Itera
 def rounding_causes(recording: RecordedRun, section: ModelSection) -> list[str]:
     """Return why the last bits may differ: equal bits need the same kind of device and the same micro-batches."""
     trained, here = str(recording.made_with.get("device")), card_name(resolve_device(section.device))
-    causes = [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
-    if recording.config.optim.micro_batch_tokens == "auto":
-        causes.append('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
-    return causes
+    return [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
+
+
+def _logged_rows(recording: RecordedRun, number: int) -> int:
+    """Return the limit of rows per micro-batch in a step: running out of memory lowers that of the config."""
+    rows = recording.logged.get(number, {}).get("memory/micro_batch_rows")
+    return rows if type(rows) is int and rows > 0 else recording.config.optim.micro_batch_size
 
 
 def _coarser_dtype(recording: RecordedRun, section: ModelSection) -> str:

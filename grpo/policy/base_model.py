@@ -15,7 +15,6 @@ from safetensors import SafetensorError
 from grpo.config import resolve_path
 from grpo.policy.memory_plan import RANDOM_SHAPES, base_parameter_count
 from grpo.policy.optional_kernels import guard_optional_kernels
-from grpo.runtime.free_memory import free_bytes
 from grpo.runtime.tensor_files import read_tensor_header
 from rewards.safe_files import MEBIBYTE, InvalidFile, is_regular, read_json
 
@@ -54,9 +53,9 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
     if name in RANDOM_SHAPES:
         from grpo.policy.random_model import build_random_model
 
-        need, free = base_parameter_count(RANDOM_SHAPES[name]) * dtype.itemsize, free_bytes(device)
-        if need > free:
-            raise UserError(f"model.name = {name!r}: needs {need:,} bytes for its weights; {device} has {free:,} free")
+        need, memory = base_parameter_count(RANDOM_SHAPES[name]) * dtype.itemsize, host_memory()
+        if device.type == "cpu" and need > memory:  # CUDA reports that it is out of memory; a CPU would swap
+            raise UserError(f"model.name = {name!r}: needs {need:,} bytes for its weights; this machine has {memory:,}")
         base, tokenizer = build_random_model(name, device=device, dtype=dtype)
     else:
         check_is_not_adapter(name)
@@ -65,6 +64,11 @@ def load_base(name: str, *, device: torch.device, dtype: torch.dtype) -> tuple[A
             base, _ = load_weights(AutoModelForCausalLM, source, device=device, dtype=dtype)
     guard_optional_kernels(base)
     return base.requires_grad_(False), tokenizer
+
+
+def host_memory() -> int:
+    """Return the physical memory of this machine [bytes]."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def load_weights(

@@ -242,8 +242,8 @@ def estimate_memory(config: Config, shape: ModelShape, prompt_tokens: int) -> tu
     """Return estimated bytes by part, for prompts of ``prompt_tokens`` and completions that use the whole budget.
 
     With w bytes per weight (2 for bfloat16, 4 for float32; "auto" counts as bfloat16 unless the device is "cpu"),
-    R rows decoded together (of a step or an evaluation batch, whichever needs more), m rows per micro-batch (one if
-    ``micro_batch_tokens`` is "auto", which uses more if memory is free), S = prompt + budget tokens, V the vocabulary
+    R rows decoded together (of a step or an evaluation batch, whichever needs more), m rows per micro-batch,
+    S = prompt + budget tokens, V the vocabulary
     size, and a = `ACTIVATION_BYTES`:
 
         base            w · parameters
@@ -271,8 +271,7 @@ def estimate_memory(config: Config, shape: ModelShape, prompt_tokens: int) -> tu
     length = prompt_tokens + rollout.max_new_tokens
     micro, bound = config.optim.micro_batch_size, config.optim.micro_batch_tokens
     if bound is not None:
-        micro = 1 if bound == "auto" else max(1, min(micro, bound // length))
-    more = ", more if memory is free" if bound == "auto" else ""
+        micro = max(1, min(micro, bound // length))
     device = "cpu" if config.model.device == "cpu" else "cuda"
     layer = ACTIVATION_BYTES[device] * (shape.hidden_size + shape.intermediate_size)
     if config.model.gradient_checkpointing:
@@ -291,9 +290,7 @@ def estimate_memory(config: Config, shape: ModelShape, prompt_tokens: int) -> tu
         MemoryEstimate(
             "sampler", "rollout", rows * shape.vocab_size * (width + 20), f"{rows} rows of logits, sampled in fp64"
         ),
-        MemoryEstimate(
-            "activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}{more}"
-        ),
+        MemoryEstimate("activations", "update", micro * length * saved, f"{micro} rows × {length:,} tokens, {how}"),
         MemoryEstimate("logits", "update", chunk * shape.vocab_size * (width + 8), f"one chunk of {chunk:,} tokens"),
     )
 

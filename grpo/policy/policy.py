@@ -7,7 +7,7 @@ tensors swapped in.
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,7 @@ class Policy:
     """Context length of the base [tokens]."""
     world: World = SINGLE_PROCESS
     """The processes that train this policy together."""
-    sharded: bool = False
-    """The decoder layers' weights lie spread over the ranks: only the modules' own forward can read them, and every
-    call of it is made by all ranks together."""
     kernels: Kernels = Kernels()
-
-    @property
-    def independent_ranks(self) -> World:
-        """The ranks, if their forward passes do not wait for each other: only then can they agree on an error in one.
-        Of a sharded policy, this process alone."""
-        return SINGLE_PROCESS if self.sharded else self.world
 
     @property
     def decoder(self) -> Any:
@@ -95,8 +86,7 @@ class Policy:
 
 @memory_errors("loading the model", LOADING)
 def load_policy(model: ModelSection, lora: LoraSection, *, seed: int, ranks: World = SINGLE_PROCESS) -> Policy:
-    """Load base and adapter onto their device, ready to sample and to train. With ``model.shard`` and more than one
-    rank, the base is read into the host's memory, and each rank's device gets its part.
+    """Load base and adapter onto their device, ready to sample and to train.
 
     Raises:
         UserError: the base is not on this machine, or the adapter belongs to another base, contradicts ``[lora]``, or
@@ -104,15 +94,13 @@ def load_policy(model: ModelSection, lora: LoraSection, *, seed: int, ranks: Wor
     """
     allow_fla_in_layers(model.kernels == "auto")
     device = resolve_device(model.device) if ranks.device.type == "cpu" else ranks.device
-    shard = model.shard and ranks.size > 1
-    here = torch.device("cpu") if shard else device
-    base, tokenizer = load_base(model.name, device=here, dtype=resolve_dtype(model.dtype, device))
+    base, tokenizer = load_base(model.name, device=device, dtype=resolve_dtype(model.dtype, device))
     _check_targets(base, lora)
     if lora.warm_start:
         folder = resolve_path(lora.warm_start)
         check_adapter(folder, lora, model.name)
         try:
-            wrapped = load_adapter(base, folder, device=here, is_trainable=True)
+            wrapped = load_adapter(base, folder, device=device, is_trainable=True)
         except UserError as error:
             raise UserError(f"lora.warm_start: {error}") from None
         _set_dropout(wrapped, lora.dropout)
@@ -126,7 +114,7 @@ def load_policy(model: ModelSection, lora: LoraSection, *, seed: int, ranks: Wor
         wrapped,
         tokenizer,
         end_token_ids(tokenizer, base),
-        here,
+        device,
         config.max_position_embeddings,
         ranks,
         kernels=Kernels(triton=model.kernels == "auto", fla=model.kernels == "auto"),
@@ -134,7 +122,7 @@ def load_policy(model: ModelSection, lora: LoraSection, *, seed: int, ranks: Wor
     _check_head(policy)
     if lora.warm_start:
         _check_effect(policy, folder)
-    return spread(policy, device) if shard else policy
+    return policy
 
 
 def _fresh_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
@@ -160,29 +148,6 @@ def _fresh_adapter(base: Any, lora: LoraSection, seed: int) -> Any:
                 bound = p.shape[1] ** -0.5
                 p.copy_(torch.empty(p.shape).uniform_(-bound, bound, generator=generator))
     return wrapped
-
-
-def spread(policy: Policy, device: torch.device) -> Policy:
-    """The policy with its decoder layers' matrices cut into as many parts as there are ranks (FSDP2), one on each
-    rank's device; a layer is put together while it computes. Adapter, embeddings, head and all that is small stay
-    whole on every rank, so that gradients, optimiser and checkpoints are those of an unsharded run.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    body = policy.decoder
-    matrices = {p for p in body.layers.parameters() if not p.requires_grad and p.ndim == 2}
-    whole = {p for p in policy.model.parameters() if p not in matrices}
-    mesh = init_device_mesh(device.type, (policy.world.size,))
-    for layer in body.layers:
-        fully_shard(layer, mesh=mesh, ignored_params=whole)
-    fully_shard(body, mesh=mesh, ignored_params=whole)
-    with torch.no_grad():
-        for p in whole:
-            p.data = p.data.to(device)
-        for buffer in policy.model.buffers():
-            buffer.data = buffer.data.to(device)
-    return replace(policy, device=device, sharded=True)
 
 
 def missing_files(model: ModelSection, lora: LoraSection) -> tuple[str, ...]:

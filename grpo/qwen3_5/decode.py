@@ -1,11 +1,11 @@
-"""One token of Qwen3.5 for n rows at a time, over buffers that never move: so a CUDA graph can replay it.
+"""Decode Qwen3.5 one token at a time for n rows, in buffers that never move, so that a CUDA graph can replay a step.
 
-Every prompt is prefilled once and its state copied to its rows. From there each token is one call of `step`, which
-reads `grpo.qwen3_5.weights` and updates `State` where it lies: no modules, no cache objects, no masks, no sync.
+Each prompt is prefilled once and its state is copied to its rows. Each further token is one call of `step`, which reads
+`grpo.qwen3_5.weights` and updates `State` in place: no modules, cache objects, masks or synchronization.
 
-A row's prompt is padded for the prefill alone, to its own multiple of 64; in the buffers it begins at column 0. What a
-row sees then lies in the same place in every batch, and zeros at its end change no sum: in fp32 on a CPU its logits are
-the same bits whatever it is batched with.
+Prompts are padded for the prefill only, each to its own multiple of 64; in the buffers they begin at column 0. The
+columns that a row reads are therefore in the same place in every batch, and zeros after them change no sum: in fp32 on
+a CPU the logits of a row are the same bits whatever it is batched with.
 """
 
 import sys
@@ -27,23 +27,23 @@ from grpo.logprobs import head_logits
 from grpo.policy.policy import Policy
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent, Rotary, State
 from grpo.qwen3_5.weights import Attention, GatedDelta, Joint, Residual, Weights, read_weights
-from grpo.runtime.free_memory import unreserved_bytes
 from grpo.types import Prompt
 
 WINDOW = 16
-"""On a CPU attention reads the columns in use, rounded up to this; on CUDA, where a graph fixes its shapes, all."""
+"""On a CPU attention reads the columns in use, rounded up to a multiple of this; on CUDA, where a graph fixes the
+shapes, it reads all."""
 
 CAPTURE_BYTES = 1 << 30
-"""What the driver should have free before a capture. A graph's own memory comes from there, and while a capture is
-under way PyTorch cannot give back the blocks that it holds unused."""
+"""Free memory that a capture should find. The graph takes its memory from the driver, and during a capture PyTorch
+cannot return its unused blocks."""
 _latest_graphs: dict[int, torch.cuda.CUDAGraph] = {}
-"""The last graph captured on each device, kept so that the next one takes over its memory pool."""
+"""The last graph captured on each device, kept so that the next one can reuse its memory pool."""
 
 
 @cache
 def pieces(device: torch.device) -> ModuleType:
-    """What a step is made of beside its matrix products: on CUDA `grpo.qwen3_5.decode_ops_triton`, where Triton is
-    installed and can compile, else `grpo.qwen3_5.decode_ops`. Both have the same functions."""
+    """Return the module with the operations of a step other than its matrix products: `grpo.qwen3_5.decode_ops_triton`
+    on CUDA if Triton is installed and can compile, else `grpo.qwen3_5.decode_ops`. Both have the same functions."""
     if device.type != "cuda" or not find_spec("triton"):
         return plain
     import grpo.qwen3_5.decode_ops_triton as fused
@@ -52,15 +52,15 @@ def pieces(device: torch.device) -> ModuleType:
         fused.norm(torch.ones(1, 1, device=device), torch.ones(1, device=device), 0.0)
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:  # no C compiler, a driver too old: of many kinds, and torch alone serves as well
-        told = " ".join(str(error).split())[:200]
-        print(f"decode    in plain torch, which is slower: Triton cannot compile here ({told})", file=sys.stderr)
+    except Exception as error:  # no C compiler, an old driver, …: plain PyTorch works as well
+        reason = " ".join(str(error).split())[:200]
+        print(f"decode    in plain torch, which is slower: Triton cannot compile here ({reason})", file=sys.stderr)
         return plain
     return fused
 
 
 def ops_of(policy: Policy) -> ModuleType:
-    """Return the module whose ops the policy's decode step is made of."""
+    """Return the module with the operations of the policy's decode step."""
     return pieces(policy.device) if policy.kernels.triton else plain
 
 
@@ -70,11 +70,11 @@ def uses_graphs(policy: Policy) -> bool:
 
 
 def step(weights: Weights, rotary: Rotary, state: State, window: int, ops: Any = plain) -> Tensor:
-    """Logits [n,V] after ``state.ids``; ``state`` moves one token on.
+    """Return logits [n,V] after ``state.ids`` and advance ``state`` by one token.
 
     Args:
-        window: columns that attention may read, more than any row's position.
-        ops: has the functions of `grpo.qwen3_5.decode_ops`.
+        window: number of columns that attention may read; greater than any row's position.
+        ops: a module with the functions of `grpo.qwen3_5.decode_ops`.
     """
     do, epsilon = ops, weights.epsilon
     x = embedding(state.ids, weights.embedding)
@@ -93,7 +93,7 @@ def step(weights: Weights, rotary: Rotary, state: State, window: int, ops: Any =
 
 
 def _products(x: Tensor, joint: Joint) -> list[Tensor]:
-    """The outputs [n,o] of each layer."""
+    """Return the output [n,o] of each layer."""
     wide = x @ joint.fused
     low = wide[:, joint.width :]
     if joint.block is not None:
@@ -122,7 +122,7 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
     of gigabytes anew. Nothing here waits for the device. Other threads may use CUDA meanwhile.
     """
     device = torch.cuda.current_device()
-    if unreserved_bytes(torch.device("cuda", device)) < CAPTURE_BYTES:
+    if torch.cuda.mem_get_info(device)[0] < CAPTURE_BYTES:
         torch.cuda.empty_cache()
     graph, latest = torch.cuda.CUDAGraph(), _latest_graphs.get(device)
     current, side = torch.cuda.current_stream(), _capture_stream(device)
@@ -143,13 +143,13 @@ def capture(run: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
 
 @cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace for each stream it has seen."""
+    """Return the stream for all captures: cuBLAS keeps a workspace for each stream it has used."""
     return torch.cuda.Stream(device)
 
 
 class GraphDecoder:
-    """Drives `step`. With ``graphs`` the first step of a number of rows runs eagerly, the second is captured, and the
-    graph is replayed from then on."""
+    """The decoder that calls `step`. With ``graphs``, the first step for a number of rows runs eagerly, the second is
+    captured, and the graph is replayed from then on."""
 
     def __init__(
         self, weights: Weights, rotary: Rotary, state: State, longest: int, ops: Any = plain, graphs: bool = False
@@ -161,7 +161,7 @@ class GraphDecoder:
         self._captured: tuple[Callable[[], None], Tensor] | None = None
 
     def step(self, ids: Tensor) -> Tensor:
-        """Logits [n,V] after one more token each; written over by the next step."""
+        """Append one token per row; return the next logits [n,V], which the next step overwrites."""
         self._state.ids.copy_(ids)
         self._columns += 1
         if self._graphs and self._warm:
@@ -171,11 +171,11 @@ class GraphDecoder:
 
     @property
     def state(self) -> State:
-        """The buffers of the rows under way."""
+        """The buffers of the current rows."""
         return self._state
 
     def keep(self, slots: Tensor) -> None:
-        """Goes on with the rows in ``slots``, moved to the front of the same buffers."""
+        """Continue with the rows in ``slots``, moved to the front of the same buffers."""
         self._state = front(self._state, slots, self._columns)
         self._warm, self._captured = False, None
 
@@ -195,9 +195,10 @@ class GraphDecoder:
 
 
 def start_own(policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], budget: int) -> tuple[Tensor, Decoder]:
-    """Logits [n,V] of the first token and the decoder of the next.
+    """Return logits [n,V] of the first token and the decoder for the next.
 
-    Each prompt is prefilled once, together with those of its own padded width, and its state copied to its rows.
+    Each prompt is prefilled once, together with the prompts of the same padded width, and its state is copied to its
+    rows.
     """
     longest = max(len(prompt.ids) for prompt in prompts)
     weights = read_weights(policy)
@@ -216,7 +217,7 @@ def start_own(policy: Policy, prompts: Sequence[Prompt], owners: Sequence[int], 
 
 
 def blank(policy: Policy, weights: Weights, rows: int, columns: int) -> State:
-    """The buffers of so many rows and at least so many columns, nothing written yet."""
+    """Allocate empty buffers for so many rows and at least so many columns."""
     columns = -(-columns // WINDOW) * WINDOW
     zeros = partial(torch.zeros, device=policy.device, dtype=weights.embedding.dtype)
     layers: list[KeyValues | Recurrent] = []
@@ -237,7 +238,7 @@ def blank(policy: Policy, weights: Weights, rows: int, columns: int) -> State:
 
 
 def fill(state: State, rows: Tensor, weights: Weights, cache: Any, member: int, length: int) -> None:
-    """Writes what a prefill left of prompt ``member``, whose last ``length`` columns are real, into ``rows`` [m]."""
+    """Copy the prefilled state of prompt ``member``, whose last ``length`` columns are real, into ``rows`` [m]."""
     state.positions[rows] = length
     state.unseen[rows, :length] = 0.0
     for layer, memory, left in zip(weights.layers, state.layers, cache.layers, strict=True):
@@ -252,7 +253,7 @@ def fill(state: State, rows: Tensor, weights: Weights, cache: Any, member: int, 
 
 
 def front(state: State, slots: Tensor, columns: int) -> State:
-    """The state of the rows in ``slots`` [m], copied to the front of its own buffers; ``columns`` are in use."""
+    """Move the rows in ``slots`` [m] to the front of the buffers and return their state; ``columns`` are in use."""
     n = len(slots)
 
     def move(buffer: Tensor) -> Tensor:
@@ -271,7 +272,7 @@ def front(state: State, slots: Tensor, columns: int) -> State:
 
 
 def rotary_table(policy: Policy, positions: int) -> Rotary:
-    """cos and sin of positions 0 .. positions - 1, as the model computes them, in fp32."""
+    """Return cos and sin of positions 0 .. positions - 1 in fp32, as the model computes them."""
     at = torch.arange(positions, device=policy.device).expand(3, 1, -1)
     cos, sin = policy.decoder.rotary_emb(torch.zeros(1, device=policy.device), at)
     half = cos.shape[-1] // 2

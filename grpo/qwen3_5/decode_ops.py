@@ -1,4 +1,4 @@
-"""The pieces of a decode step in plain torch, on any device: what lies between two matrix products."""
+"""The operations of a decode step between two matrix products, in plain PyTorch on any device."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def convolve(memory: Recurrent, qkv: Tensor, taps: Tensor) -> Tensor:
-    """silu of the causal convolution, [n,C]; the latest input enters ``memory.conv``.
+    """Return silu of the causal convolution, [n,C]; append the latest input to ``memory.conv``.
 
     Args:
         qkv: [n,C], the latest input.
@@ -34,7 +34,8 @@ def convolve(memory: Recurrent, qkv: Tensor, taps: Tensor) -> Tensor:
 def remember(
     memory: Recurrent, mixed: Tensor, a: Tensor, b: Tensor, z: Tensor, mixer: GatedDelta, epsilon: float
 ) -> Tensor:
-    """What one token of the gated delta rule reads from ``memory.memory``, normed by head and gated by z, [n,V·d_v].
+    """Apply one token of the gated delta rule to ``memory.memory``; return its output, normalized per head and gated by
+    z, [n,V·d_v].
 
     Args:
         mixed: [n, 2·K·d_k + V·d_v], queries, keys and values.
@@ -56,12 +57,12 @@ def attend(
     window: int,
     epsilon: float,
 ) -> Tensor:
-    """What gated full attention reads, [n,heads·d]; this token's key and value are written first.
+    """Write the key and value of this token, then return the output of gated full attention, [n,heads·d].
 
     Args:
-        queries_and_gates: [n, heads·2·d], of each head its query and then its gate.
+        queries_and_gates: [n, heads·2·d], for each head its query, then its gate.
         k, v: [n, kv_heads·d].
-        window: columns that are looked at, more than any row's position.
+        window: number of columns that attention reads; greater than any row's position.
     """
     n, kv_heads, d = len(k), mixer.kv_heads, mixer.norm.shape[1]
     q, gate = queries_and_gates.view(n, -1, 2, d).unbind(2)

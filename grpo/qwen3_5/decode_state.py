@@ -1,4 +1,4 @@
-"""What decoded rows know: buffers that never move, so that a CUDA graph can replay the step that updates them."""
+"""The state of decoded rows: buffers that never move, so that a CUDA graph can replay the step that updates them."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class KeyValues:
-    """Of a full-attention layer: keys and values [n, kv_heads, S, d]; column = position."""
+    """Keys and values of a full-attention layer, [n, kv_heads, S, d]; column = position."""
 
     keys: Tensor
     values: Tensor
@@ -15,8 +15,8 @@ class KeyValues:
 
 @dataclass(frozen=True, slots=True)
 class Recurrent:
-    """Of a gated-delta layer: the latest inputs of the convolution [n, kernel - 1, channels], oldest first, and the
-    state [n,K,d_k,R·d_v] fp32."""
+    """State of a gated-delta layer: the latest inputs of the convolution [n, kernel - 1, channels], oldest first, and
+    the memory [n,K,d_k,R·d_v] fp32."""
 
     conv: Tensor
     memory: Tensor
@@ -24,20 +24,20 @@ class Recurrent:
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """All that n rows know. The buffers stay where they are while rows are decoded."""
+    """The state of n rows. The buffers do not move while rows are decoded."""
 
     ids: Tensor
-    """[n], the tokens to read next."""
+    """[n], the next input tokens."""
     positions: Tensor
-    """[n], theirs."""
+    """[n], the positions of ``ids``."""
     unseen: Tensor
-    """[n,S] fp32: 0 at the columns a row has written, -inf beyond."""
+    """[n,S] fp32: 0 at columns that the row has written, -inf beyond."""
     layers: tuple[KeyValues | Recurrent, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Rotary:
-    """cos and sin [positions, r] for the first r numbers of a head; sin's first half has its sign turned."""
+    """cos and sin [positions, r] for the first r numbers of a head; the first half of sin is negated."""
 
     cos: Tensor
     sin: Tensor

@@ -1,10 +1,10 @@
-"""Qwen3.5's forward pass for training: every prompt once, its completions from where it ends.
+"""Qwen3.5's forward pass for training, which computes each prompt once and continues its completions from its end.
 
 Tokens are packed: norms, projections and MLPs run on the real tokens of prompts and completions together, and nothing
-is computed for padding. Only what mixes tokens sees a grid: prompts on the left-padded [B,P], completions on the
-right-padded [N,T], each of which goes on from its own prompt's convolution, state, keys and values. The gradient flows
-back through them, so it is the one of the N whole sequences, exactly; a prompt of 200 tokens answered eight times costs
-200 tokens instead of 1,600.
+is computed for padding. Only the operations that mix tokens use a grid: prompts in the left-padded [B,P], completions
+in the right-padded [N,T]; each completion continues from the convolution, state, keys and values of its prompt. The
+gradient flows back through them, so it is exactly that of the N whole sequences. A prompt of 200 tokens with eight
+completions costs 200 tokens instead of 1,600.
 """
 
 from collections.abc import Sequence
@@ -26,14 +26,14 @@ from grpo.qwen3_5.train_ops import Linear, causal_conv, from_grid, linear, recom
 from grpo.qwen3_5.weights import readable
 
 RECOMPUTED = {"cpu": False, "cuda": True}
-"""Whether the backward pass computes a scan once more instead of keeping what it was made of: on a GPU memory is what
-is short, on a CPU time. At Qwen3.5-9B's shape 6.3 MB a token are kept instead of 12.6. Where a checkpoint computes the
-whole layer once more, the scan is not computed a third time."""
+"""Whether the backward pass recomputes a scan instead of keeping its intermediate values: a GPU is short of memory, a
+CPU of time. For Qwen3.5-9B 6.3 MB per token are kept instead of 12.6. If a checkpoint recomputes the whole layer, the
+scan is not computed a third time."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Layout:
-    """Where m packed tokens stand: B prompts one after the other, then N completions without their last tokens."""
+    """Positions of m packed tokens: B prompts one after the other, then N completions without their last tokens."""
 
     ids: Tensor
     """[m] long."""
@@ -47,17 +47,17 @@ class Layout:
     prompts: tuple[int, int]
     completions: tuple[int, int]
     owners: Tensor
-    """[N], the prompt that each completion answers."""
+    """[N], the prompt of each completion."""
     predicts: Tensor
     """[M] packed index of the token whose hidden state predicts each completion token, row after row."""
     prompt_seen: Tensor
-    """[B,1,P,P] bool: what a prompt's query attends to. Padding attends to itself, and nobody else to it."""
+    """[B,1,P,P] bool: the positions that each query of a prompt attends to. Padding attends to itself only."""
     completion_seen: Tensor
-    """[N,1,T,P+T] bool: a completion's query attends to its prompt and to what it has said."""
+    """[N,1,T,P+T] bool: each query of a completion attends to its prompt and to its earlier tokens."""
 
 
 def shared(policy: Policy) -> bool:
-    """Whether this pass knows the model: Qwen3.5's text layers, with one adapter at most and no dropout."""
+    """Return whether this pass supports the model: Qwen3.5's text layers, with at most one adapter and no dropout."""
     config = policy.model.get_base_model().config.get_text_config()
     return (
         readable(policy)
@@ -78,10 +78,10 @@ def uses_fla(policy: Policy) -> bool:
 def predicting_states_shared(
     policy: Policy, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
 ) -> Tensor:
-    """The hidden states [M,H] that predict the M completion tokens, row after row; differentiable in the adapter.
+    """Return the hidden states [M,H] that predict the M completion tokens, row after row, with a graph to the adapter.
 
     Args:
-        prompt_ids: N lists; equal ones are computed once.
+        prompt_ids: N lists; equal prompts are computed once.
         completion_ids: N lists of at least one token.
     """
     layout = lay_out(prompt_ids, completion_ids, policy.device)
@@ -103,7 +103,7 @@ def predicting_states_shared(
 def lay_out(
     prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]], device: torch.device
 ) -> Layout:
-    """The layout of N rows on their device.
+    """Return the layout of N rows on their device.
 
     >>> layout = lay_out([(7, 8), (9,), (7, 8)], [(1,), (2, 3), (4, 5, 6)], torch.device("cpu"))
     >>> layout.ids.tolist(), layout.positions.tolist(), layout.owners.tolist()
@@ -131,7 +131,7 @@ def lay_out(
     before = seen[torch.tensor(owners)][:, None, :].expand(-1, width, -1)
 
     def put(values: Any) -> Tensor:
-        return torch.as_tensor(values).to(device, non_blocking=True)  # without a wait for all that came before
+        return torch.as_tensor(values).to(device, non_blocking=True)  # without waiting for earlier work
 
     return Layout(
         ids=put([i for ids in distinct for i in ids] + [i for ids in completion_ids for i in ids[:-1]]),
@@ -228,7 +228,7 @@ def _mix(q: Tensor, k: Tensor, v: Tensor, seen: Tensor, scale: float) -> Tensor:
 
 
 def _grids(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Of packed tokens [m,…] the prompts' grid [B,P,…] and the completions' [N,T,…]."""
+    """Return the grids [B,P,…] of the prompts and [N,T,…] of the completions from packed tokens [m,…]."""
     count = len(layout.prompt_slots)
     return (
         to_grid(packed[:count], layout.prompt_slots, *layout.prompts),
@@ -237,22 +237,22 @@ def _grids(packed: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
 
 
 def _turn(x: Tensor, turns: Rotary, positions: Tensor) -> Tensor:
-    """x [m,h,d] with the first r numbers of each head turned by their position."""
+    """Return x [m,h,d] with the first r numbers of each head rotated by their position."""
     cos, sin = turns.cos[positions][:, None], turns.sin[positions][:, None]
     part, rest = x.split([cos.shape[-1], x.shape[-1] - cos.shape[-1]], -1)
     return torch.cat([part * cos + part.roll(part.shape[-1] // 2, -1) * sin, rest], -1)
 
 
 def _norm(module: Any, x: Tensor) -> Tensor:
-    """Weights are stored as their distance from 1."""
+    """Apply a norm whose weights are stored as w - 1."""
     return rms_norm(x, 1.0 + wide(module.weight), module.eps)
 
 
 def read_linear(module: Any) -> Linear:
-    """A layer and its adapter as it stands: switched off, it is not there.
+    """Return a layer and its adapter, without the adapter if it is disabled.
 
     Raises:
-        ValueError: the adapter is merged into the weight, so that the frozen base is no longer what it was.
+        ValueError: the adapter is merged into the weight.
     """
     if not hasattr(module, "lora_A"):
         return Linear(module.weight)

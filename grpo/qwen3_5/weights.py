@@ -1,8 +1,8 @@
-"""What a decode step of Qwen3.5 reads: the base's own tensors, and the adapter unmerged beside them.
+"""The weights that a decode step of Qwen3.5 reads: the tensors of the base, and beside them the unmerged adapter.
 
-Merging an adapter into bfloat16 weights would round most of a small update away, and the sampler would be another
-policy than the trainer's. Here y = x·Wᵀ + (x·Aᵀ)·(s·B)ᵀ, with A and s·B cast from their fp32 masters to the base's
-dtype once a rollout. The base is only ever read.
+Merging an adapter into bfloat16 weights would round most of a small update away, and sampler and trainer would be
+different policies. Here y = x·Wᵀ + (x·Aᵀ)·(s·B)ᵀ, with A and s·B cast from their fp32 masters to the base's dtype once
+per rollout. The base is never modified.
 """
 
 from collections.abc import Sequence
@@ -15,15 +15,15 @@ from torch import Tensor
 from grpo.policy.policy import Policy
 
 FUSE_BELOW = 16 << 20
-"""Bytes. Layers of one input that are smaller share one product, on a copy. A larger one fills the device by itself,
-and its copy would take memory that the cache needs."""
+"""Bytes. Smaller layers with the same input share one product, on a copy of their weights. A larger layer fills the
+device by itself, and a copy would take memory that the cache needs."""
 
 
 @dataclass(frozen=True, slots=True)
 class Joint:
-    """Linear layers of one input, adapters included.
+    """Linear layers with the same input, including their adapters.
 
-    The small ones and x·Aᵀ of all adapters are the columns of one product; a large one has its own.
+    The small layers and x·Aᵀ of all adapters are columns of one product; each large layer has its own product.
     """
 
     fused: Tensor
@@ -33,16 +33,16 @@ class Joint:
     block: Tensor | None
     """[R,F], (s·B)ᵀ of the small layers on the diagonal; None if none of them is adapted."""
     spans: tuple[slice | None, ...]
-    """Per layer its columns of ``fused``; None stands alone."""
+    """The columns of ``fused`` of each layer; None for a layer with its own product."""
     alone: tuple[Tensor, ...]
-    """[i,o] of each that stands alone, in order."""
+    """[i,o] of each layer with its own product, in order."""
     ups: tuple[tuple[slice, Tensor] | None, ...]
-    """Of each that stands alone its rows of R and (s·B)ᵀ."""
+    """For each layer with its own product, its rows of R and (s·B)ᵀ; None if it is not adapted."""
 
 
 @dataclass(frozen=True, slots=True)
 class Residual:
-    """A linear layer whose output is added to the stream: [i,o], and of its adapter Aᵀ [i,r] and (s·B)ᵀ [r,o]."""
+    """A linear layer whose output is added to the residual stream: W [i,o], and Aᵀ [i,r] and (s·B)ᵀ [r,o]."""
 
     weight: Tensor
     adapter: tuple[Tensor, Tensor] | None
@@ -50,12 +50,12 @@ class Residual:
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Gated full attention: queries with their gates, keys, values; norms over each head."""
+    """Gated full attention: queries with their gates, keys and values, with a norm over each head."""
 
     qkv: Joint
     out: Residual
     norm: Tensor
-    """[heads + kv_heads, d]: of queries, 1/√d included, then of keys."""
+    """[heads + kv_heads, d]: norm weights of the queries, including 1/√d, then of the keys."""
     kv_heads: int
 
 
@@ -72,14 +72,14 @@ class GatedDelta:
     norm: Tensor
     key_heads: int
     d_k: int
-    """Of a key head."""
+    """Width of a key head."""
     d_v: int
-    """Of all value heads that a key head serves, side by side."""
+    """Total width of the value heads that share a key head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """A token mixer and an MLP, each behind a norm."""
+    """A token mixer and an MLP, each after a norm."""
 
     mixer_norm: Tensor
     mixer: Attention | GatedDelta
@@ -90,7 +90,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A whole text model."""
+    """A complete text model."""
 
     embedding: Tensor
     layers: tuple[Layer, ...]
@@ -101,12 +101,11 @@ class Weights:
 
 
 def readable(policy: Policy) -> bool:
-    """Whether this file knows the model: Qwen3.5's text layers, as published, and whole on this device."""
+    """Return whether this module supports the model: Qwen3.5's text layers, as published."""
     base = policy.model.get_base_model()
     config = base.config.get_text_config()
     return (
-        not policy.sharded
-        and type(base).__name__ == "Qwen3_5ForCausalLM"
+        type(base).__name__ == "Qwen3_5ForCausalLM"
         and config.hidden_act == "silu"
         and not config.attention_bias
         and config.rope_parameters.get("rope_type", "default") == "default"
@@ -116,9 +115,9 @@ def readable(policy: Policy) -> bool:
 
 @torch.inference_mode()
 def read_weights(policy: Policy) -> Weights:
-    """The policy as it stands, adapter included unless it is switched off.
+    """Read the current weights of the policy, including the adapter unless it is disabled.
 
-    Norm weights are stored as their distance from 1 and read as 1 + w, in fp32.
+    Norm weights are stored as w - 1 and returned as w, in fp32.
     """
     body = policy.decoder
     return Weights(
@@ -176,7 +175,7 @@ def _weight(module: Any) -> Tensor:
 
 
 def _adapter(module: Any) -> tuple[Tensor, Tensor] | None:
-    """A [r,i] and s·B [o,r] in the base's dtype; None where none is active."""
+    """Return A [r,i] and s·B [o,r] in the base's dtype; None if no adapter is active."""
     names = [name for name in getattr(module, "active_adapters", ()) if name in module.lora_A]
     if not names or module.disable_adapters or module.merged:
         return None

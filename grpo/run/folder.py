@@ -46,7 +46,7 @@ from rewards.safe_files import MEBIBYTE, InvalidFile, check_no_links_out, is_reg
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
-CHANGEABLE_ON_RESUME = {"model.kernels", "model.shard", "train.rank_timeout_s"}
+CHANGEABLE_ON_RESUME = {"model.kernels", "train.rank_timeout_s"}
 """Keys on which nothing in a checkpoint depends."""
 MAX_STEPS_SHOWN = 10
 
@@ -131,7 +131,10 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
         check_no_links_out(path)
     except InvalidFile as error:
         raise UserError(f"{path}: {error}") from None
-    recorded = upgrade_recorded_config(_read_record(path).get("config"))
+    try:
+        recorded = upgrade_recorded_config(_read_record(path).get("config"))
+    except UserError as error:
+        raise UserError(f"{path / 'config.json'}: {error}") from None
     if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
         raise UserError(
             f"{path}: was started with a different {', '.join(changed) or 'config'}. Resume with the original config "

@@ -60,12 +60,11 @@ def input_hashes(setup: Setup) -> dict[str, str]:
 
 
 def check_ranks_agree(setup: Setup) -> None:
-    """Raise `UserError` if a rank has other inputs or another base model than rank 0. Of a sharded base, the tensors
-    that are whole on every rank are compared."""
+    """Raise `UserError` if a rank has other inputs or another base model than rank 0."""
     policy = setup.policy
     if policy.world.size == 1:
         return  # nothing to compare, and hashing reads all inputs
-    frozen = [p for p in policy.model.parameters() if not p.requires_grad and not hasattr(p, "to_local")]
+    frozen = [p for p in policy.model.parameters() if not p.requires_grad]
     policy.world.check_identical(input_hashes(setup) | {"model.name's weights": [bit_checksum([p]) for p in frozen]})
 
 

@@ -19,6 +19,7 @@ from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.runtime.terminal import escape_control
 from grpo.types import Case
+from grpo.update import MicroBatchLimit, micro_batch_limit
 from rewards import Reward
 
 
@@ -34,6 +35,8 @@ class Setup:
     policy: Policy
     reference: dict[str, Tensor] | None
     optimizer: torch.optim.Optimizer
+    micro_batch_limit: MicroBatchLimit
+    """Lowered during the run if the device runs out of memory."""
     check: SelfCheck | None = None
     """Which kernels passed; None if none was checked."""
 
@@ -76,6 +79,7 @@ def load_setup(config: Config, ranks: World = SINGLE_PROCESS) -> Setup:
         policy=policy,
         reference=copy_adapter(policy) if config.loss.reference == "warm_start" else None,
         optimizer=optimizer,
+        micro_batch_limit=micro_batch_limit(policy, config.optim),
     )
 
 

@@ -31,7 +31,7 @@ TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "M
 
 WATCHDOG_S = 60.0
 """After a rank is lost by its timeout, NCCL's watchdog leaves the others so long to save the last step: it ends the
-process without a word. In a sharded layer, whose collectives are torch's own, it is the only limit."""
+process without a word."""
 
 QUIET_EXIT_DELAY_S = 2.0
 """Seconds a silent rank waits before exiting, so that rank 0 can print the error: ``torchrun`` kills all ranks 0.1 s

@@ -12,10 +12,8 @@ from grpo.runtime.errors import UserError
 LOADING = "use a smaller dtype (model.dtype, --dtype) or another device (model.device, --device)"
 ROLLOUT = "lower rollout.group_size, rollout.prompts_per_step or rollout.max_new_tokens"
 EVALUATION = "lower evaluate.batch_size or evaluate.max_new_tokens"
-UPDATE = (
-    "lower optim.micro_batch_size or optim.micro_batch_tokens, set model.gradient_checkpointing = true, or lower "
-    "rollout.max_new_tokens"
-)
+UPDATE = "set model.gradient_checkpointing = true or lower rollout.max_new_tokens"
+"""The update halves its micro-batches by itself, down to single rows."""
 
 
 class OutOfMemory(UserError):

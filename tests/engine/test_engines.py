@@ -12,7 +12,7 @@ from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig, LlamaConfi
 
 from benchmarks.tiny_world.model import make_tokenizer
 from grpo.config import LoraSection, ModelSection
-from grpo.engine.sampling import SLOT_GRID, draw, slots_for, uniforms
+from grpo.engine.sampling import ROW_MULTIPLE, draw, slots_for, uniforms
 from grpo.policy.policy import Policy, as_reference, load_policy
 from grpo.qwen3_5 import decode, weights
 from grpo.qwen3_5.decode_state import State
@@ -360,8 +360,9 @@ def scored(policy: Policy, groups: Sequence[Group]) -> list[float]:
 def test_slots() -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda")
     for rows in range(1, 70):
-        assert rows <= slots_for(rows, cpu) < rows + SLOT_GRID and slots_for(rows, cpu) % SLOT_GRID == 0
-        assert rows <= slots_for(rows, cuda) <= max(SLOT_GRID, 2 * rows - 1)
+        assert rows <= slots_for(rows, cpu) < rows + ROW_MULTIPLE["cpu"]
+        assert slots_for(rows, cpu) % ROW_MULTIPLE["cpu"] == 0
+        assert rows <= slots_for(rows, cuda) <= max(ROW_MULTIPLE["cuda"], 2 * rows - 1)
         assert slots_for(rows, cuda).bit_count() == 1
 
 

@@ -11,7 +11,6 @@ import torch
 
 from grpo.config import Config, load_config
 from grpo.logprobs import token_logprobs
-from grpo.micro_batch_limit import kept_bytes
 from grpo.policy.memory_plan import (
     ACTIVATION_BYTES,
     CHUNK_TOKENS,
@@ -25,6 +24,7 @@ from grpo.policy.memory_plan import (
     read_shape,
 )
 from grpo.policy.policy import Policy
+from tests.support.saved_tensors import kept_bytes
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -141,7 +141,7 @@ def test_memory_of_v49_by_hand() -> None:
         "KV cache": 36 * 1224 * 32 * 1024,
         "DeltaNet state": 36 * 24 * (32 * 128 * 128 * 4 + 8192 * 4 * 2),
         "sampler": 36 * 248_320 * 22,
-        "activations": 1224 * 32 * 12 * (4096 + 12288),
+        "activations": 8 * 1224 * 32 * 12 * (4096 + 12288),
         "logits": 1024 * 248_320 * 10,
     }
 
@@ -150,10 +150,10 @@ def test_what_each_choice_does_to_the_estimate() -> None:
     base = config("v49")
     plan = by_part(estimate_memory(base, ModelShape(), 200))
     saving = by_part(estimate_memory(config("v49", "model.gradient_checkpointing=true"), ModelShape(), 200))
-    assert saving["activations"] == 1224 * (32 * 4096 * 2 + 12 * 16384)
+    assert saving["activations"] == 8 * 1224 * (32 * 4096 * 2 + 12 * 16384)
     two, rows = (by_part(estimate_memory(config("v49", o), ModelShape(), 200)) for o in
                  ("optim.micro_batch_tokens=3000", "optim.micro_batch_tokens=100"))  # fmt: skip
-    assert two["activations"] == 2 * plan["activations"] and rows["activations"] == plan["activations"]
+    assert two["activations"] == plan["activations"] / 4 and rows["activations"] == plan["activations"] / 8
     assert {k: v for k, v in saving.items() if k != "activations"} == {
         k: v for k, v in plan.items() if k != "activations"
     }

@@ -152,7 +152,7 @@ def test_every_value_of_the_shipped_recipe_has_its_grade(tmp_path: Path) -> None
     assert rows["lora.target_modules"][1] == "inferred" and "the only set" in rows["lora.target_modules"][2]
     ungraded = {
         "key", "---", "cases.format", "cases.strict", "evaluate.batch_size", "evaluate.periodic", "ledger.every",
-        "ledger.text", "loss.dual_clip", "model.kernels", "model.shard", "optim.micro_batch_size",
+        "ledger.text", "loss.dual_clip", "model.kernels", "optim.micro_batch_size",
         "optim.micro_batch_tokens", "reward.allow_unsound", "reward.overlong", "reward.unsound_reason", "reward.set",
         "rollout.ignore_eos", "train.max_nonfinite_steps", "train.rank_timeout_s",
     }  # fmt: skip

@@ -15,6 +15,7 @@ from grpo.commands.replay import main as replay
 from grpo.commands.report import main as report
 from grpo.config import Config, ConfigSource, load_config
 from grpo.evaluation.records import append_evaluation
+from grpo.inspection.run_reader import read_header
 from grpo.run.checkpoint import Progress
 from grpo.run.folder import (
     RunFolder,
@@ -95,6 +96,29 @@ def test_a_run_killed_before_it_began_is_begun(
         with pytest.raises(UserError, match=says):
             check_folder(tmp_path / "mine", config, resume=resume)
     assert os.listdir(tmp_path / "mine") == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("value", [False, True])
+def test_a_recorded_model_shard_is_dropped_if_false_and_refused_if_true(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, value: bool
+) -> None:
+    path = tmp_path / "run"
+    shutil.copytree(recorded(tmp_path_factory.getbasetemp(), "plain"), path)
+    config = read_header(path).config
+    record = json.loads((path / "config.json").read_text())
+    record["config"]["model"]["shard"] = value
+    (path / "config.json").write_text(json.dumps(record))
+    if value:
+        for read in (lambda: check_folder(path, config, resume=True), lambda: read_header(path)):
+            with pytest.raises(
+                UserError, match=r"config.json: model.shard: sharded base models are no longer supported"
+            ):
+                read()
+    else:
+        check_folder(path, config, resume=True)
+        assert read_header(path).config == config
+        assert replay([str(path)]) == 0
+        assert report([str(path), "--out", str(tmp_path / "report.html")]) == 0
 
 
 def test_config_json_is_written_last(

@@ -150,7 +150,7 @@ def test_an_update_that_has_moved_the_policy_is_not_saved_as_the_step_before(
     monkeypatch.setattr(grpo.update, "forward_backward", backward)
     argv = command(overrides, "optim.inner_epochs=2", "evaluate.periodic={}")
     assert loop.main([*argv, "--out", str(tmp_path / "run")]) == 2
-    assert "a micro-batch of 2 rows does not fit" in only_error(capsys.readouterr().err)
+    assert "a micro-batch of a single row does not fit" in only_error(capsys.readouterr().err)
     assert (tmp_path / "run" / "checkpoints" / "step_000001").exists() is kept
 
 
@@ -211,7 +211,7 @@ def test_a_replay_with_the_model(
     from grpo.inspection import recompute_logprobs as recompute
 
     run = recorded(tmp_path_factory.getbasetemp(), "plain")
-    full(monkeypatch, recompute, "scored")
+    full(monkeypatch, recompute, "batch_logprobs")
     assert replay.main([str(run), "--model", "--step", "1"]) == 2
     assert "step 1: out of memory" in only_error(capsys.readouterr().err)
 

@@ -20,7 +20,6 @@ import numpy as np
 import peft  # noqa: F401
 import torch
 import torch._dynamo
-import torch.distributed.fsdp
 import transformers.models.qwen3_5.modeling_qwen3_5  # noqa: F401
 
 from grpo import rollout as rollout_module
@@ -108,10 +107,10 @@ def train(argv: list[str]) -> int:
     return main(argv)
 
 
-def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool = False) -> dict[str, Any]:
+def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]]) -> dict[str, Any]:
     """Three groups sampled and one update, once for each of ``asked``: overrides of the config and a fault."""
     with init_world("cpu", timeout_s=60) as ranks:
-        policy = policy_on(base, ranks=ranks, shard=shard)
+        policy = policy_on(base, ranks=ranks)
         prompts = prompts_of(policy)
         keys, mine = keys_of(prompts, 4), ranks.slice_of(3)
         own = rollout(policy, [prompts[i] for i in mine], [keys[i] for i in mine], max_new_tokens=20, temperature=1.0)
@@ -125,8 +124,7 @@ def one_step(base: Path, asked: list[tuple[tuple[str, ...], str]], shard: bool =
             )
             with FAULTS[fault]():
                 updates.append(updated(policy, batch, config))
-        held = sum(p.to_local().numel() if hasattr(p, "to_local") else p.numel() for p in policy.model.parameters())
-        return {"rank": ranks.rank, "rows": rows, "updates": updates, "held": held}
+        return {"rank": ranks.rank, "rows": rows, "updates": updates}
 
 
 def updated(policy: Policy, batch: Batch, config: Any) -> dict[str, Any]:
@@ -331,8 +329,8 @@ FAULTS: dict[str, Callable[[], _Patched]] = {
     "summed twice": lambda: _Patched(World, World.all_reduce_, _summed_twice),
     "divided by the ranks": lambda: _Patched(World, World.all_reduce_, _averaged),
     "gradients not summed": lambda: _Patched(World, World.all_reduce_gradients, _unshared),
-    "a row forgotten": lambda: _Patched(update_module, update_module.own_rows, _last_rows_forgotten),
-    "every rank trains all rows": lambda: _Patched(update_module, update_module.own_rows, _all_rows_everywhere),
+    "a row forgotten": lambda: _Patched(update_module, update_module.rank_rows, _last_rows_forgotten),
+    "every rank trains all rows": lambda: _Patched(update_module, update_module.rank_rows, _all_rows_everywhere),
     "stopped in the second rollout": lambda: _Patched(train_module, train_module.prompts_for_step, _stops_in(1)),
     "signalled before the second update": lambda: _Patched(
         train_module, train_module.make_batch, _signalled_before_update(2)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 import benchmarks.roofline as roofline
@@ -287,21 +288,34 @@ def test_two_ranks_each_on_its_own_card(run: Path, cases: Path, tmp_path: Path) 
 # --- out of memory ---------------------------------------------------------------------------------------------------
 
 
-def test_an_update_that_does_not_fit_once_is_cut_in_half(
+def test_an_update_that_does_not_fit_is_halved_for_the_rest_of_the_run(
     run: Path, cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with simulated_card() as card, card.out_of_memory(update_module, "backward", after=300) as failed:
-        overrides = ("train.steps=1", "evaluate.before_and_after={}", "model.device=cuda")
-        assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 0
-    assert failed == [0] and capsys.readouterr().err.count("once more with half") == 1
-    check_near(metrics(tmp_path / "run")[0], metrics(run)[0])
+    out = tmp_path / "run"
+    with simulated_card() as card, card.out_of_memory(update_module, "forward_backward", after=300) as failed:
+        assert train([*small(cases, *RUN, "evaluate.before_and_after={}", "model.device=cuda"), "--out", str(out)]) == 0
+    warning = "warning: a micro-batch of 4 rows does not fit the device's memory: limited to 2 for the rest"
+    assert failed == [0] and capsys.readouterr().err.count(warning) == 1
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["memory/micro_batch_rows"] for line in lines] == [2, 2]
+    for ours, theirs in zip(metrics(out), metrics(run), strict=True):
+        check_near(ours, theirs)
+    ours, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (out, run))
+    assert ours.keys() == theirs.keys()
+    assert max(float((ours[name] - theirs[name]).abs().max()) for name in ours) < 2e-6
 
 
-def test_an_update_that_never_fits_is_refused(cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with simulated_card() as card, card.out_of_memory(update_module, "backward", calls=ALWAYS, after=300) as failed:
+def test_an_update_of_which_no_row_fits_is_refused(
+    cases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with (
+        simulated_card() as card,
+        card.out_of_memory(update_module, "forward_backward", calls=ALWAYS, after=300) as failed,
+    ):
         overrides = ("train.steps=1", "evaluate.before_and_after={}", "model.device=cuda")
         assert train([*small(cases, *overrides), "--out", str(tmp_path / "run")]) == 2
-    assert failed == [0, 1] and "lower optim.micro_batch_size" in capsys.readouterr().err
+    assert failed == [0, 1, 2]
+    check_refusal(capsys.readouterr().err)
 
 
 def check_refusal(text: str) -> None:
@@ -358,7 +372,7 @@ def test_commands_that_do_not_fit_are_refused(
     main, argv, owner, name = {
         "evaluate": (evaluate, [*small(cases, device), "--out", str(tmp_path / "eval")], sampling_module, "draw"),
         "triage": (triage, ["chest pain, 120/58", "--device", "cuda:1"], sampling_module, "draw"),
-        "replay": (replay, [str(run), "--model"], update_module, "score"),
+        "replay": (replay, [str(run), "--model"], update_module, "micro_batch_logprobs"),
     }[command]
     with simulated_card(index=1, cards=2) as card, card.out_of_memory(owner, name) as failed:
         assert main(argv) == 2
