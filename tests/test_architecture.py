@@ -30,7 +30,7 @@ TORCH_FREE = (
     "config advantage stats token_budget cases data/* preflight/* policy/memory_plan run/input_hashes __main__",
     "runtime/atomic_files runtime/interrupts runtime/terminal inspection/bit_diff inspection/step_text",
     "inspection/run_reader evaluation/statistics evaluation/metrics evaluation/failures evaluation/comparison",
-    "evaluation/table report/charts report/figures report/views commands/preflight commands/prepare",
+    "evaluation/table report/charts report/figures commands/preflight commands/prepare",
 )
 SOURCES = sorted(p for folder in ("grpo", "rewards", "benchmarks/series") for p in (ROOT / folder).rglob("*.py"))
 

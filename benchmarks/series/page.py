@@ -1,17 +1,15 @@
 """The lab's record → one HTML page that needs nothing but itself: the report's look, its charts and its policy."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from markupsafe import Markup
 
-from grpo.report.charts import COLORS, Band, Level, Line, Panel, chart
-from grpo.report.number_format import NOTHING, percent, seconds, signed
+from grpo.report.charts import COLORS, NOTHING, Chart, Line, Zone, line_chart, number
 from grpo.report.page import HERE as REPORT
 from grpo.report.page import content_policy, page_environment
-from grpo.report.views import ChartView, legend_entry
 
 HERE = Path(__file__).parent
 
@@ -45,7 +43,7 @@ class Part:
     title: str
     intro: str
     table: Table | None = None
-    views: tuple[ChartView, ...] = ()
+    views: tuple[Chart, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +53,9 @@ class Curve:
     title: str
     metric: str
     runs: tuple[str, ...]
-    kind: str
+    percent: bool
     caption: str
-    levels: tuple[Level, ...] = ()
+    zones: tuple[Zone, ...] = ()
 
 
 CURVES: tuple[Curve, ...] = (
@@ -65,45 +63,44 @@ CURVES: tuple[Curve, ...] = (
         "v45c: answers that name ESI 1",
         "rollout/says_1",
         ("v45c",),
-        "percent",
+        True,
         "Of the training completions. The stream is mostly ESI 1, so look at the evaluation above for the collapse.",
     ),
     Curve(
         "v46 and v47: over-triage by one level",
         "rollout/over_by_one",
         ("v46", "v47", "v47-std"),
-        "percent",
+        True,
         "Of the training completions, against the labels of the stream.",
     ),
-    Curve("v46 and v47: exact", "rollout/exact", ("v46", "v47", "v47-std"), "percent", "Of the training completions."),
+    Curve("v46 and v47: exact", "rollout/exact", ("v46", "v47", "v47-std"), True, "Of the training completions."),
     Curve(
         "v48 and v49: clipped ratio",
         "completions/clipped_ratio",
         ("v48", "v48-priced", "v49"),
-        "percent",
+        True,
         "Share of completions that the budget cut. The band is the card’s 4–19 %.",
-        (Level("card: 4–19 %", 0.04, 0.19),),
+        (Zone("card: 4–19 %", 0.04, 0.19),),
     ),
     Curve(
         "v48 and v49: reward",
         "reward/mean",
         ("v48", "v48-priced", "v49"),
-        "signed",
+        False,
         "Mean total of a step. The card’s v49 was positive from step 10.",
-        (Level("", 0.0, 0.0),),
     ),
     Curve(
         "v48 and v49: groups without variance",
         "groups/zero_variance",
         ("v48", "v48-priced", "v49"),
-        "percent",
+        True,
         "Share of groups whose rewards are all equal: they teach nothing.",
     ),
     Curve(
         "v49 and what its parts carry: exact",
         "rollout/exact",
         ("v49", "no-rules", "no-std", "from-base"),
-        "percent",
+        True,
         "Of the training completions.",
     ),
 )
@@ -112,12 +109,11 @@ CURVES: tuple[Curve, ...] = (
 def render(record: Mapping[str, Any]) -> bytes:
     """The page of a `benchmarks.series.record.lab_record` with its provenance. All text is escaped."""
     environment = page_environment(HERE)
-    style, script = ((REPORT / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style = (REPORT / "page.css").read_text(encoding="utf-8")
     verdicts = [claim["verdict"] for claim in record["claims"]]
     page = environment.get_template("lab.html.jinja").render(
-        policy=content_policy(style, script),
+        policy=content_policy(style),
         style=Markup(style),
-        script=Markup(script),
         headline=f"{verdicts.count('reproduced')} of {len(verdicts)} claims reproduced",
         lead=lead(record),
         parts=tuple(parts(record)),
@@ -148,7 +144,9 @@ def parts(record: Mapping[str, Any]) -> Iterator[Part]:
         series(record),
     )
     if views := tuple(view for curve in CURVES if (view := draw(curve, runs))):
-        yield Part("curves", "Curves", "Lines: mean of the seeds; areas: from the lowest to the highest.", None, views)
+        yield Part(
+            "curves", "Curves", "Thick lines: mean of the seeds; thin lines: the lowest and the highest.", None, views
+        )
     if table := thresholds(record):
         yield Part(
             "hedging",
@@ -222,7 +220,7 @@ def _outcome(run: Mapping[str, Any]) -> Iterator[Cell]:
     clipped = run["curves"]["completions/clipped_ratio"]["mean"]
     yield Cell(f"{percent(clipped[0])} → {percent(clipped[-1])}" if clipped else NOTHING)
     spent = run["seconds"]
-    yield Cell(seconds(sum(spent) / len(spent)), f"{seconds(sum(run['cpu_s']) / len(spent))} of a core")
+    yield Cell(duration(sum(spent) / len(spent)), f"{duration(sum(run['cpu_s']) / len(spent))} of a core")
 
 
 def thresholds(record: Mapping[str, Any]) -> Table | None:
@@ -265,33 +263,24 @@ def foretold(record: Mapping[str, Any]) -> Table | None:
             Cell(name),
             Cell(told["verdict"]),
             Cell("; ".join(told["refusals"]) or NOTHING),
-            Cell(", ".join(f"{p['policy']} {signed(p['mean'])}" for p in told["policies"])),
+            Cell(", ".join(f"{p['policy']} {p['mean']:+.2f}" for p in told["policies"])),
         )
         for name, told in record["foretold"].items()
     ]
     return Table(("run", "verdict", "why", "best paid policies"), tuple(rows)) if rows else None
 
 
-def draw(curve: Curve, runs: Mapping[str, Any]) -> ChartView | None:
+def draw(curve: Curve, runs: Mapping[str, Any]) -> Chart | None:
     """The chart of the runs that have its metric; None without any."""
     found = [(name, runs[name]["curves"][curve.metric]) for name in curve.runs if name in runs]
     found = [(name, values) for name, values in found if values["mean"]]
     if not found:
         return None
-    steps = list(range(1, max(len(values["mean"]) for _, values in found) + 1))
-
-    def padded(values: Sequence[float]) -> list[float | None]:
-        return [*values, *[None] * (len(steps) - len(values))]
-
-    lines = [Line(name, padded(values["mean"]), i % COLORS) for i, (name, values) in enumerate(found)]
-    bands = [
-        Band(name, padded(values["low"]), padded(values["high"]), i % COLORS) for i, (name, values) in enumerate(found)
-    ]
-    floor, ceiling = (0.0, 1.0) if curve.kind == "percent" else (None, None)
-    panel = Panel(steps, lines, bands, curve.levels, curve.kind, floor, ceiling)
-    legend = tuple(legend_entry(line, curve.kind) for line in lines)
-    svg = chart(panel, title=f"{curve.title}, step 1 to {steps[-1]}")
-    return ChartView(curve.title, svg, legend, curve.caption, " ".join(map(str, steps)))
+    lines = []
+    for i, (name, values) in enumerate(found):
+        mean, low, high = (list(enumerate(values[key], 1)) for key in ("mean", "low", "high"))
+        lines.append(Line(name, mean, i % COLORS, (low, high)))
+    return line_chart(curve.title, curve.caption, lines, percent=curve.percent, zones=curve.zones)
 
 
 def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -300,12 +289,20 @@ def facts(record: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Finished", record["finished"]
     yield "Seeds", ", ".join(map(str, record["seeds"]))
     spent = [s for run in record["runs"].values() for s in run["cpu_s"]]
-    yield "Cost", f"{len(spent)} runs, {seconds(sum(spent))} of one core"
+    yield "Cost", f"{len(spent)} runs, {duration(sum(spent))} of one core"
     yield "Machine", record["machine"]["platform"]
     yield "Versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items() if version)
     if record["commit"]:
         yield "Commit", record["commit"][:12]
     yield "Runs", "; ".join(f"{count} with commit {commit[:12]}" for commit, count in record["commits_of_runs"].items())
+
+
+def percent(fraction: float) -> str:
+    return number(fraction, percent=True)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 120 else f"{seconds:.1f} s"
 
 
 def share(rate: Mapping[str, Any] | None) -> str:

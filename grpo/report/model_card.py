@@ -8,18 +8,17 @@ import json
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
-from grpo.evaluation.metrics import baselines
-from grpo.inspection.run_reader import Evaluation, Metrics, RunRecord, read_run
+from grpo.inspection.run_reader import Metrics, RunRecord, read_run
 from grpo.policy.base_model import HUB_ID
-from grpo.report.evaluation import RATES, BeforeAfter, Pair, Rate, before_after
-from grpo.report.number_format import NOTHING, percent
+from grpo.report.charts import NOTHING
+from grpo.report.evaluation import RATES, evaluated_sets
 from grpo.report.recipe import config_values, reward_values
 from grpo.runtime.atomic_files import write_atomic
 
@@ -29,8 +28,6 @@ METRICS = (
 )  # fmt: skip
 """Rows of the training table, if the run logged them."""
 MAX_CELL_CHARS = 400
-MAX_CASES = 1_000_000
-"""Size of a case set up to which constant answers are scored."""
 
 
 class SafeMarkdown(str):
@@ -61,7 +58,7 @@ def model_card(run_folder: Path, *, merged: bool = False) -> str:
         "about": run.reward_set.get("about"),
         "unsound": config.reward.unsound_reason,
         "columns": [heading for _, heading, _ in RATES],
-        "evaluations": evaluation_tables(before_after(run)),
+        "evaluations": evaluated_sets(run),
         "training": training_table(run.metrics),
         "recipe": recipe_rows(run),
         "rewards": list(reward_values(run)),
@@ -112,63 +109,17 @@ def training_table(metrics: Sequence[Metrics]) -> dict[str, Any] | None:
         return None
     window, rows = max(1, len(metrics) // 10), []
     for metric in METRICS:
-        if values := _finite(row.get(metric) for row in metrics):
-            first, last = (_finite(row.get(metric) for row in part) for part in (metrics[:window], metrics[-window:]))
+        if values := _known(metric, metrics):
+            first, last = _known(metric, metrics[:window]), _known(metric, metrics[-window:])
             figures = {"first": _mean(first), "last": _mean(last), "least": min(values), "greatest": max(values)}
             rows.append({"metric": metric} | {k: NOTHING if v is None else f"{v:.4g}" for k, v in figures.items()})
-    seconds = sum(_finite(row.get(key) for row in metrics for key in ("time/rollout_s", "time/update_s")))
+    seconds = sum(_known("time/rollout_s", metrics) + _known("time/update_s", metrics))
     skipped = sum(int(row.get("skipped") or 0) for row in metrics)
     steps = len(metrics)
     summary = f"{steps} steps in {seconds / 3600:.2f} h of rollouts and updates, {seconds / steps:.3g} s per step"
     if skipped:
         summary += f"; {skipped} updates were not finite and were skipped"
     return {"window": window, "summary": summary, "rows": rows}
-
-
-def evaluation_tables(compared: Sequence[BeforeAfter]) -> list[dict[str, Any]]:
-    """Return one table per case set: its first and last evaluation in each mode, then the five constant answers."""
-    tables = []
-    for cases in dict.fromkeys(item.cases for item in compared):
-        items = [item for item in compared if item.cases == cases]
-        rows, rules = [], []
-        for item in items:
-            mode = item.first.thinking
-            before = [pair.before if pair else None for pair in item.rates]
-            rows.append(_evaluation_row(item.first.step, mode, before))
-            if item.last:
-                rows.append(
-                    _evaluation_row(item.last.step, mode, [pair.after if pair else None for pair in item.rates])
-                )
-            rules += [_rule_row(mode, pair) for pair in item.by_rule]
-        first = items[0].first
-        rows += _constant_rows(first)
-        counts = {"n": first.n, "high_acuity_n": first.high_acuity_n}
-        tables.append({"cases": cases, **counts, "rows": rows, "rules": rules})
-    return tables
-
-
-def _evaluation_row(step: int, mode: str, rates: Sequence[Rate | None]) -> dict[str, Any]:
-    cells = [f"{rate.text} ({rate.interval})" if rate else NOTHING for rate in rates]
-    return {"model": f"step {step}" if step else "before training", "thinking": mode, "cells": cells}
-
-
-def _rule_row(mode: str, pair: Pair) -> dict[str, Any]:
-    after = pair.after.text if pair.after else NOTHING
-    return {"rule": pair.label, "thinking": mode, "n": pair.n, "before": pair.before.text, "after": after}
-
-
-def _constant_rows(record: Evaluation) -> list[dict[str, Any]]:
-    """Return what always answering one level scores on the same cases; nothing if the confusion matrix lacks some."""
-    totals = {int(level): sum(counts) for level, counts in record.confusion.items()}
-    if sum(totals.values()) != record.n or min(totals.values()) < 0 or record.n > MAX_CASES:
-        return []
-    scores = baselines([level for level, total in totals.items() for _ in range(total)])
-    rows = []
-    for level in range(1, 6):
-        rates = [None if field == "no_parse" else scores[f"always_{level}"].get(field) for field, _, _ in RATES]
-        cells = [NOTHING if rate is None else percent(rate) for rate in rates]
-        rows.append({"model": f"always {level}", "thinking": NOTHING, "cells": cells})
-    return rows
 
 
 def without_folders(value: Any) -> Any:
@@ -192,8 +143,8 @@ def _made_with(run: RunRecord) -> str:
     return f"grpo-v49{commit}" + "".join(f", {name} {version}" for name, version in run.versions.items())
 
 
-def _finite(values: Iterable[float | None]) -> list[float]:
-    return [float(v) for v in values if v is not None]
+def _known(metric: str, rows: Sequence[Metrics]) -> list[float]:
+    return [value for row in rows if (value := row.get(metric)) is not None]
 
 
 def _mean(values: Sequence[float]) -> float | None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from grpo.config import key_comments, load_config
 from grpo.inspection.run_reader import RunRecord
-from grpo.report.number_format import NOTHING, minus
+from grpo.report.charts import NOTHING
 
 REWARD_GRADES = {"K": "known", "I": "inferred", "U": "unknown"}
 
@@ -46,13 +46,13 @@ def config_values(run: RunRecord, shorten: Callable[[Any], Any] = lambda value: 
     return {section: tuple(values) for section, values in sections.items()}
 
 
-def differences(runs: Sequence[RunRecord]) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return (key, value in each run) for the config keys that differ, and for the reward's sha256."""
+def differences(runs: Sequence[RunRecord]) -> list[tuple[str, ...]]:
+    """Return (key, value in each run …) for the config keys that differ, and for the reward's sha256."""
     configs = [flat(run.config.model_dump(mode="json")) for run in runs]
     configs = [c | {"reward (sha256)": run.reward.get("sha256", "")[:12]} for c, run in zip(configs, runs, strict=True)]
     keys = dict.fromkeys(key for config in configs for key in config)
-    rows = [(key, tuple(to_text(c[key]) if key in c else NOTHING for c in configs)) for key in keys]
-    return tuple((key, values) for key, values in rows if len(set(values)) > 1)
+    rows = [(key, *(to_text(c[key]) if key in c else NOTHING for c in configs)) for key in keys]
+    return [row for row in rows if len(set(row[1:])) > 1]
 
 
 def flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -127,5 +127,5 @@ def _reward_value(name: str, value: str, row: Mapping[str, Any]) -> Value:
 
 def _number(value: object) -> str:
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return minus(f"{value:+g}") if value else "0"
+        return f"{value:+g}" if value else "0"
     return json.dumps(value)

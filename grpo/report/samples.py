@@ -1,19 +1,17 @@
-"""Completions from the ledger for reading: case and text in pieces, and what each token did to the loss."""
+"""Completions from the ledger for reading: the case, and what each token of a completion did to the loss."""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from torch import Tensor
 
 from grpo.config import resolve_path
 from grpo.inspection.run_reader import RunRecord
 from grpo.metrics import token_slices
-from grpo.report.number_format import NOTHING, plain, signed
+from grpo.report.charts import number
 from grpo.run.ledger import LedgerStep, read_step, recorded_steps
 from grpo.runtime.errors import UserError
 from grpo.token_budget import finish_reason
@@ -26,27 +24,25 @@ TEXT_REMARKS = {
     "off": "The ledger was written without texts and case ids (ledger.text = off): tokens are drawn as dots.",
 }
 DEPTHS = (1 / 32, 1 / 8, 1 / 4, 1 / 2)
-"""Fractions of the largest value shown from which a token's colour is one step deeper; below the first it has none."""
-FIELDS = ("token", "log-prob", "loss", "KL", "entropy", "ratio")
-"""Fields of a token's tooltip, in order. An arrow after the ratio is the side on which it was clipped."""
-TOKEN_CLASSES = {"loss": "l", "kl": "k", "entropy": "e", "surprise": "s", "ratio": "r"}
-"""Shading → first letter of its CSS class; upper case for negative values."""
+"""Fractions of the largest |loss term| from which a token's colour is one step deeper; below the first it has none."""
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Part of a completion: at most one token, entirely inside or outside the parsed answer."""
+    """One token of a completion, or all of its text if the tokens are unknown."""
 
     text: str
     classes: str
-    in_answer: bool
+    """CSS classes: "up1" … "up4" if the update makes the token likelier, "down1" … "down4" if less likely, and
+    "answer" if the token is part of the parsed answer."""
+    tooltip: str
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """One completion of a group, or several with the same tokens and reward."""
+    """One completion of a group."""
 
-    numbers: tuple[int, ...]
+    number: int
     predicted: str
     correct: bool
     reason: str
@@ -54,13 +50,11 @@ class Sample:
     advantage: str
     stop: str
     tokens: int
-    components: tuple[tuple[str, str, str], ...]
+    components: list[tuple[str, str, str]]
     """(component, reward, part of the advantage)."""
     fired: str
     """Rules whose trigger and conditions matched; stacking may leave them without a value."""
-    pieces: tuple[Piece, ...]
-    tooltips: str
-    """The tooltip of each piece's token, separated by "|"."""
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,8 +66,8 @@ class GroupSample:
     gold: int
     thinking: bool
     std: str
-    text: tuple[tuple[str, str], ...]
-    samples: tuple[Sample, ...]
+    text: list[tuple[str, str]]
+    samples: list[Sample]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +76,6 @@ class Samples:
 
     run: str
     groups: tuple[GroupSample, ...]
-    shadings: tuple[str, ...]
-    """What tokens can be coloured by."""
     remarks: tuple[str, ...]
 
 
@@ -97,16 +89,16 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
     A ledger that is missing, unreadable or without texts gives a remark.
     """
     if groups == 0:
-        return Samples(run.name, (), (), ())
+        return Samples(run.name, (), ())
     folder = run.path / "ledger"
     try:
         steps = recorded_steps(folder)
         ends_and_middle = dict.fromkeys((steps[0], steps[len(steps) // 2], steps[-1])) if steps else ()
         entries = [read_step(folder, step) for step in ends_and_middle]
     except UserError as error:
-        return Samples(run.name, (), (), (f"No completions to show: {error}.",))
+        return Samples(run.name, (), (f"No completions to show: {error}.",))
     if not entries:
-        return Samples(run.name, (), (), ("The ledger contains no step yet.",))
+        return Samples(run.name, (), ("The ledger contains no step yet.",))
     remarks = [
         f"Step {entry.step.number} of the ledger was changed after it was written: {', '.join(entry.modified_files)}."
         for entry in entries
@@ -120,18 +112,16 @@ def sample_run(run: RunRecord, *, groups: int, text: bool) -> Samples:
         remarks += [reason] if reason else []
     else:
         remarks.append(TEXT_REMARKS[entries[0].text])
-    largest = largest_values(entries)
-    budget = run.config.rollout.max_new_tokens
+    largest = max(float(entry.account.loss[0].abs().nan_to_num(0.0, 0.0).max()) for entry in entries)
     shown = tuple(
-        _group(entry, b, largest, tokenizer, budget, text=text) for entry in entries for b in _widest(entry, groups)
+        _group(entry, b, largest, tokenizer, run.config.rollout.max_new_tokens, text=text)
+        for entry in entries
+        for b in _widest(entry, groups)
     )
-    samples = [sample for group in shown for sample in group.samples]
-    uncolored = sum(not any(sample.tooltips.split("|")) for sample in samples)
+    uncolored = sum(len(sample.pieces) != sample.tokens for group in shown for sample in group.samples)
     if tokenizer and uncolored:
         remarks.append(f"{uncolored} completions are not coloured: their ids do not decode to the recorded text.")
-    colored = any(piece.classes for sample in samples for piece in sample.pieces)
-    shadings = tuple(name for name, value in largest.items() if value > 0)
-    return Samples(run.name, shown, shadings if colored else (), tuple(remarks))
+    return Samples(run.name, shown, tuple(remarks))
 
 
 def _widest(entry: LedgerStep, groups: int) -> list[int]:
@@ -141,112 +131,74 @@ def _widest(entry: LedgerStep, groups: int) -> list[int]:
 
 
 def _group(
-    entry: LedgerStep, b: int, largest: Mapping[str, float], tokenizer: Tokenizer | None, budget: int, *, text: bool
+    entry: LedgerStep, b: int, largest: float, tokenizer: Tokenizer | None, budget: int, *, text: bool
 ) -> GroupSample:
     group, scores = entry.step.groups[b], entry.step.scores[b]
     case, show_text = group.prompt.case, text and entry.text == "full"
-    identical: dict[tuple[object, ...], list[int]] = {}
+    lengths = [len(completion.ids) for other in entry.step.groups for completion in other.completions]
+    first_row = sum(len(other.completions) for other in entry.step.groups[:b])
+    slices = token_slices(lengths)[first_row : first_row + len(group.completions)]
+    samples = []
     for g in sorted(range(len(group.completions)), key=lambda g: -entry.advantages[b][g]):
-        key = group.completions[g].ids if entry.text == "full" else g
-        identical.setdefault((key, scores[g].total), []).append(g)
+        completion, score, level = group.completions[g], scores[g], scores[g].answer.level
+        parts = ((name, value, float(entry.shares[name][b][g])) for name, value in score.parts.items())
+        texts = ["·"] * len(completion.ids)
+        if show_text:
+            texts = (token_texts(tokenizer, completion) if tokenizer else None) or [completion.text]
+        sample = Sample(
+            number=g + 1,
+            predicted=f"ESI {level}" if level else "no parse",
+            correct=level == case.gold_level,
+            reason=score.answer.reason,
+            reward=f"{score.total:+.2f}",
+            advantage=f"{float(entry.advantages[b][g]):+.2f}",
+            stop=STOP_CAUSES[finish_reason(completion, max(budget, len(completion.ids)))],
+            tokens=len(completion.ids),
+            components=[(name, f"{value:+.2f}", f"{part:+.2f}") for name, value, part in parts if value or part],
+            fired=", ".join(rule.rule for rule in score.fired),
+            pieces=list(_pieces(entry, texts, slices[g], score if show_text else None, largest)),
+        )
+        samples.append(sample)
     return GroupSample(
         step=entry.step.number,
         case=case.id if text and case.id else f"group {b + 1}",
         gold=case.gold_level,
         thinking=group.prompt.thinking,
         std=f"{entry.rewards[b].std(ddof=1):.2f}",
-        text=tuple(case_pieces(case.text, scores)) if show_text else (),
-        samples=tuple(
-            _sample(entry, b, members, largest, tokenizer, budget, show_text=show_text)
-            for members in identical.values()
-        ),
+        text=list(case_pieces(case.text, scores)) if show_text else [],
+        samples=samples,
     )
 
 
-def _sample(
-    entry: LedgerStep,
-    b: int,
-    members: Sequence[int],
-    largest: Mapping[str, float],
-    tokenizer: Tokenizer | None,
-    budget: int,
-    *,
-    show_text: bool,
-) -> Sample:
-    g, group = members[0], entry.step.groups[b]
-    completion, score = group.completions[g], entry.step.scores[b][g]
-    level = score.answer.level
-    row = sum(len(other.completions) for other in entry.step.groups[:b]) + g
-    tokens = token_slices([len(c.ids) for other in entry.step.groups for c in other.completions])[row]
-    values = {name: column[tokens] for name, column in shadings(entry).items()}
-    classes = [token_classes(values, token, largest) for token in range(len(completion.ids))]
-    pieces = list(completion_pieces(completion, score, classes, tokenizer, show_text=show_text))
-    parts = ((name, value, float(entry.shares[name][b][g])) for name, value in score.parts.items())
-    return Sample(
-        numbers=tuple(member + 1 for member in members),
-        predicted=f"ESI {level}" if level else "no parse",
-        correct=level == group.prompt.case.gold_level,
-        reason=score.answer.reason,
-        reward=signed(score.total),
-        advantage=signed(float(entry.advantages[b][g])),
-        stop=STOP_CAUSES[finish_reason(completion, max(budget, len(completion.ids)))],
-        tokens=len(completion.ids),
-        components=tuple((name, signed(value), signed(part)) for name, value, part in parts if value or part),
-        fired=", ".join(rule.rule for rule in score.fired),
-        pieces=tuple(piece for piece, _ in pieces),
-        tooltips="|".join("" if token is None else tooltip(entry, tokens.start + token, token) for _, token in pieces),
-    )
+def _pieces(
+    entry: LedgerStep, texts: Sequence[str], tokens: slice, score: Score | None, largest: float
+) -> Iterator[Piece]:
+    """Yield the pieces of the completion whose packed tokens are ``tokens``; without a score, no answer is marked."""
+    if len(texts) != tokens.stop - tokens.start:
+        yield Piece("".join(texts), "", "")
+        return
+    begin, end = (score.answer.span if score else None) or (0, 0)
+    position = 0
+    for index, text in zip(range(tokens.start, tokens.stop), texts, strict=True):
+        loss = float(entry.account.loss[0][index])
+        depth = sum(abs(loss) >= edge * largest > 0 for edge in DEPTHS)
+        classes = [f"{'down' if loss > 0 else 'up'}{depth}"] if depth else []
+        if position < end and position + len(text) > begin:
+            classes.append("answer")
+        yield Piece(text, " ".join(classes), _tooltip(entry, index))
+        position += len(text)
 
 
-def shadings(entry: LedgerStep) -> dict[str, np.ndarray]:
-    """Return the [M] values of each shading: of the first inner epoch, and the log ratio of the last."""
-    account, tokens = entry.account, entry.step.logprobs
-    columns: dict[str, Tensor] = {"loss": account.loss[0], "entropy": tokens.entropy, "surprise": -tokens.logprobs[0]}
-    if account.kl is not None:
-        columns["kl"] = account.kl[0]
-    if len(account.ratio) > 1:
-        columns["ratio"] = account.ratio[-1].log()
-    return {name: column.double().numpy() for name, column in columns.items()}
-
-
-def largest_values(entries: Sequence[LedgerStep]) -> dict[str, float]:
-    """Return the largest finite |value| of each shading over all entries, 0 for a shading without values."""
-    largest = dict.fromkeys(TOKEN_CLASSES, 0.0)
-    for entry in entries:
-        for name, values in shadings(entry).items():
-            largest[name] = max(largest[name], float(np.abs(values[np.isfinite(values)]).max(initial=0.0)))
-    return largest
-
-
-def token_classes(values: Mapping[str, np.ndarray], token: int, largest: Mapping[str, float]) -> str:
-    """Return the CSS classes of one token, for example "l2 k1 E4"."""
-    classes = []
-    for name, column in values.items():
-        value, letter = float(column[token]), TOKEN_CLASSES[name]
-        if largest[name] > 0 and math.isfinite(value):
-            depth = sum(abs(value) / largest[name] >= edge for edge in DEPTHS)
-            classes += [f"{letter if value > 0 else letter.upper()}{depth}"] if depth else []
-    return " ".join(classes)
-
-
-def tooltip(entry: LedgerStep, index: int, token: int) -> str:
-    """Return the `FIELDS` of a token, separated by spaces.
-
-    Args:
-        index: position among all tokens of the step.
-        token: position in its completion.
-    """
+def _tooltip(entry: LedgerStep, index: int) -> str:
+    """Return the values of a packed token; an arrow after the ratio is the side on which it was clipped."""
     account, tokens = entry.account, entry.step.logprobs
     arrow = {-1: "↓", 1: "↑"}.get(int(account.clip_side[-1][index]), "")
-    fields = (
-        str(token + 1),
-        plain(float(tokens.logprobs[0][index])),
-        plain(float(account.loss[0][index])),
-        NOTHING if account.kl is None else plain(float(account.kl[0][index])),
-        plain(float(tokens.entropy[index])),
-        f"{float(account.ratio[-1][index]):.4g}{arrow}",
+    kl = None if account.kl is None else float(account.kl[0][index])
+    return (
+        f"log-prob {number(float(tokens.logprobs[0][index]))}, loss {number(float(account.loss[0][index]))}, "
+        f"KL {number(kl)}, entropy {number(float(tokens.entropy[index]))}, "
+        f"ratio {float(account.ratio[-1][index]):.4g}{arrow}"
     )
-    return " ".join(fields)
 
 
 def case_pieces(text: str, scores: Sequence[Score]) -> Iterator[tuple[str, str]]:
@@ -255,25 +207,6 @@ def case_pieces(text: str, scores: Sequence[Score]) -> Iterator[tuple[str, str]]
     edges = sorted({0, len(text), *(min(max(edge, 0), len(text)) for _, span in spans for edge in span)})
     for start, stop in pairwise(edges):
         yield text[start:stop], ", ".join(sorted({rule for rule, (a, z) in spans if a <= start < z}))
-
-
-def completion_pieces(
-    completion: Completion, score: Score, classes: Sequence[str], tokenizer: Tokenizer | None, *, show_text: bool
-) -> Iterator[tuple[Piece, int | None]]:
-    """Split a completion at tokens and at the ends of the parsed answer; yield each piece with its token's index."""
-    if not show_text:
-        yield from ((Piece("·", token_class, False), token) for token, token_class in enumerate(classes))
-        return
-    answer = range(*(score.answer.span or (0, 0)))
-    texts = token_texts(tokenizer, completion) if tokenizer else None
-    start = 0
-    for token, text in enumerate(texts or [completion.text]):
-        stop = start + len(text)
-        cuts = sorted({start, stop, *(edge for edge in (answer.start, answer.stop) if start < edge < stop)})
-        for left, right in pairwise(cuts):
-            piece = Piece(text[left - start : right - start], classes[token] if texts else "", left in answer)
-            yield piece, token if texts else None
-        start = stop
 
 
 def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[str] | None:
@@ -297,23 +230,13 @@ def token_texts(tokenizer: Tokenizer, completion: Completion) -> list[str] | Non
 
 def load_tokenizer(name: str) -> tuple[Tokenizer | None, str]:
     """Load a base model's tokenizer from local files; else return None and the reason. Nothing is downloaded."""
-    folder = resolve_path(name)
-    file = folder / "tokenizer.json" if folder.is_dir() else _cached_tokenizer(name)
-    if file is None or not file.is_file():
-        return None, f"Tokens are not coloured: the tokenizer of {name} is not on this machine."
-    try:
-        return Tokenizer.from_file(str(file)), ""
-    except Exception as error:  # the library raises bare exceptions
-        return None, f"Tokens are not coloured: {file.name} of {name} cannot be read ({type(error).__name__})."
-
-
-def _cached_tokenizer(name: str) -> Path | None:
-    """Return ``tokenizer.json`` of a hub id from the local cache."""
     from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.utils import HFValidationError
 
+    folder = resolve_path(name)
     try:
-        path = try_to_load_from_cache(name, "tokenizer.json")
-    except HFValidationError:
-        return None
-    return Path(path) if isinstance(path, str) else None
+        file = folder / "tokenizer.json" if folder.is_dir() else try_to_load_from_cache(name, "tokenizer.json")
+        if not isinstance(file, str | Path) or not Path(file).is_file():
+            return None, f"Tokens are not coloured: the tokenizer of {name} is not on this machine."
+        return Tokenizer.from_file(str(file)), ""
+    except Exception as error:  # a name that is no hub id, or a damaged file: tokenizers raises bare exceptions
+        return None, f"Tokens are not coloured: the tokenizer of {name} cannot be read ({type(error).__name__})."

@@ -17,11 +17,10 @@ from hypothesis import strategies as st
 from grpo.commands.merge import merge
 from grpo.config import TINY_WORLD_DIR, key_comments, load_config
 from grpo.inspection.run_reader import read_run
-from grpo.report.evaluation import RATES, before_after
+from grpo.report.evaluation import RATES, EvaluatedSet, evaluated_sets
 from grpo.report.model_card import (
     MAX_CELL_CHARS,
     escape,
-    evaluation_tables,
     model_card,
     training_table,
     write_model_card,
@@ -163,7 +162,7 @@ def test_the_reward_is_shown_with_its_grades(tmp_path: Path) -> None:
     card = model_card(make_run(tmp_path / "run").path)
     grades = {row[0]: (row[1], row[2]) for row in table(card, "| reward |")[2:]}
     assert "Reward set v49: v46's table with rule-aware modifiers" in card
-    assert grades["no parse"] == ("−2", "known") and grades["exact"] == ("+1", "inferred")
+    assert grades["no parse"] == ("-2", "known") and grades["exact"] == ("+1", "inferred")
     assert (
         grades["severe&#95;pain&#95;missed"] if "severe&#95;pain&#95;missed" in grades else grades["severe_pain_missed"]
     )
@@ -195,13 +194,15 @@ def test_evaluations_are_first_and_last_with_intervals_and_constants(tmp_path: P
     assert rows["step 300"][:3] == ["on", "77.8 % (61.9–88.3)", "100.0 % (90.4–100.0)"]
     assert rows["always 1"][1] == "38.9 %" and rows["always 2"][2] == "83.3 %", "as SERIES of the real 36 says"
     assert rows["always 3"][1:] == ["13.9 %", "55.6 %", "38.9 %", "100.0 %", "–", "–"]
-    assert table(card, "Exact where a rule")[2:] == [["severe_pain_missed", "on", "2", "50.0 %", "77.8 %"]]
+    assert table(card, "Exact where a rule")[2:] == [
+        ["severe_pain_missed", "on", "2", "50.0 % (9.5–90.5)", "77.8 % (21.2–97.9)"]
+    ]
 
 
-def tables_of(tmp_path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+def tables_of(tmp_path: Path, record: dict[str, Any]) -> list[EvaluatedSet]:
     run = make_run(tmp_path / "run")
     write_json(run.evaluations, [record])
-    tables = evaluation_tables(before_after(read_run(run.path)))
+    tables = evaluated_sets(read_run(run.path))
     shutil.rmtree(run.path)
     return tables
 
@@ -209,22 +210,22 @@ def tables_of(tmp_path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
 def test_under_triage_of_esi_1_and_2_is_shown_as_a_share_of_them(tmp_path: Path) -> None:
     column = [field for field, _, _ in RATES].index("high_acuity_under")
     (shown,) = tables_of(tmp_path, evaluation(9, 0.5))
-    assert shown["rows"][0]["cells"][column] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
+    assert shown.rows[0]["cells"][column] == "28.0 % (14.3–47.6)", "7 of 25, not of 36"
     (none,) = tables_of(tmp_path, evaluation(9, 0.5, high_acuity_under=None, high_acuity_n=0))
-    assert none["rows"][0]["cells"][column] == "–"
+    assert none.rows[0]["cells"][column] == "–"
     old = {key: value for key, value in evaluation(9, 0.5).items() if key != "high_acuity_n"}
     (before,) = tables_of(tmp_path, old)
-    assert before["rows"][0]["cells"][column] == "–", "a record without high_acuity_n meant a share of all cases"
+    assert before.rows[0]["cells"][column] == "–", "a record without high_acuity_n meant a share of all cases"
 
 
 def test_recorded_intervals_are_shown(tmp_path: Path) -> None:
     (shown,) = tables_of(tmp_path, evaluation(9, 0.5, intervals={"exact": [0.1, 0.9]}))
-    assert shown["rows"][0]["cells"][:2] == ["50.0 % (10.0–90.0)", "100.0 % (90.4–100.0)"]
+    assert shown.rows[0]["cells"][:2] == ["50.0 % (10.0–90.0)", "100.0 % (90.4–100.0)"]
 
 
 def test_a_confusion_matrix_of_other_counts_gives_no_constants(tmp_path: Path) -> None:
     (shown,) = tables_of(tmp_path, evaluation(9, 0.5, confusion={"1": [2**40, 0, 0, 0, 0, 0]}))
-    assert [row["model"] for row in shown["rows"]] == ["step 9"]
+    assert [row["model"] for row in shown.rows] == ["step 9"]
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------

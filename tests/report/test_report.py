@@ -4,12 +4,10 @@ rewards and records, with random log-probabilities."""
 import base64
 import dataclasses
 import hashlib
-import html
 import json
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -30,12 +28,10 @@ from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.inspection.run_reader import read_run
 from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
 from grpo.report import page as page_module
-from grpo.report.charts import COLORS, LEFT, RIGHT, WIDTH, Level, Line, Panel, chart
-from grpo.report.evaluation import before_after, verdict
-from grpo.report.figures import SECTIONS
-from grpo.report.number_format import plain, tick_labels, ticks
-from grpo.report.samples import DEPTHS, FIELDS, TOKEN_CLASSES, sample_run, token_texts
-from grpo.report.views import draw, running_mean, thinned
+from grpo.report.charts import COLORS, Line, Zone, line_chart, number, ticks
+from grpo.report.evaluation import evaluated_sets
+from grpo.report.figures import MAX_POINTS, SECTIONS, averaged, draw
+from grpo.report.samples import DEPTHS, sample_run, token_texts
 from grpo.run.folder import RunFolder, append_metrics, create_run, nan_to_none, write_json
 from grpo.run.ledger import read_step, write_step
 from grpo.types import Case, Completion, Group, Prompt, StepLogprobs, StepRecord
@@ -50,7 +46,6 @@ ATTACKS = (
     "</script><img src=x onerror=hit()>",
     "</style></div>\u202e<b onclick=hit()>&amp;\x00",
 )
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 CASES = (
     Case("case-a", "54 yo man arrived intubated after a fall. Central line placed, BP 120/58.", 1),
@@ -84,7 +79,7 @@ def record_run(
     reward = load_reward("v49")
     create_run(folder, config, source, reward, device="a test")
     random = torch.Generator().manual_seed(0)
-    for number in range(1, steps + 1):
+    for step_number in range(1, steps + 1):
         groups, scores = [], []
         for case in cases:
             completions = tuple(completion(text) for text in said)
@@ -104,7 +99,9 @@ def record_run(
         count = int(batch.completion_mask.sum())
         noise = [torch.rand(count, generator=random) for _ in range(2)]
         tokens = StepLogprobs(-noise[0].unsqueeze(0), -noise[1], noise[1])
-        step = StepRecord(number, tuple(groups), tuple(scores), batch, tokens, (), 0.1 / number, 0.5 / number, 0)
+        step = StepRecord(
+            step_number, tuple(groups), tuple(scores), batch, tokens, (), 0.1 / step_number, 0.5 / step_number, 0
+        )
         write_recorded(folder, step, text)
     return folder
 
@@ -202,47 +199,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_answer_comes_first(whole: Path) -> None:
+def test_evaluations_before_and_after_have_intervals_and_a_test(whole: Path) -> None:
     page = Page(report(whole))
-    assert page.shows("Exact answers rose in both thinking modes")
-    assert page.shows(
-        "On test, 20 cases, exact answers went from 45.0 % [25.8–65.8] to 95.0 % [76.4–99.1] with thinking"
-    )
-    assert page.shows("10 fixed, 0 broken; exact McNemar test, p = 0.002")
-    assert page.shows("Always 2: 100.0 %."), "all cases are of gold 2"
-    assert page.text.index("exact answers went") < page.text.index("Recipe")
+    assert page.shows("test 20 cases, 20 of them with gold 1 or 2")
+    assert page.shows("before training on 45.0 % (25.8–65.8)") and page.shows("step 3 on 95.0 % (76.4–99.1)")
+    assert page.shows("Exact answers, thinking on: 10 fixed, 0 broken; exact McNemar test, p = 0.002")
+    assert page.shows("always 2 – 100.0 %"), "all cases are of gold 2"
+    assert page.shows("severe_pain_missed on 4 25.0 % (4.6–69.9) 25.0 % (4.6–69.9)")
+    assert not page.shows("lifesaving_missed on"), "a rule without cases"
+    assert page.text.index("Evaluation") < page.text.index("Mean reward") < page.text.index("max_new_tokens")
 
 
-@pytest.mark.parametrize(
-    ("before", "after", "paired", "unpaired"),
-    [
-        ((9, 9), (19, 19), "Exact answers rose in both thinking modes", "Exact answers rose in both thinking modes"),
-        ((19, 19), (9, 9), "Exact answers fell in both thinking modes", "Exact answers fell in both thinking modes"),
-        (
-            (9, 9),
-            (14, 4),
-            "No clear change in exact answers in both thinking modes",
-            "No clear change in exact answers in",
-        ),
-        (
-            (9, 9),
-            (15, 3),
-            "Exact answers rose with thinking, fell without thinking",
-            "No clear change in exact answers in",
-        ),
-        ((9, 9), (15, 9), "Exact answers rose with thinking, did not clearly change without", "No clear change"),
-    ],
-)
-def test_a_change_is_claimed_where_the_cases_or_the_intervals_show_one(
-    whole: Path, tmp_path: Path, before: tuple[int, int], after: tuple[int, int], paired: str, unpaired: str
-) -> None:
-    """Of 20 cases; six fixed and none broken is p = 2·½⁶ = 0.03, five p = 0.06."""
+def test_answers_that_are_missing_give_no_test(whole: Path, tmp_path: Path) -> None:
     folder = copy(whole, tmp_path)
-    rights = {0: dict(zip(("on", "off"), before, strict=True)), 3: dict(zip(("on", "off"), after, strict=True))}
-    add_evaluations(folder, *(evaluation(s, mode, right) for s, pair in rights.items() for mode, right in pair.items()))
-    assert verdict(read_run(folder), "test")[0].startswith(paired)
     shutil.rmtree(folder / "eval")
-    assert verdict(read_run(folder), "test")[0].startswith(unpaired)
+    assert [shown.changes for shown in evaluated_sets(read_run(folder))] == [[]]
 
 
 def copy(folder: Path, to: Path) -> Path:
@@ -250,23 +221,15 @@ def copy(folder: Path, to: Path) -> Path:
     return to / "run"
 
 
-def test_every_figure_with_a_value_is_drawn_and_reads_what_was_logged(whole: Path) -> None:
+def test_every_figure_with_a_value_is_drawn_and_shows_the_last_value(whole: Path) -> None:
     page = Page(report(whole))
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    for title in (
-        "Mean reward", "Both reward stds", "Groups without a signal", "Reward by component", "Advantage by component",
-        "Finished and truncated", "Clipped ratio", "Lengths against the budget", "Why nothing was parsed",
-        "Pull of the truncated", "KL to the reference", "Entropy", "Loss", "Gradient norm", "Learning rate",
-        "Sampler and trainer apart", "Seconds per step", "Tokens per second", "Peak memory",
-    ):  # fmt: skip
-        assert page.shows(title), title
-    read = [attributes["data-read"] for tag, attributes in page.tags if tag == "output"]
-    assert "|".join(f"{r['reward/mean']:+.2f}".replace("-", "−") for r in rows) in read
-    assert "|".join(f"{100 * r['completions/clipped_ratio']:.1f} %" for r in rows) in read
-    assert "1|1|1" in read, "GiB"
-    assert page.shows("0 at every step and not drawn: Tokens with a clipped ratio (clip_ratio/low, clip_ratio/high)")
-    steps = {a["data-steps"] for t, a in page.tags if t == "figure"}
-    assert steps == {"1 2 3"}
+    last = json.loads((whole / "metrics.jsonl").read_text().splitlines()[-1])
+    titles = [figure.title for figures in SECTIONS.values() for figure in figures]
+    assert page.count("figure") == len(titles) and all(page.shows(title) for title in titles)
+    assert page.count("svg") == len(titles) - 2, "clip ratio and zero variance are always 0"
+    assert page.shows(f"mean {last['reward/mean']:.3g}")
+    assert page.shows(f"clipped_ratio {100 * last['completions/clipped_ratio']:.1f} %")
+    assert page.shows("Always 0: below 1 − clip_low, above 1 + clip_high.")
 
 
 def test_the_recipe_shows_grades_and_what_was_set(whole: Path) -> None:
@@ -276,15 +239,14 @@ def test_the_recipe_shows_grades_and_what_was_set(whole: Path) -> None:
         "v49's note serves an equal value"
     )
     assert page.shows(f"max_new_tokens {BUDGET} set v49: 1024"), "and the file's note does not serve another one"
-    assert page.shows("no parse −2 known v49's card")
+    assert page.shows("no parse -2 known v49's card")
 
 
 def test_nothing_is_loaded_and_the_policy_names_what_runs(whole: Path) -> None:
     page = Page(report(whole))
     (policy,) = [a["content"] or "" for t, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    for kind in ("style", "script"):
-        digest = base64.b64encode(hashlib.sha256(page.raw[kind].encode()).digest()).decode()
-        assert page.count(kind) == 1 and f"{kind}-src 'sha256-{digest}'" in policy
+    digest = base64.b64encode(hashlib.sha256(page.raw["style"].encode()).digest()).decode()
+    assert page.count("style") == 1 and f"style-src 'sha256-{digest}'" in policy and page.count("script") == 0
     assert "default-src 'none'" in policy and "unsafe" not in policy
     loaded = [a.get("src") or a.get("href") or "" for t, a in page.tags if "src" in a or "href" in a]
     assert all(link.startswith(("#", "data:,")) for link in loaded) and len(loaded) > 5
@@ -309,7 +271,7 @@ def test_what_a_model_or_a_case_says_stays_text(tmp_path: Path, attack: str, col
     for tag in ("script", "style", "img", "b"):
         more = 1 if tag == "b" else 0
         assert page.count(tag) <= clean.count(tag) + more * 100 and page.count(tag) >= 0
-    assert page.count("script") == page.count("style") == 1 and page.count("img") == 0
+    assert page.count("script") == 0 and page.count("style") == 1 and page.count("img") == 0
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
     assert page.shows(f"Intubated {shown}") and page.shows(f"{shown}</think>ANSWER: ESI 1")
     assert page.text.count(attack.split("\u202e")[0]) >= 3, "case id, case, completion, tag, note"
@@ -346,32 +308,27 @@ def test_a_ledger_without_texts_shows_its_numbers(tmp_path: Path, text: str) -> 
 def test_tokens_are_colored_by_what_they_did_to_the_loss(whole: Path) -> None:
     entry = read_step(whole / "ledger", 1)
     shown = sample_run(read_run(whole), groups=9, text=True)
-    assert shown.shadings == ("loss", "kl", "entropy", "surprise") and not shown.remarks
+    assert not shown.remarks
     assert {(g.step, g.case) for g in shown.groups} == {(s, c.id) for s in (1, 2, 3) for c in CASES}
     group, other = (next(g for g in shown.groups if g.step == 1 and g.case == case.id) for case in CASES)
     assert [text for text, name in group.text if name] == ["intubat"]
     assert [text for text, name in other.text if name] == ["Open fracture", "pain 9/10"]
     for b, one in enumerate((group, other)):
         order = sorted(range(4), key=lambda g: -entry.advantages[b][g])
-        assert [s.numbers for s in one.samples] == [(g + 1,) for g in order]
+        assert [s.number for s in one.samples] == [g + 1 for g in order]
         for g, sample in zip(order, one.samples, strict=True):
             before = sum(
                 len(c.ids) for c in (*entry.step.groups[0].completions, *entry.step.groups[1].completions)[: 4 * b + g]
             )
-            number, logprob, loss, *_ = sample.tooltips.split("|")[1].split(" ")
-            assert (number, logprob) == ("2", plain(float(entry.step.logprobs.logprobs[0][before + 1])))
-            assert loss == plain(float(entry.account.loss[0][before + 1])), "the second token's, of this very row"
-            signs = {c[0] for piece in sample.pieces for c in piece.classes.split() if c[0] in "lL"}
-            assert signs == ({"L"} if entry.advantages[b][g] > 0 else {"l"}), "KL is small beside the advantage here"
-            answer = "".join(piece.text for piece in sample.pieces if piece.in_answer)
-            assert answer == ("" if sample.predicted == "no parse" else f"ANSWER: {sample.predicted}")
-
-
-def test_identical_completions_are_shown_once(tmp_path: Path) -> None:
-    folder = record_run(tmp_path / "run", steps=1, said=(*SAID[:2], SAID[1], SAID[2], SAID[1].replace("Looks", "Is")))
-    (group, _) = sample_run(read_run(folder), groups=2, text=True).groups
-    assert sorted(sample.numbers for sample in group.samples) == [(1,), (2, 3), (4,), (5,)]
-    assert Page(report(folder)).shows("Identical completions 2, 3")
+            tooltip = sample.pieces[1].tooltip
+            logprob = number(float(entry.step.logprobs.logprobs[0][before + 1]))
+            loss = number(float(entry.account.loss[0][before + 1]))
+            assert tooltip.startswith(f"log-prob {logprob}, loss {loss}, KL "), "the second token's, of this very row"
+            classes = {name for piece in sample.pieces for name in piece.classes.split()}
+            signs = {name[:-1] for name in classes - {"answer"}}
+            assert signs == ({"up"} if entry.advantages[b][g] > 0 else {"down"}), "KL is small beside the advantage"
+            answer = "".join(piece.text for piece in sample.pieces if "answer" in piece.classes)
+            assert answer.strip() == ("" if sample.predicted == "no parse" else f"ANSWER: {sample.predicted}")
 
 
 @given(st.text(max_size=30))
@@ -384,13 +341,8 @@ def test_token_texts_add_up_to_what_was_said(text: str) -> None:
 
 
 def test_missing_pieces_are_said(tmp_path: Path) -> None:
-    empty = record_run(tmp_path / "empty", steps=0)
-    page = Page(report(empty))
-    assert (
-        page.shows("No step is done yet")
-        and page.shows("There is no evaluation yet")
-        and page.shows("Not evaluated yet")
-    )
+    page = Page(report(record_run(tmp_path / "empty", steps=0)))
+    assert page.shows("No step is done yet") and page.shows("There is no evaluation yet")
     assert page.shows("No completions to show") and page.count("figure") == 0
 
     going = record_run(tmp_path / "going", steps=2, planned=5)
@@ -399,13 +351,13 @@ def test_missing_pieces_are_said(tmp_path: Path) -> None:
         file.write('{"step": 3, "loss": 0.')
     shutil.rmtree(going / "ledger")
     page = Page(report(going))
-    assert page.shows("At step 2 of 5") and page.shows("The run is not finished, or was not when it was copied: 2 of 5")
+    assert page.shows("The run is not finished, or was not when it was copied: 2 of 5")
     assert page.shows("last line of metrics.jsonl is torn") and page.shows("only the warm start was evaluated")
     assert page.shows("No completions to show") and page.shows("no ledger in this run")
     assert page.shows("Started") and not page.shows("Last step")
 
     page = Page(report(record_run(tmp_path / "one", steps=1)))
-    assert page.count("figure") > 15 and page.count("circle") > 10 and page.shows("Mean reward")
+    assert page.count("figure") > 15 and page.shows("Mean reward")
 
 
 def test_a_changed_ledger_is_named(whole: Path, tmp_path: Path) -> None:
@@ -420,18 +372,15 @@ def test_several_runs_stand_side_by_side(whole: Path, tmp_path: Path) -> None:
     other = record_run(tmp_path / "other", steps=2, more=["loss.beta=0.1", "train.seed=7", "name=other"])
     add_evaluations(other, evaluation(0, "on", 9), evaluation(2, "on", 9))
     page = Page(report(whole, other))
-    assert page.shows("2 runs side by side") and page.shows("tiny: exact answers rose in both thinking modes")
-    assert page.shows("other: no clear change in exact answers")
     assert (
         page.shows("loss.beta 0.04 0.1") and page.shows("train.seed 42 7") and not page.shows("loss.clip_low 0.2 0.2")
     )
-    read = [a["data-read"] or "" for t, a in page.tags if t == "output"]
-    assert any(r.endswith("|–") for r in read), "the shorter run has no third step"
+    assert re.search(r"Mean reward\s+tiny\s+\S+\s+other\s+\S+\s", page.text), "one chart for both"
     assert page.shows("Reward by component: tiny") and page.shows("Reward by component: other")
     assert page.shows("tiny · test") and page.shows("other · test")
 
     page = Page(report(whole, copy(whole, tmp_path)))
-    assert page.shows("whole: exact") and page.shows("run: exact"), "equal names give way to the folders'"
+    assert page.shows("whole · test") and page.shows("run · test"), "equal names give way to the folders'"
     assert page.shows("None: their configs and rewards are equal.")
 
 
@@ -441,7 +390,7 @@ def test_the_page_keeps_its_size(whole: Path, capsys: pytest.CaptureFixture[str]
     kept = report(whole, more=["--max-mb", str(limit)])
     assert bare <= len(kept.encode()) <= limit * 1e6
     left_out = re.search(r"(\d+) groups? of completions omitted to keep the page", kept)
-    assert left_out and int(left_out[1]) + kept.count('<details class="group"') == 6
+    assert left_out and int(left_out[1]) + len(re.findall(r"<summary>Step ", kept)) == 6
     assert "omitted" in capsys.readouterr().out
     assert main([str(whole), "--out", str(whole.parent / "none.html"), "--max-mb", "0.01"]) == 2
     assert "even without completions" in capsys.readouterr().err and not (whole.parent / "none.html").exists()
@@ -486,87 +435,58 @@ def test_a_page_is_its_owners_alone_and_never_half_written(whole: Path, tmp_path
     assert main([str(whole), "--samples", "-1"]) == 2
 
 
-@given(st.floats(-1e6, 1e6), st.floats(1e-9, 1e6), st.integers(2, 8))
-def test_ticks_are_round_even_and_within(low: float, width: float, most: int) -> None:
-    high = low + width
-    if high - low < 1e-9 * max(abs(low), abs(high)):
-        return  # narrower than a float's digits
-    marks = ticks(low, high, most)
-    assert 1 <= len(marks) <= max(most, 2)
-    assert all(low - 1e-6 * width <= mark <= high + 1e-6 * width for mark in marks)
-    steps = np.diff(marks)
-    assert np.allclose(steps, steps[:1], rtol=1e-3)
-
-
-def test_tick_labels_tell_ticks_apart() -> None:
-    for marks in ([0.0, 2e-7, 4e-7], [0.0, 0.005], [9_000.0, 10_000.0], [-0.5, 0.0, 0.5]):
-        for kind in ("plain", "percent", "whole"):
-            assert len(set(tick_labels(marks, kind))) == len(marks)
+@given(st.floats(-1e6, 0), st.floats(1e-9, 1e6))
+def test_ticks_are_round_even_and_within(low: float, high: float) -> None:
+    marks = ticks(low, high)
+    assert 1 <= len(marks) <= 7 and 0 in marks
+    assert all(low - 1e-6 * (high - low) <= mark <= high + 1e-6 * (high - low) for mark in marks)
+    spacings = np.diff(marks)
+    assert np.allclose(spacings, spacings[:1], rtol=1e-3)
 
 
 def test_a_chart_draws_each_point_where_it_belongs() -> None:
-    panel = Panel(
-        [1, 2, 3, 5], [Line("a", [0.0, 1.0, None, 0.5], 0)], levels=[Level("<here>", 1.0, 1.0)], floor=0.0, ceiling=1.0
-    )
-    root = ElementTree.fromstring(str(chart(panel, title='a "title" <b>')))
-    assert root.get("aria-label") == 'a "title" <b>' and [
-        t.text for t in root.iter("text") if t.get("class") == "note"
-    ] == ["<here>"]
-    (path,) = [e for e in root.iter("path") if e.get("class") == "line c0"]
-    assert path.get("d") == "M48.0,166.0 124.0,10.0", "bottom left, then a quarter across at the top; then a gap"
-    (dot,) = list(root.iter("circle"))
-    assert (dot.get("cx"), dot.get("cy")) == ("352.0", "88.0")
-
-
-def test_a_zone_spans_its_values() -> None:
-    zone = Level("zone", 0.25, 0.75)
-    root = ElementTree.fromstring(
-        str(chart(Panel([0, 1], [Line("a", [0.0, 1.0], 0)], levels=[zone], floor=0.0, ceiling=1.0), title="t"))
-    )
-    (box,) = [e for e in root.iter("rect") if e.get("class") == "zone"]
+    line = Line("a", [(1, 0.0), (2, 1.0), (3, None), (5, 0.5)], 0)
+    chart = line_chart("title", "caption", [line], zones=[Zone("<here>", 0.25, 0.75)])
+    root = ElementTree.fromstring(str(chart.svg))
+    assert chart.legend == (("a", 0, "0.5"),)
+    assert [e.text for e in root.iter("text") if e.get("class") == "note"] == ["<here>"]
+    (path,) = root.iter("path")
+    assert path.get("d") == "M48.0,166.0L48.0,166.0L124.0,10.0M352.0,88.0L352.0,88.0", "a gap, then a dot"
+    (box,) = root.iter("rect")
     assert (box.get("y"), box.get("height")) == ("49.0", "78.0"), "from 166 at 0 to 10 at 1"
     config, _ = load_config(TINY)
-    assert SECTIONS["Token budget"][0].levels(config) == (Level("card 4–19 %", 0.04, 0.19),), "the card's band"
+    assert SECTIONS["Token budget"][0].zones(config) == (Zone("card 4–19 %", 0.04, 0.19),), "the card's band"
 
 
-def test_long_runs_are_smoothed_and_still_read_every_step(whole: Path) -> None:
+@given(st.lists(st.none() | st.floats(-1e100, 1e100), min_size=1, max_size=5))
+def test_any_values_give_a_chart(values: list[float | None]) -> None:
+    svg = str(line_chart("", "", [Line("", list(enumerate(values)), 0)]).svg)
+    ElementTree.fromstring(svg)
+    assert "nan" not in svg and "inf" not in svg
+
+
+def test_long_runs_are_averaged(whole: Path) -> None:
     run, figure = read_run(whole), SECTIONS["Reward"][0]
-    values = [float(i % 7) for i in range(100)]
-    long = dataclasses.replace(run, metrics=tuple({"step": i + 1, "reward/mean": v} for i, v in enumerate(values)))
-    short = dataclasses.replace(run, name="short", metrics=long.metrics[:90])
-    (alone,) = draw(figure, [long])
-    (both,) = draw(figure, [long, short])
-    said = [f"{v:+.2f}" if v else "0.00" for v in values]
-    assert alone.legend[0].values.split("|") == said and both.legend[0].values.split("|") == said
-    assert both.legend[1].values.split("|") == [*said[:90], *["–"] * 10]
-    assert [view.svg.count('class="faint') for view in (alone, both)] == [1, 2]
-    assert all("bold: running mean" in view.note for view in (alone, both))
+    metrics = tuple({"step": i + 1, "reward/mean": float(i % 2)} for i in range(2 * MAX_POINTS))
+    (alone,) = draw(figure, [dataclasses.replace(run, metrics=metrics)])
+    assert alone.legend == (("mean", 0, "0.5"),) and "Each point is the mean of 2 steps." in alone.caption
+    (both,) = draw(figure, [dataclasses.replace(run, metrics=metrics), dataclasses.replace(run, name="short")])
+    assert [label for label, _, _ in both.legend] == ["tiny", "short"]
 
 
-def test_style_sheet_and_script_agree_with_the_code() -> None:
-    style, script = (Path(page_module.__file__).with_name(f"page.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    for shading, letter in TOKEN_CLASSES.items():
-        signs = letter + (letter.upper() if shading in ("loss", "kl", "ratio") else "")
-        for sign in signs:
-            for depth in range(1, len(DEPTHS) + 1):
-                assert re.search(rf"#shade-{shading}:checked\) \.{sign}{depth}\b", style), (shading, sign, depth)
-        assert f"#shade-{shading}:checked) #note-{shading}" in style
-    for color in range(COLORS):
-        assert f".c{color} {{ stroke" in style and f".f{color} {{ fill" in style
-    assert f"LEFT = {LEFT:g}, RIGHT = {WIDTH - RIGHT:g};" in script and f"* {WIDTH:g};" in script
-    assert f"FIELDS = {json.dumps(list(FIELDS))};" in script
+def test_style_sheet_agrees_with_the_code() -> None:
+    style = Path(page_module.__file__).with_name("page.css").read_text("utf-8")
+    assert all(f".{kind}{depth + 1} {{" in style for kind in ("up", "down") for depth in range(len(DEPTHS)))
+    assert all(f".c{color} {{ stroke" in style and f".k{color} {{ color" in style for color in range(COLORS))
 
 
 @given(st.lists(st.none() | st.floats(-10, 10), max_size=50), st.integers(1, 20))
-def test_thinning_and_smoothing_keep_means_and_gaps(values: list[float | None], most: int) -> None:
-    rows = [{"step": i + 1, "kl": value} for i, value in enumerate(values)]
-    thin, note = thinned(rows, most)
-    assert len(thin) <= most and (note == "") == (len(rows) <= most)
-    assert not rows or thin[-1]["step"] == len(rows)
-    smooth = running_mean(values)
-    assert [v is None for v in smooth] == [v is None for v in values]
+def test_averaging_keeps_means_and_gaps(values: list[float | None], limit: int) -> None:
+    means = averaged([(i + 1, value) for i, value in enumerate(values)], limit)
+    assert len(means) <= limit and (not values or means[-1][0] == len(values))
     known = [v for v in values if v is not None]
-    assert all(min(known) - 1e-9 <= v <= max(known) + 1e-9 for v in smooth if v is not None)
+    assert all(min(known) - 1e-9 <= v <= max(known) + 1e-9 for _, v in means if v is not None)
+    assert bool(known) == any(v is not None for _, v in means)
 
 
 def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_path: Path) -> None:
@@ -577,15 +497,13 @@ def test_under_triage_of_esi_1_and_2_is_of_those_cases_alone(whole: Path, tmp_pa
     told = {}
     for name, record in {"some": some, "old": old, "none": none}.items():
         add_evaluations(folder, record)
-        (item,) = before_after(read_run(folder))
-        told[name] = item.rates[3]
+        (item,) = evaluated_sets(read_run(folder))
+        told[name] = item.rows[0]["cells"][3]
         points = [values for step, _, values in scalars(read_run(folder)) if "eval/test/thinking_on/exact" in values]
         assert ("eval/test/thinking_on/high_acuity_under" in points[0]) == (name == "some")
         page = report(folder)
         assert ("8 of them with gold 1 or 2" in page) == (name == "some")
-        assert ('data-label="High-acuity under">–<' in page) == (name != "some")
-    assert told["some"] and told["some"].before.interval == "7.1–59.1", "2 of 8, not 5 of 20"
-    assert told["old"] is told["none"] is None
+    assert told == {"some": "25.0 % (7.1–59.1)", "old": "–", "none": "–"}, "2 of 8, not 5 of 20"
 
 
 def test_a_copied_run_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
@@ -599,56 +517,3 @@ def test_a_copied_run_gives_the_same_page(whole: Path, tmp_path: Path) -> None:
     header = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({k: v for k, v in header.items() if k != "started"}))
     assert read_run(folder).started is None and Page(report(folder)).shows("Started unknown")
-
-
-PROBE = """<!doctype html><meta charset="utf-8"><iframe id="page" width="390" height="2000" src="report.html"></iframe>
-<pre id="found">waiting</pre>
-<script>
-document.getElementById("page").onload = (event) => {
-  const page = event.target.contentDocument, view = event.target.contentWindow;
-  const svg = page.querySelector(".chart"), box = svg.getBoundingClientRect();
-  const read = () => [...page.querySelectorAll("output")].map((out) => out.textContent).join();
-  const before = read();
-  svg.dispatchEvent(new view.PointerEvent("pointermove", {clientX: box.left + box.width * 0.2, bubbles: true}));
-  const token = page.querySelector(".completion i");
-  token.dispatchEvent(new view.PointerEvent("pointerover", {bubbles: true}));
-  const found = {
-    overflow: page.documentElement.scrollWidth - page.documentElement.clientWidth,
-    scripts: page.scripts.length, images: page.images.length, hit: view.hit_by || "",
-    charts: page.querySelectorAll("svg.chart").length, height: box.height,
-    before, pointed: read(),
-    told: page.getElementById("tooltip").textContent,
-    colour: view.getComputedStyle(page.querySelector(".completion i[class*=L]")).backgroundColor,
-  };
-  document.getElementById("found").textContent = JSON.stringify(found);
-  console.error("the probe was here");
-};
-</script>"""
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
-def test_in_a_browser_on_a_phone(tmp_path: Path) -> None:
-    """One launch: the page in a frame of 390 pixels, a probe beside it that looks, points, and speaks to the console,
-    so that a console that says nothing at all would be noticed."""
-    folder = record_run(tmp_path / "run", said=(f"{ATTACKS[0]} {ATTACKS[1]}</think>ANSWER: ESI 1", *SAID[1:]))
-    add_evaluations(folder, *(evaluation(s, m, r) for s, r in ((0, 9), (3, 19)) for m in ("on", "off")))
-    report(folder)
-    (tmp_path / "probe.html").write_text(PROBE)
-    done = subprocess.run(
-        [
-            str(BROWSER), "--headless=new", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files",
-            f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--virtual-time-budget=2000",
-            "--window-size=900,2200", "--dump-dom", (tmp_path / "probe.html").as_uri(),
-        ],
-        capture_output=True, encoding="utf-8", timeout=120, check=True,
-    )  # fmt: skip
-    said = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert len(said) == 1 and "the probe was here" in said[0], said
-    shown = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
-    assert shown
-    found = json.loads(html.unescape(shown[1]))
-    assert found["overflow"] == 0, "no sideways scroll"
-    assert found["scripts"] == 1 and found["images"] == 0 and found["hit"] == ""
-    assert found["charts"] > 15 and 150 < found["height"] < 220
-    assert found["pointed"] != found["before"] and "log-prob" in found["told"]
-    assert found["colour"].startswith("rgba(0, 114, 178"), "the style sheet's hash holds, and blue is likelier"
