@@ -28,7 +28,7 @@ from grpo.commands import evaluate
 from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.run import resume as opening
 from grpo.run.checkpoint import find_damage
-from grpo.run.exit_messages import stopped_early
+from grpo.run.ending import stopped_early
 from grpo.run.ledger import read_step
 from grpo.run.resume import check_ranks_agree
 from grpo.run.setup import Setup
