@@ -180,7 +180,7 @@ def print_result(run: RunFolder) -> None:
     print_unless_pipe_closed("\n".join([*table, *paths, follow_up]))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_process(arguments: argparse.Namespace) -> int:
     """Run the training of one config in this process and return the exit code."""
     os.umask(0o077)  # narratives may be patients' data: the run folder is readable by its owner only
     out, ranks = None, None
@@ -208,7 +208,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    return run_command(argument_parser(), run, argv)
+    return run_command(argument_parser(), run_process, argv)
 
 
 if __name__ == "__main__":
