@@ -114,11 +114,11 @@ def parse_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> S
 
     Fractions of all completions, except truncated_parsed:
 
-    opened_thinking                     the prompt or the completion opened ``<think>`` unclosed_thinking
-    … and did not close the last one; opened_thinking is the number of candidates truncated_parsed
-    fraction *of the truncated completions* that could be parsed no_parse                            no level was found,
-    for any reason no_parse/unclosed_thinking, …       for that reason, one of `NO_PARSE_REASONS` (with underscores);
-    they add up to no_parse
+    opened_thinking          the prompt or the completion opened ``<think>``
+    unclosed_thinking        … and did not close the last one; opened_thinking is the number of candidates
+    truncated_parsed         fraction *of the truncated completions* that could be parsed
+    no_parse                 no level was found, for any reason
+    no_parse/REASON          for that reason, one of `NO_PARSE_REASONS` (with underscores); they add up to no_parse
 
     A completion can leave its thinking open and still parse, if the answer came before: unclosed_thinking is at least
     no_parse/unclosed_thinking. As in `rewards.parse`, text after an end token is ignored.

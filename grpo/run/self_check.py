@@ -37,6 +37,7 @@ from grpo.policy.policy import Kernels, Policy, as_reference
 from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent
 from grpo.qwen3_5.weights import readable
+from grpo.run.folder import nan_to_none
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.types import Case, Prompt
@@ -90,8 +91,11 @@ class SelfCheck:
 
     def record(self) -> dict[str, Any]:
         """Return the record for ``config.json``; a non-finite difference is None, since JSON has no NaN."""
-        finite = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
-        return {**asdict(self.kernels), "differences": finite, "warnings": list(self.warnings)}
+        return {
+            **asdict(self.kernels),
+            "differences": nan_to_none(self.figures),
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,15 +116,6 @@ class Probe:
 
 Comparison = tuple[str, str, Callable[[], dict[str, float]]]
 """Key of `ROUNDINGS`, what is compared with, and a function that measures the differences by name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Result of decoding the probe."""
-
-    logits: Tensor
-    """[ROWS, STEPS + 1, V] fp32."""
-    buffers: dict[str, Tensor]
 
 
 def with_checked_kernels(policy: Policy) -> Policy:
@@ -193,7 +188,7 @@ def plain_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
     forward = passes.forward_of(policy)
 
     def sampler_and_trainer() -> dict[str, float]:
-        logits = decode_probe(policy, probe).logits
+        logits = decode_probe(policy, probe)["logits"]
         logprobs, _ = train_probe(policy, probe, forward)
         sampled = log_distribution(logits, 1.0).gather(-1, probe.tokens[..., None].to(logits.device)).flatten()
         span = logits.amax() - logits.amin()
@@ -292,40 +287,32 @@ def copy_buffers(buffers: KeyValues | Recurrent) -> KeyValues | Recurrent:
 
 
 @torch.inference_mode()
-def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> Decoded:
-    """Decode the probe's tokens with the policy's kernels, or with other ops."""
+def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> dict[str, Tensor]:
+    """Decode the probe's tokens with the policy's kernels, or with other ops. Return the logits [ROWS, STEPS + 1, V]
+    and the decoder's buffers by name, with zeros in the columns that no row has written."""
     tokens = probe.tokens.to(policy.device)
     with fla_in_layers(policy.kernels.fla):
         logits, decoder = decode.start_own(policy, probe.prompts, probe.owners, STEPS + 1)
     assert isinstance(decoder, decode.GraphDecoder)
     if ops is not None:
         decoder.ops = ops
-    steps = [logits.clone()]
-    for t in range(STEPS):
-        steps.append(decoder.step(tokens[:, t]).clone())
-    return Decoded(torch.stack(steps, 1), written(decoder))
-
-
-def written(decoder: decode.GraphDecoder) -> dict[str, Tensor]:
-    """Return copies of the decoder's buffers, with zeros in the columns that no row has written."""
+    steps = [logits.clone(), *(decoder.step(tokens[:, t]).clone() for t in range(STEPS))]
     state = decoder.state
     seen = state.unseen == 0
-    buffers = {"positions": state.positions.clone(), "mask": seen.clone()}
+    decoded = {"logits": torch.stack(steps, 1), "positions": state.positions.clone(), "mask": seen.clone()}
     for number, layer in enumerate(state.layers):
         for name in layer.__slots__:
             buffer = getattr(layer, name)
             if isinstance(layer, KeyValues):
                 buffer = torch.where(seen[:, None, :, None], buffer, 0)
-            buffers[f"{name} of layer {number}"] = buffer.clone()
-    return buffers
+            decoded[f"{name} of layer {number}"] = buffer.clone()
+    return decoded
 
 
 def decoded_differences(policy: Policy, other: Policy, probe: Probe) -> dict[str, float]:
     """Return the differences of logits and buffers after decoding with two policies, by name."""
     actual, expected = decode_probe(policy, probe), decode_probe(other, probe)
-    pairs = {"logits": (actual.logits, expected.logits)}
-    pairs |= {name: (actual.buffers[name], buffer) for name, buffer in expected.buffers.items()}
-    return {f"the decode step ({name})": difference(*pair) for name, pair in pairs.items()}
+    return {f"the decode step ({name})": difference(actual[name], tensor) for name, tensor in expected.items()}
 
 
 def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor, dict[str, Tensor]]:

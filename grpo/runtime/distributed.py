@@ -300,13 +300,11 @@ def _environment() -> tuple[int, int, int, int]:
             f"RANK or WORLD_SIZE is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: launch "
             f"with `torchrun --nproc-per-node N -m grpo train ...`, or unset RANK and WORLD_SIZE to run one process"
         )
-    try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
-    except ValueError:
-        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
-        raise UserError(f"expected whole numbers, got {values}: launch with `torchrun`") from None
+    texts = [os.environ[name] for name in TORCHRUN_VARIABLES[:4]]
+    rank, size, local_rank, local_size = (int(text) if text.isdecimal() else -1 for text in texts)
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-        raise UserError(f"rank {rank}/{size}, local rank {local_rank}/{local_size}: launch with `torchrun`")
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
+        raise UserError(f"{values} are not ranks of one run: launch with `torchrun`")
     return rank, size, local_rank, local_size
 
 

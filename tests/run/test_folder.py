@@ -184,7 +184,7 @@ def test_a_broken_config_json_is_one_error(made: tuple[Config, ConfigSource], ru
         ("config.json", '{"inputs": [1]}', "config.json: inputs: expected"),
         ("config.json", '{"inputs": "x"}', "config.json: inputs: expected"),
         ("eval.json", "{}", "eval.json: not the evaluations of a run: expected a list"),
-        ("eval.json", "[7]", "the keys of record 1"),
+        ("eval.json", "[7]", "cases of record 1"),
         ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "step of record 1"),
         ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "step of record 1"),
         ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "n of record 1"),
