@@ -13,7 +13,7 @@ PASSIVE = {"config", "metrics", "token_budget", "stats"}
 """Flat modules that the core path reads from but does not pass through."""
 MAX_LINES = 20_400
 """Lines of grpo and rewards; the aim is 17,000."""
-MAX_CORE_LINES = 1_100
+MAX_CORE_LINES = 920
 """Lines of code reachable from `train()` within the flat modules; the aim is 700."""
 MAX_FLAT_FILES = 19
 MAX_FUNCTION_LINES = 53
