@@ -29,6 +29,7 @@ from grpo.config import Config, ConfigSource, load_config
 from grpo.engine.sampling import Drawn, sample
 from grpo.policy.policy import Policy
 from grpo.rollout import ENGINES
+from grpo.run import step_record
 from grpo.run.checkpoint import Progress
 from grpo.run.folder import create_run, provenance, write_json
 from grpo.run.setup import Setup, describe_run, device_name, load_setup
@@ -85,7 +86,7 @@ class Clock:
         return run
 
     def timing_metrics(self, step: StepRecord, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
-        """`grpo.train.timing_metrics`, and the step's record."""
+        """`grpo.run.step_record.timing_metrics`, and the step's record."""
         metrics = TIMING_METRICS(step, setup, phases)
         spent, self._spent = self._spent, defaultdict(float)
         spent["decode"] = phases["rollout"] - spent["prefill"] - spent["reward"]
@@ -100,7 +101,7 @@ class Clock:
     def watching(self) -> Iterator[None]:
         """Inside, the loop is timed."""
         seams: list[tuple[Any, str, Any]] = [
-            (loop, "timing_metrics", self.timing_metrics),
+            (step_record, "timing_metrics", self.timing_metrics),
             (loop, "score_groups", self.timed("reward", loop.score_groups)),
             (updating, "reference_logprobs", self.timed("reference", updating.reference_logprobs)),
         ]
@@ -128,7 +129,7 @@ class Clock:
         return now(self._setup.policy.device)
 
 
-TIMING_METRICS = loop.timing_metrics
+TIMING_METRICS = step_record.timing_metrics
 
 
 @contextmanager

@@ -331,7 +331,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         if _get(table, "advantage.kind") == "none":
             renames += '\n  advantage.kind = "none" is now "mean_only"'
         raise UserError(
-            f"{file}{_line_of(text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
+            f"{_location(file, text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: set version = {CONFIG_VERSION}"
             + (f" and rename{renames}" if renames else "")
         )
@@ -387,24 +387,31 @@ def key_comments(text: str) -> dict[str, str]:
     ...               # a choice of ours''')
     {'train.steps': 'KNOWN', 'train.name': 'a choice of ours'}
     """
+    return {key: comment for key, (_, comment) in _keys(text).items() if comment}
+
+
+def _keys(text: str) -> dict[str, tuple[int, str]]:
+    """Return (line, comment) of each section and key of a TOML text, by dotted name."""
     # an unclosed string extends to the end: searched again from every quote, it would cost quadratic time
     strings = r'"""(?:\\.|[^\\])*?(?:"""|\Z)|' + r"'''.*?(?:'''|\Z)|" + r'"(?:\\.|[^"\\\n])*+"?|' + r"'[^'\n]*+'?"
     bare = re.sub(
         rf"{strings}|(#[^\n]*)", lambda m: m[1] or re.sub(r"[^\n]", "x", m[0]), text, flags=re.DOTALL
     )  # the inside of a string can no longer look like a key or a comment
     section, key = "", ""
-    comments: dict[str, str] = {}
-    for line in bare.splitlines():
+    entries: dict[str, tuple[int, str]] = {}
+    for number, line in enumerate(bare.splitlines(), 1):
         code, _, comment = line.partition("#")
-        if header := re.match(r"\s*+\[([^\[\]]++)\]\s*+$", code):
-            section, key = f"{header[1].strip()}.", ""
+        if header := re.match(r"\s*+\[++([^\[\]]++)\]", code):
+            section, key = header[1].strip(), ""
+            entries.setdefault(section, (number, ""))
         elif pair := re.match(r"\s*+([A-Za-z0-9_.-]++)\s*+=", code):
-            key = section + pair[1]
+            key = f"{section}.{pair[1]}".removeprefix(".")
+            entries[key] = number, ""
         elif line.startswith("#") or not line.strip():
             key = ""
         if key and comment.strip():
-            comments[key] = f"{comments.get(key, '')} {comment.strip()}".strip()
-    return comments
+            entries[key] = entries[key][0], f"{entries[key][1]} {comment.strip()}".strip()
+    return entries
 
 
 def embedded_path(name: str) -> Path | None:
@@ -459,21 +466,11 @@ def _apply_override(table: dict[str, Any], override: str) -> None:
     table[keys[-1]] = parsed
 
 
-def _line_of(text: str, keys: tuple[str, ...]) -> str:
-    """Return ``:LINE`` of a key in TOML text, or of its section if the key is missing; "" if both are."""
-    section: tuple[str, ...] = ()
-    best, depth = "", 0
-    for number, line in enumerate(text.splitlines(), 1):
-        if header := re.match(r"\s*+\[++([^\]]*+)\]", line):
-            section = tuple(part.strip().strip("\"'") for part in header[1].split("."))
-            name = section
-        elif pair := re.match(r"\s*+([A-Za-z0-9_.\"'-]++)\s*+=", line):
-            name = (*section, *(part.strip("\"'") for part in pair[1].split(".")))
-        else:
-            continue
-        if name == keys[: len(name)] and len(name) > depth:
-            best, depth = f":{number}", len(name)
-    return best
+def _location(file: Path, text: str, keys: tuple[str, ...]) -> str:
+    """Return ``FILE:LINE`` of a key in TOML text, or of its section if the key is missing; ``FILE`` if both are."""
+    entries = _keys(text)
+    names = (".".join(keys[:depth]) for depth in range(len(keys), 0, -1))
+    return next((f"{file}:{entries[name][0]}" for name in names if name in entries), str(file))
 
 
 def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: Any) -> str:
@@ -481,7 +478,7 @@ def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: 
     keys = tuple(str(part) for part in entry["loc"] if part != "[key]")
     name = shorten(".".join(keys), 200)[1:-1]
     is_override = any(keys[: len(o)] == o or o[: len(keys)] == keys for o in overridden) and bool(keys)
-    where = "--set" if is_override else f"{file}{_line_of(text, keys)}"
+    where = "--set" if is_override else _location(file, text, keys)
     if entry["type"] == "extra_forbidden":
         known = _fields(keys[:-1])
         close = difflib.get_close_matches(keys[-1][:80], known, n=1, cutoff=0.6)

@@ -38,16 +38,21 @@ def finish_reason(completion: Completion, max_new_tokens: int) -> FinishReason:
     A completion whose end token is exactly at the budget is "end": the budget did not truncate it.
 
     Raises:
-        UserError: the budget is below 1, or the completion is longer than the budget.
+        UserError: the completion is longer than the budget.
 
     >>> ended, aborted = Completion((5, 2), (0.0, 0.0), True, "a"), Completion((5,), (0.0,), False, "a")
     >>> finish_reason(ended, 2), finish_reason(aborted, 2)
     ('end', 'other')
     """
-    _check_lengths([len(completion.ids)], max_new_tokens)
+    length = len(completion.ids)
+    if length > max_new_tokens:
+        raise UserError(
+            f"expected completions of at most max_new_tokens = {max_new_tokens} tokens, got one of {length}: it was "
+            "sampled with a larger budget"
+        )
     if completion.finished:
         return "end"
-    return "budget" if len(completion.ids) >= max_new_tokens else "other"
+    return "budget" if length == max_new_tokens else "other"
 
 
 def length_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
@@ -80,7 +85,6 @@ def length_stats(completions: Sequence[Completion], *, max_new_tokens: int) -> S
     ((1.0, 2.0), (3.0, 5.0), (2.0, 1.0))
     """
     lengths = [len(c.ids) for c in completions]
-    _check_lengths(lengths, max_new_tokens)
     terminated = sorted(len(c.ids) for c in completions if c.finished)
     truncated = [len(c.ids) for c in completions if not c.finished]
     causes = [finish_reason(c, max_new_tokens) for c in completions]
@@ -110,11 +114,11 @@ def parse_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> S
 
     Fractions of all completions, except truncated_parsed:
 
-    opened_thinking                     the prompt or the completion opened ``<think>`` unclosed_thinking
-    … and did not close the last one; opened_thinking is the number of candidates truncated_parsed
-    fraction *of the truncated completions* that could be parsed no_parse                            no level was found,
-    for any reason no_parse/unclosed_thinking, …       for that reason, one of `NO_PARSE_REASONS` (with underscores);
-    they add up to no_parse
+    opened_thinking          the prompt or the completion opened ``<think>``
+    unclosed_thinking        … and did not close the last one; opened_thinking is the number of candidates
+    truncated_parsed         fraction *of the truncated completions* that could be parsed
+    no_parse                 no level was found, for any reason
+    no_parse/REASON          for that reason, one of `NO_PARSE_REASONS` (with underscores); they add up to no_parse
 
     A completion can leave its thinking open and still parse, if the answer came before: unclosed_thinking is at least
     no_parse/unclosed_thinking. As in `rewards.parse`, text after an end token is ignored.
@@ -122,9 +126,6 @@ def parse_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> S
     Args:
         groups: B groups of G completions.
         scores: [B][G], in the same order.
-
-    Raises:
-        UserError: groups and scores differ in size.
 
     >>> from grpo.types import Case, Prompt
     >>> from rewards import load_reward
@@ -135,7 +136,9 @@ def parse_stats(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> S
     >>> stats["completions/unclosed_thinking"], stats["completions/no_parse/unclosed_thinking"]
     ((1.0, 1.0), (1.0, 1.0))
     """
-    scored = _scored(groups, scores)
+    scored = [
+        pair for group, row in zip(groups, scores, strict=True) for pair in zip(group.completions, row, strict=True)
+    ]
     thoughts = [_thought(c.text, group.prompt.thinking) for group in groups for c in group.completions]
     return {
         "completions/opened_thinking": sum_and_count(opened for opened, _ in thoughts),
@@ -161,19 +164,11 @@ def reward_by_truncation(completions: Sequence[Completion], rewards: ArrayLike) 
 
     If none finished, or none was truncated, that entry is (0.0, 0.0).
 
-    Raises:
-        UserError: rewards that are not [N] or not finite.
-
     >>> done, cut = Completion((5, 2), (0.0, 0.0), True, "a"), Completion((5, 6), (0.0, 0.0), False, "ab")
     >>> reward_by_truncation([done, done, cut], [1.0, -0.5, -2.0])
     {'reward/mean_finished': (0.5, 2.0), 'reward/mean_truncated': (-2.0, 1.0)}
     """
     totals = np.asarray(rewards, dtype=np.float64)
-    if totals.shape != (len(completions),) or not np.isfinite(totals).all():
-        raise UserError(
-            f"rewards: expected {len(completions)} finite values, one per completion, got shape {list(totals.shape)} "
-            f"with {int((~np.isfinite(totals)).sum())} not finite; flatten [B,G] in the order of the completions"
-        )
     finished = np.array([c.finished for c in completions], dtype=np.bool_)
     return {
         "reward/mean_finished": sum_and_count(totals[finished]),
@@ -202,15 +197,10 @@ def truncation_advantage_shift(
     A group with a single finished completion has no advantage without the truncated ones: its shift is all of A. If
     nothing was truncated, or no such group has a finished completion, the result is (0.0, 0.0).
 
-    Raises:
-        ValueError: ``finished`` is not bool [B,G], or anything that `advantages` refuses.
-
     >>> truncation_advantage_shift([[-1, -1, -1, 1]], [[False, False, False, True]], kind="group", epsilon=0.0, ddof=1)
     {'advantage/truncation_pull': (1.5, 1.0), 'advantage/truncation_pull_abs': (1.5, 1.0)}
     """
     mask, values = np.asarray(finished), np.asarray(rewards, dtype=np.float64)
-    if mask.dtype != np.bool_ or mask.shape != values.shape:
-        raise UserError(f"finished: expected bool {list(values.shape)}, got {mask.dtype} {list(mask.shape)}")
     with_truncated = advantages(values, kind=kind, epsilon=epsilon, ddof=ddof)
     without_truncated = advantages(values, kind=kind, epsilon=epsilon, ddof=ddof, in_baseline=mask)
     shift = (with_truncated - without_truncated)[mask & ~mask.all(axis=1, keepdims=True)]
@@ -220,71 +210,29 @@ def truncation_advantage_shift(
     }
 
 
-def clipped_ratio_at(
-    lengths: Sequence[int], finished: Sequence[bool], budgets: Sequence[int], *, max_new_tokens: int
-) -> list[float]:
-    """Return the clipped ratio the same policy would have had with each smaller budget b: 1 − #{finished, L ≤ b} / N.
+def clipped_ratio_forecast(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
+    """Return ``completions/clipped_ratio_at/25``, ``…/50``, ``…/75``: the clipped ratio 1 − #{finished, L ≤ b} / N that
+    the same policy would have had with b = ⌊percent · max_new_tokens / 100⌋, but at least 1.
 
     This is exact, not an estimate: token t of a row depends on the row's key and the tokens before it but not on the
     budget, so a smaller budget samples the same prefix (unless rounding of the logits, in a batch that shrinks at other
-    times, changes a token). A completion of L tokens that ends with an end token is finished at b if and only if L ≤ b;
-    a truncated one is not finished at any budget up to the recorded one. It does not predict a policy *trained* with b,
-    which learns other lengths.
-
-    Args:
-        lengths, finished: N >= 1 completions; L includes the end token.
-        budgets: each in 1 … max_new_tokens, in any order; the result has the same order.
-        max_new_tokens: the budget the completions were sampled with. It cannot be inferred from the lengths, because
-            all completions may have ended early.
-
-    Raises:
-        UserError: no completions, lists of different length, a completion longer than max_new_tokens, or a budget
-            outside 1 … max_new_tokens.
-
-    >>> clipped_ratio_at([3, 5, 8, 8], [True, True, True, False], [8, 5, 4, 2], max_new_tokens=8)
-    [0.25, 0.5, 0.75, 1.0]
-    """
-    if not lengths or len(lengths) != len(finished):
-        raise UserError(
-            f"expected a length and a finished flag for each of at least one completion, got {len(lengths)} lengths "
-            f"and {len(finished)} flags"
-        )
-    _check_lengths(lengths, max_new_tokens)
-    for budget in budgets:
-        if not 1 <= budget <= max_new_tokens:
-            raise UserError(
-                f"expected budgets from 1 to the recorded {max_new_tokens}, got {budget}: the recorded completions do "
-                "not show how truncated ones would have continued; sample with a larger max_new_tokens"
-            )
-    return [_clipped(lengths, finished, budget) / len(lengths) for budget in budgets]
-
-
-def clipped_ratio_forecast(completions: Sequence[Completion], *, max_new_tokens: int) -> Stats:
-    """Return ``completions/clipped_ratio_at/25``, ``…/50``, ``…/75``: the clipped ratio with that percentage of the
-    budget, see `clipped_ratio_at`. The smaller budget is ⌊percent · max_new_tokens / 100⌋, but at least 1.
+    times, changes a token). It does not predict a policy *trained* with b, which learns other lengths.
 
     Args:
         completions: all N of a step.
         max_new_tokens: the budget they were sampled with, >= 1.
 
-    Raises:
-        UserError: as `finish_reason`.
-
     >>> done, cut = Completion((5, 2), (0.0,) * 2, True, "a"), Completion((5,) * 6, (0.0,) * 6, False, "…")
     >>> list(clipped_ratio_forecast([done, cut], max_new_tokens=6).values())  # budgets 1, 3 and 4
     [(2.0, 2.0), (1.0, 2.0), (1.0, 2.0)]
     """
-    lengths, finished = [len(c.ids) for c in completions], [c.finished for c in completions]
-    _check_lengths(lengths, max_new_tokens)
     budgets = {percent: max(1, max_new_tokens * percent // 100) for percent in FORECAST_PERCENTS}
     return {
-        f"completions/clipped_ratio_at/{percent}": (float(_clipped(lengths, finished, budget)), float(len(lengths)))
+        f"completions/clipped_ratio_at/{percent}": sum_and_count(
+            not (c.finished and len(c.ids) <= budget) for c in completions
+        )
         for percent, budget in budgets.items()
     }
-
-
-def _clipped(lengths: Sequence[int], finished: Sequence[bool], budget: int) -> int:
-    return sum(not (ended and length <= budget) for length, ended in zip(lengths, finished, strict=True))
 
 
 def _nearest_rank(ordered: Sequence[int], percent: int) -> Sequence[int]:
@@ -298,26 +246,3 @@ def _thought(text: str, thinking: bool) -> tuple[bool, bool]:
     read = END_TOKENS.split(text, maxsplit=1)[0]
     opens, closes = read.rfind("<think>"), read.rfind("</think>")
     return thinking or opens >= 0, opens > closes or (thinking and closes < 0)
-
-
-def _scored(groups: Sequence[Group], scores: Sequence[Sequence[Score]]) -> list[tuple[Completion, Score]]:
-    """Pair each completion with its score."""
-    if len(groups) != len(scores):
-        raise UserError(f"expected one row of scores for each of {len(groups)} groups, got {len(scores)}")
-    pairs: list[tuple[Completion, Score]] = []
-    for group, row in zip(groups, scores, strict=True):
-        case, size = group.prompt.case.id, len(group.completions)
-        if size != len(row):
-            raise UserError(f"case {case!r}: expected one score for each of {size} completions, got {len(row)}")
-        pairs += zip(group.completions, row, strict=True)
-    return pairs
-
-
-def _check_lengths(lengths: Sequence[int], max_new_tokens: int) -> None:
-    if max_new_tokens < 1:
-        raise UserError(f"expected max_new_tokens >= 1, got {max_new_tokens}")
-    if max(lengths, default=0) > max_new_tokens:
-        raise UserError(
-            f"expected completions of at most max_new_tokens = {max_new_tokens} tokens, got one of {max(lengths)}: "
-            "these completions were sampled with a larger budget"
-        )

@@ -9,33 +9,36 @@ Everything is loaded and checked before the first rollout. Under ``torchrun`` ea
 import argparse
 import contextlib
 import os
-import resource
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from grpo.batch import group_advantages, make_batch, reward_matrix
 from grpo.config import Config, ConfigSource, load_config
 from grpo.dynamic_sampling import replace_uniform_groups
 from grpo.evaluation.during_training import evaluate_if_due
 from grpo.evaluation.records import before_after_table
-from grpo.metrics import advantage_by_component, compute_token_terms, step_metrics
 from grpo.policy.policy import save_adapter
 from grpo.prompts import prompts_for_step
 from grpo.report.model_card import write_model_card
 from grpo.rollout import sample_groups, sampling_keys
-from grpo.run.checkpoint import Progress, find_damage, save_checkpoint
-from grpo.run.exit_messages import resume_hint, stopped_early
-from grpo.run.folder import RunFolder, append_metrics, check_folder, exclusive_lock, nan_to_none, read_evaluations
-from grpo.run.ledger import LEDGER_VERSION, write_step
-from grpo.run.resume import bit_checksum, broadcast_start_state, check_ranks_agree, start_or_resume
+from grpo.run.checkpoint import Progress
+from grpo.run.ending import (
+    raise_if_diverged,
+    resume_hint,
+    save_if_due,
+    save_last_step,
+    stop_if_any_rank_was_asked,
+    stopped_early,
+)
+from grpo.run.folder import RunFolder, check_folder, exclusive_lock, read_evaluations
+from grpo.run.ledger import LEDGER_VERSION
+from grpo.run.resume import broadcast_start_state, check_ranks_agree, start_or_resume
 from grpo.run.self_check import DriftWarning, check_on_cuda
 from grpo.run.setup import Setup, describe_run, load_setup, with_check
+from grpo.run.step_record import progress_bar, record_step, show_progress
 from grpo.runtime.atomic_files import DiskError, atomic_folder
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.distributed import (
@@ -52,11 +55,8 @@ from grpo.runtime.interrupts import Interrupted, Interrupts, handle_signals
 from grpo.runtime.out_of_memory import OutOfMemory
 from grpo.runtime.terminal import escape_control, print_unless_pipe_closed
 from grpo.scoring import score_groups
-from grpo.types import Group, StepRecord
-from grpo.update import learning_rate, update_policy
-
-BAR_FORMAT = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
-"""tqdm's format without the rate, which does not fit into 80 columns; the metrics record the seconds of each step."""
+from grpo.types import StepRecord
+from grpo.update import update_policy
 
 
 def train(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) -> None:
@@ -109,112 +109,12 @@ def train(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) ->
     save_result(setup, run)
 
 
-def progress_bar(progress: Progress, config: Config, ranks: World) -> Any:
-    """Return the remaining steps, with a bar if rank 0's standard error is a terminal."""
-    hidden = not (ranks.is_main and sys.stderr.isatty())
-    steps = range(progress.step, config.train.steps)
-    return tqdm(steps, initial=progress.step, total=config.train.steps, bar_format=BAR_FORMAT, disable=hidden)
-
-
-def show_progress(bar: Any, metrics: dict[str, Any], config: Config) -> None:
-    """Update the bar; without a terminal print one line per step instead."""
-    text = progress_text(metrics, config)
-    if not bar.disable:
-        bar.set_postfix_str(text)
-        return
-    seconds = sum(value for name, value in metrics.items() if name.startswith("time/"))
-    line = f"step {metrics['step']}/{config.train.steps}  {text}, {seconds:.1f} s"
-    print_unless_pipe_closed(line, sys.stderr)
-
-
-def progress_text(metrics: dict[str, Any], config: Config) -> str:
-    """Return the reward, clipped share and KL of a step."""
-    kl = metrics.get(f"kl/{config.loss.kl}")
-    text = f"reward {metrics['reward/mean']:+.2f}, clipped {100 * metrics['completions/clipped_ratio']:.0f} %"
-    return text if kl is None else f"{text}, KL {kl:.4f}"
-
-
-def stop_if_any_rank_was_asked(ranks: World, stop: Interrupts) -> None:
-    """Raise `Interrupted` on all ranks if any rank received a signal, so that all stop before the same update. Each
-    waits for the others' replies up to the grace period."""
-    with stop.within_grace():
-        signals = [number for number in ranks.all_gather_object(stop.requested) if number is not None]
-    if signals:
-        raise Interrupted(signals[0])
-
-
-def save_if_due(setup: Setup, run: RunFolder, stop: Interrupts, progress: Progress) -> None:
-    """Save a checkpoint if the config schedules one, after the last step, and before a diverged run ends. The adapters
-    of the ranks are compared first."""
-    config, policy = setup.config, setup.policy
-    scheduled = progress.step % config.checkpoint.every == 0 or progress.step == config.train.steps
-    if not scheduled and progress.skipped_in_a_row <= config.train.max_nonfinite_steps:
-        return
-    policy.world.check_identical({"adapter": bit_checksum(policy.adapter_parameters().values())})
-    if policy.world.is_main:
-        with stop.deferred():
-            save_checkpoint(run.checkpoints, policy, setup.optimizer, progress, config.checkpoint)
-
-
-def save_last_step(setup: Setup, run: RunFolder, progress: Progress) -> None:
-    """Save the last completed step of a run that ends early, unless it is saved already."""
-    if setup.policy.world.is_main and progress.step and find_damage(run.checkpoints / f"step_{progress.step:06d}"):
-        save_checkpoint(run.checkpoints, setup.policy, setup.optimizer, progress, setup.config.checkpoint)
-
-
 def save_result(setup: Setup, run: RunFolder) -> None:
     """Write the adapter and its model card."""
     if setup.policy.world.is_main:
         with atomic_folder(run.adapter) as staging:
             save_adapter(setup.policy, staging)
             write_model_card(run.path, staging / "README.md")
-
-
-def record_step(setup: Setup, run: RunFolder, record: StepRecord, seconds: dict[str, float]) -> dict[str, Any]:
-    """Write the step to the ledger and its metrics to ``metrics.jsonl``; return the metrics.
-
-    Args:
-        seconds: time of the rollout and of the update.
-    """
-    config, started = setup.config, time.perf_counter()
-    account = compute_token_terms(record.logprobs, record.batch, config.loss)
-    shares = advantage_by_component(record, config.advantage)
-    lr = learning_rate(config, record.number * config.optim.inner_epochs - 1)
-    metrics = nan_to_none(step_metrics(record, account, shares, config) | {"lr": lr})
-    if config.ledger.every and record.number % config.ledger.every == 0:
-        write_step(run.ledger, record, account, shares, metrics, text=config.ledger.text)
-    metrics |= timing_metrics(record, setup, seconds | {"account": time.perf_counter() - started})
-    append_metrics(run, metrics)
-    return metrics
-
-
-def raise_if_diverged(setup: Setup, progress: Progress, groups: Sequence[Group]) -> None:
-    """Raise `UserError` after more non-finite steps in a row than ``train.max_nonfinite_steps`` allows."""
-    allowed = setup.config.train.max_nonfinite_steps
-    if progress.skipped_in_a_row > allowed:
-        ids = ", ".join(repr(group.prompt.case.id) for group in groups)
-        raise setup.policy.world.error(
-            f"step {progress.step}: {progress.skipped_in_a_row} steps in a row had a loss or gradient that is not "
-            f"finite, train.max_nonfinite_steps = {allowed}; cases of the last one: {ids}"
-        )
-
-
-def timing_metrics(record: StepRecord, setup: Setup, phases: dict[str, float]) -> dict[str, float]:
-    """Return the seconds of each phase, the sampled tokens per second, rank 0's peak memory so far (of the device with
-    CUDA, else of the process) and its limit of rows per micro-batch."""
-    tokens = sum(len(completion.ids) for group in record.groups for completion in group.completions)
-    tokens += sum(sum(group.lengths) for group in record.replaced_groups)
-    if setup.policy.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(setup.policy.device)
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {
-        **{f"time/{phase}_s": seconds for phase, seconds in phases.items()},
-        "tokens_per_s/rollout": tokens / phases["rollout"],
-        "tokens_per_s/step": tokens / sum(phases.values()),
-        "memory/peak_bytes": peak,
-        "memory/micro_batch_rows": setup.micro_batch_limit.rows,
-    }
 
 
 def argument_parser() -> argparse.ArgumentParser:
@@ -288,7 +188,7 @@ def print_result(run: RunFolder) -> None:
     print_unless_pipe_closed("\n".join([*table, *paths, follow_up]))
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_process(arguments: argparse.Namespace) -> int:
     """Run the training of one config in this process and return the exit code."""
     os.umask(0o077)  # narratives may be patients' data: the run folder is readable by its owner only
     out, ranks = None, None
@@ -316,7 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit code."""
-    return run_command(argument_parser(), run, argv)
+    return run_command(argument_parser(), run_process, argv)
 
 
 if __name__ == "__main__":

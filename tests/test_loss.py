@@ -397,20 +397,6 @@ def test_k3_of_a_tiny_step_keeps_its_digits(maths: Maths) -> None:
 
 def test_refusals(maths: Maths) -> None:
     inputs = inputs_of(batch(23))
-    for changed, message in (
-        ({"surrogate": "ppo"}, "'ppo'"),
-        ({"kl": "k4"}, "'k4'"),
-        ({"clip_low": -0.1}, "clip_low"),
-        ({"clip_high": math.nan}, "clip_high"),
-        ({"beta": -0.1}, "beta"),
-        ({"beta": math.inf}, "beta"),
-        ({"surrogate": "dual_clip", "dual_clip": None}, "dual_clip"),
-        ({"surrogate": "dual_clip", "dual_clip": 1.0}, "dual_clip"),
-        ({"surrogate": "dual_clip", "dual_clip": math.inf}, "dual_clip"),
-        ({"dual_clip": 3.0}, "expected None with surrogate 'clip'"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            maths.loss.grpo_loss(**inputs, **config(**changed))
     with pytest.raises(ValueError, match="needs ref_logprobs"):
         maths.loss.grpo_loss(**{**inputs, "ref_logprobs": None}, **config(beta=0.1))
     for name in (*FIELDS, "advantages"):
@@ -422,9 +408,6 @@ def test_refusals(maths: Maths) -> None:
     for lengths, changed, message in (
         ([1, 9], {}, "completion 1: expected length 1 .. 8, got 9"),
         ([0, 2], {}, "completion 0"),
-        ([[1, 2]], {}, r"lengths \[N\]"),
-        ([1], {"max_new_tokens": 0}, "max_new_tokens"),
-        ([1], {"kind": "tokens"}, "'tokens'"),
         ([1, 2], {"include": [True]}, "include"),
         ([1, 2], {"include": [1, 0]}, "include"),
     ):

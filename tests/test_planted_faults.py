@@ -62,7 +62,7 @@ ADVANTAGE = (
           "_center(part, baseline_mask) / (divisor if len(parts) == 1 else divisor + 0.5))"),
     Fault("split of cancelling parts", "name: np.where(uniform, 0.0, _center(part, baseline_mask) / divisor)",
           "name: _center(part, baseline_mask) / np.where(uniform, epsilon + 1e-9, divisor)"),
-    Fault("G = 1 let through", "if matrix.shape[1] < 2:", "if matrix.shape[1] < 1:"),
+    Fault("G = 1 let through", "or matrix.shape[1] < 2:", "or matrix.shape[1] < 1:"),
     Fault("NaN let through", "if not np.isfinite(matrix).all():", "if np.isinf(matrix).any():"),
     Fault("reward table written to", "    baseline_mask = _baseline_mask(in_baseline, matrix)\n    return _normalize(",
           "    baseline_mask = _baseline_mask(in_baseline, matrix)\n    matrix -= matrix.mean()\n"
@@ -178,10 +178,10 @@ LOSS = (
           "weights[included] = TOKEN_WEIGHTS[kind](sizes, max_new_tokens)[included]"),
     Fault("left-out completions weigh", "    weights = torch.zeros_like(sizes)\n",
           "    weights = torch.ones_like(sizes)\n"),
-    Fault("beta without reference let through", "if beta > 0 and not has_reference:",
-          "if beta > 1 and not has_reference:"),
-    Fault("dual clip below one let through", "1 < dual_clip < math.inf", "0 < dual_clip < math.inf"),
-    Fault("integer mask let through", "or completion_mask.dtype != torch.bool", "or False"),
+    Fault("beta without reference let through", "if beta > 0 and ref_logprobs is None:",
+          "if beta > 1 and ref_logprobs is None:"),
+    Fault("another shape let through", "tensor.shape != mask.shape:", "tensor.numel() != mask.numel():"),
+    Fault("integer mask let through", "or mask.dtype != torch.bool", "or False"),
 )  # fmt: skip
 
 LOGPROBS = (

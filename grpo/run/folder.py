@@ -21,14 +21,12 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any
-
-from pydantic import BaseModel, ConfigDict, FailFast, Field, TypeAdapter, ValidationError
+from typing import Any
 
 from grpo.config import Config, ConfigSource, upgrade_recorded_config
 from grpo.run.checkpoint import Progress, delete_old_checkpoints
@@ -48,38 +46,25 @@ PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic",
 
 CHANGEABLE_ON_RESUME = {"model.kernels", "train.rank_timeout_s"}
 """Keys on which nothing in a checkpoint depends."""
-MAX_STEPS_SHOWN = 10
 
 
-_Count = Annotated[int, Field(ge=0)]
-_Rate = Annotated[float, Field(ge=0, le=1)]
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
-class _Intervals(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    exact: Annotated[list[_Rate], FailFast()]
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
-class _Evaluation(BaseModel):
-    """The keys of a record in ``eval.json`` that are read here; the others are kept unchanged."""
-
-    model_config = ConfigDict(strict=True)
-
-    cases: str
-    thinking: str
-    step: _Count
-    n: _Count
-    exact: _Rate
-    adjacent: _Rate
-    dangerous_under: _Rate
-    no_parse: _Rate
-    clipped_ratio: _Rate
-    intervals: _Intervals = _Intervals(exact=[])
-    """Missing in records of earlier versions."""
-
-
-_EVALUATIONS = TypeAdapter(Annotated[list[_Evaluation], FailFast()])
+EVALUATION_KEYS: dict[str, Callable[[Any], bool]] = {
+    "cases": lambda value: isinstance(value, str),
+    "thinking": lambda value: isinstance(value, str),
+    "step": _is_count,
+    "n": _is_count,
+    **dict.fromkeys(("exact", "adjacent", "dangerous_under", "no_parse", "clipped_ratio"), _is_rate),
+    "intervals.exact": lambda value: isinstance(value, list) and all(map(_is_rate, value)),
+}
+"""Keys of a record in ``eval.json`` that a run reads → whether a value is valid; other keys are kept unchanged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,12 +227,10 @@ def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[s
     with disk_errors(path):
         path.chmod(0o700)
     delete_old_checkpoints(run.checkpoints, step=step, section=config.checkpoint)
-    recorded_steps, every = truncate_ledger(run.ledger, step=step), config.ledger.every
-    _warn_missing_steps(run.ledger, set(range(every, step + 1, every) if every else ()) - set(recorded_steps), step)
+    truncate_ledger(run.ledger, step=step)
     if run.metrics.exists():
         lines = {number: line for number, line in metrics if number <= step}
         write_atomic(run.metrics, "".join(line + "\n" for line in lines.values()))
-        _warn_missing_steps(run.metrics, set(range(1, step + 1)) - set(lines), step)
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in records if record["step"] <= step])
     for answers in (path / "eval").glob("*"):
@@ -272,14 +255,17 @@ def nan_to_none(record: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_evaluations(run: RunFolder) -> list[dict[str, Any]]:
-    """The records of ``eval.json``. Raises `UserError` where it holds anything else."""
+    """Return the records of ``eval.json``; raise `UserError` if they are invalid."""
     records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
-    try:
-        _EVALUATIONS.validate_python(records)
-    except ValidationError as error:
-        where = error.errors(include_input=False, include_url=False)[0]["loc"]
-        odd = f"{(*where, 'the keys')[1]} of record {int(where[0]) + 1}" if where else "expected a list"
-        raise UserError(f"{run.evaluations}: not the evaluations of a run: {odd}") from None
+    if not isinstance(records, list):
+        raise UserError(f"{run.evaluations}: not the evaluations of a run: expected a list")
+    for number, record in enumerate(records, 1):
+        values = {"intervals": {"exact": []}, **record} if isinstance(record, dict) else {}  # added later
+        for name, is_valid in EVALUATION_KEYS.items():
+            key, _, inner = name.partition(".")
+            value = values.get(key)
+            if not is_valid(value.get(inner) if inner and isinstance(value, dict) else value):
+                raise UserError(f"{run.evaluations}: not the evaluations of a run: {key} of record {number}")
     return records
 
 
@@ -324,13 +310,6 @@ def _is_unstarted(path: Path) -> bool:
     """Return whether a folder contains only files of a run that was killed before it started, and at least one."""
     names = {file.name for file in path.iterdir()}
     return bool(names) and names <= {".lock", "reward.json", ".reward.json.partial", ".config.json.partial"}
-
-
-def _warn_missing_steps(path: Path, missing: set[int], step: int) -> None:
-    if missing:
-        numbers = ", ".join(map(str, sorted(missing)[:MAX_STEPS_SHOWN]))
-        more = ", …" if len(missing) > MAX_STEPS_SHOWN else ""
-        print(f"warning: {path}: no step {numbers}{more}, although the checkpoint is from step {step}", file=sys.stderr)
 
 
 def _changed_keys(before: Any, now: Any, prefix: str = "") -> set[str]:

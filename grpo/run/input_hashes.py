@@ -23,7 +23,7 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 def folder_sha256(folder: Path, patterns: Sequence[str]) -> str:
     """Return the sha256 of the names and contents of the files in a folder that match one of the patterns."""
     files = sorted({file for pattern in patterns for file in folder.glob(pattern)})
-    return _json_sha256([[file.name, _file_sha256(file)] for file in files])
+    return text_sha256(json.dumps([[file.name, _file_sha256(file)] for file in files]))
 
 
 def cases_sha256(cases: Sequence[Case]) -> str:
@@ -32,7 +32,7 @@ def cases_sha256(cases: Sequence[Case]) -> str:
     >>> cases_sha256([Case("a", "Cough.", 4)]) == cases_sha256([Case("a", "Cough.", 5)])
     False
     """
-    return _json_sha256([[case.id, case.text, case.gold_level, list(case.tags)] for case in cases])
+    return text_sha256(json.dumps([[case.id, case.text, case.gold_level, list(case.tags)] for case in cases]))
 
 
 def text_sha256(text: str) -> str:
@@ -42,10 +42,6 @@ def text_sha256(text: str) -> str:
     'f4cc7957'
     """
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
-
-
-def _json_sha256(content: object) -> str:
-    return text_sha256(json.dumps(content))
 
 
 def _file_sha256(file: Path) -> str:

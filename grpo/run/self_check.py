@@ -17,9 +17,10 @@ itself, no result can be trusted, and the run stops.
 import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -36,6 +37,7 @@ from grpo.policy.policy import Kernels, Policy, as_reference
 from grpo.policy.transformers_forward import transformers_hidden_states
 from grpo.qwen3_5.decode_state import KeyValues, Recurrent
 from grpo.qwen3_5.weights import readable
+from grpo.run.folder import nan_to_none
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
 from grpo.types import Case, Prompt
@@ -45,6 +47,8 @@ PROMPT_LENGTHS = (5, 67)
 ROWS = 8
 STEPS = 4
 """Forced tokens: the first is decoded eagerly, the second captured, and the graph replayed for the others."""
+OPS = ("norm", "swiglu", "convolve", "remember", "attend")
+"""The functions of `grpo.qwen3_5.decode_ops`."""
 NUDGE = 0.05
 """Standard deviation of the noise added to the adapter's B: a fresh adapter has no effect, so a fault of its products
 would not be seen."""
@@ -87,8 +91,11 @@ class SelfCheck:
 
     def record(self) -> dict[str, Any]:
         """Return the record for ``config.json``; a non-finite difference is None, since JSON has no NaN."""
-        finite = {name: value if math.isfinite(value) else None for name, value in self.figures.items()}
-        return {**asdict(self.kernels), "differences": finite, "warnings": list(self.warnings)}
+        return {
+            **asdict(self.kernels),
+            "differences": nan_to_none(self.figures),
+            "warnings": list(self.warnings),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,13 +114,8 @@ class Probe:
         return [self.prompts[owner].ids for owner in self.owners], self.tokens.tolist()
 
 
-@dataclass(frozen=True, slots=True)
-class Decoded:
-    """Result of decoding the probe."""
-
-    logits: Tensor
-    """[ROWS, STEPS + 1, V] fp32."""
-    buffers: dict[str, Tensor]
+Comparison = tuple[str, str, Callable[[], dict[str, float]]]
+"""Key of `ROUNDINGS`, what is compared with, and a function that measures the differences by name."""
 
 
 def with_checked_kernels(policy: Policy) -> Policy:
@@ -161,128 +163,107 @@ def self_check(policy: Policy) -> SelfCheck:
         return SelfCheck(policy.kernels)
     with evaluation_mode(policy), as_reference(policy, nudged_adapter(policy)):
         figures: dict[str, float] = {}
-        probe = make_probe(policy)
-        check_plain(policy, probe, figures)
-        kernels, warnings = policy.kernels, []
-        for name, fallback, compare in FALLBACKS:
-            if fault := compare(replace(policy, kernels=kernels), probe, figures):
+        probe, kernels, warnings = make_probe(policy), policy.kernels, []
+        if fault := first_fault(plain_comparisons(policy, probe), policy, figures):
+            raise UserError(
+                f"self-check in plain PyTorch: {fault}: sampler and trainer disagree, so nothing can be trained or "
+                f'evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
+            )
+        for name, replacement, comparisons in FALLBACKS:
+            chosen = replace(policy, kernels=kernels)
+            if fault := first_fault(comparisons(chosen, probe), policy, figures):
                 kernels = replace(kernels, **{name: False})
-                warnings.append(f"warning: using {fallback}: {fault}")
+                warnings.append(f"warning: using {replacement}: {fault}")
         return SelfCheck(kernels, figures, tuple(warnings))
 
 
-def check_plain(policy: Policy, probe: Probe, figures: dict[str, float]) -> None:
-    """Raise `UserError` unless plain decoding and plain training agree with the modules."""
-    policy = replace(policy, kernels=Kernels(triton=False, graphs=False, fla=False))
+def without(policy: Policy, *kernels: str) -> Policy:
+    """Return the policy with some fields of `Kernels` switched off."""
+    return replace(policy, kernels=replace(policy.kernels, **dict.fromkeys(kernels, False)))
+
+
+def plain_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
+    """Yield the comparisons of plain decoding with the trainer's pass and of that pass with transformers' modules."""
+    policy = without(policy, "triton", "graphs", "fla")
     forward = passes.forward_of(policy)
 
     def sampler_and_trainer() -> dict[str, float]:
-        logits = decode_probe(policy, probe).logits
+        logits = decode_probe(policy, probe)["logits"]
         logprobs, _ = train_probe(policy, probe, forward)
         sampled = log_distribution(logits, 1.0).gather(-1, probe.tokens[..., None].to(logits.device)).flatten()
         span = logits.amax() - logits.amin()
         return {"a log-probability of the plain decode step": difference(sampled, logprobs, span)}
 
-    def gradients() -> dict[str, float]:
-        return gradient_differences(policy, probe, forward, policy, transformers_hidden_states)
-
-    for name, other, measure in (
-        ("logprob", "the trainer's forward pass", sampler_and_trainer),
-        ("gradient", "transformers' modules", gradients),
-    ):
-        if fault := fault_of(name, other, limit_of(name, policy), measure, figures):
-            raise UserError(
-                f"self-check in plain PyTorch: {fault}: sampler and trainer disagree, so nothing can be trained or "
-                f'evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
-            )
-
-
-def compare_triton(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
-    """Return how the Triton ops differ from the plain ones, op by op and then over whole steps."""
-    ops = decode.ops_of(policy)
-    if ops is plain:
-        return None
-    eager = replace(policy, kernels=replace(policy.kernels, graphs=False))
-
-    def each() -> dict[str, float]:
-        compared = ComparedOps(ops)
-        decode_probe(eager, probe, compared)
-        return compared.differences
-
-    def whole() -> dict[str, float]:
-        without = replace(eager, kernels=replace(eager.kernels, triton=False))
-        return decoded_differences(decode_probe(eager, probe), decode_probe(without, probe))
-
-    return fault_of("op", "plain PyTorch", limit_of("op", policy), each, figures) or fault_of(
-        "triton", "plain PyTorch", limit_of("triton", policy), whole, figures
+    yield "logprob", "the trainer's forward pass", sampler_and_trainer
+    yield (
+        "gradient",
+        "transformers' modules",
+        lambda: gradient_differences(policy, probe, forward, policy, transformers_hidden_states),
     )
 
 
-def compare_graphs(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
-    """Return how captured and replayed steps differ from eager ones with the same ops."""
-    if not decode.uses_graphs(policy):
-        return None
-    eager = replace(policy, kernels=replace(policy.kernels, graphs=False))
-
-    def replayed() -> dict[str, float]:
-        return decoded_differences(decode_probe(policy, probe), decode_probe(eager, probe))
-
-    return fault_of("graphs", "the eager step", limit_of("graphs", policy), replayed, figures)
+def triton_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
+    """Yield the comparisons of the Triton ops with the plain ones: op by op, then over whole steps."""
+    eager = without(policy, "graphs")
+    if (ops := decode.ops_of(policy)) is not plain:
+        yield "op", "plain PyTorch", lambda: op_differences(eager, probe, ops)
+        yield "triton", "plain PyTorch", lambda: decoded_differences(eager, without(eager, "triton"), probe)
 
 
-def compare_fla(policy: Policy, probe: Probe, figures: dict[str, float]) -> str | None:
-    """Return how prompts and a training pass through flash-linear-attention differ from those through plain scans."""
-    if not shared_prefix.uses_fla(policy):
-        return None
-    forward = passes.forward_of(policy)
-    policy = replace(policy, kernels=replace(policy.kernels, graphs=False))
-    without = replace(policy, kernels=replace(policy.kernels, fla=False))
-
-    def scans() -> dict[str, float]:
-        decoded = decoded_differences(decode_probe(policy, probe), decode_probe(without, probe))
-        return decoded | gradient_differences(policy, probe, forward, without, forward)
-
-    return fault_of("fla", "the plain scan", limit_of("fla", policy), scans, figures)
+def graph_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
+    """Yield the comparison of captured and replayed steps with eager ones that use the same ops."""
+    if decode.uses_graphs(policy):
+        yield "graphs", "the eager step", lambda: decoded_differences(policy, without(policy, "graphs"), probe)
 
 
-FALLBACKS: tuple[tuple[str, str, Callable[[Policy, Probe, dict[str, float]], str | None]], ...] = (
-    ("triton", "plain PyTorch", compare_triton),
-    ("graphs", "no CUDA graphs", compare_graphs),
-    ("fla", "no flash-linear-attention", compare_fla),
+def fla_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
+    """Yield the comparison of prompts and a training pass through flash-linear-attention with plain scans."""
+    if shared_prefix.uses_fla(policy):
+        forward = passes.forward_of(policy)
+        fast, slow = without(policy, "graphs"), without(policy, "graphs", "fla")
+        yield (
+            "fla",
+            "the plain scan",
+            lambda: decoded_differences(fast, slow, probe) | gradient_differences(fast, probe, forward, slow, forward),
+        )
+
+
+FALLBACKS = (
+    ("triton", "plain PyTorch", triton_comparisons),
+    ("graphs", "no CUDA graphs", graph_comparisons),
+    ("fla", "no flash-linear-attention", fla_comparisons),
 )
-"""Field of `Kernels` to switch off, its replacement, and the comparison that decides."""
+"""Field of `Kernels` to switch off, its replacement, and the comparisons that decide."""
 
 
-def fault_of(
-    name: str, other: str, limit: float, measure: Callable[[], Mapping[str, float]], figures: dict[str, float]
-) -> str | None:
-    """Record the largest of the measured differences as ``figures[name]``; return a message if it exceeds the limit or
-    if measuring failed."""
-    try:
-        what, value = max(measure().items(), key=lambda pair: pair[1])
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # failures to compile, launch or capture have many types
-        figures[name] = math.inf
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    figures[name] = value
-    return None if value <= limit else f"{what} differs from {other} by {value:.2g} (limit {limit:.2g})"
+def first_fault(comparisons: Iterable[Comparison], policy: Policy, figures: dict[str, float]) -> str | None:
+    """Record the largest difference of each comparison in ``figures``; return a message about the first one that
+    exceeds its limit or cannot be measured."""
+    for name, other, measure in comparisons:
+        try:
+            what, value = max(measure().items(), key=lambda pair: pair[1])
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # failures to compile, launch or capture have many types
+            figures[name] = math.inf
+            return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        figures[name] = value
+        if value > (limit := limit_of(name, policy)):
+            return f"{what} differs from {other} by {value:.2g} (limit {limit:.2g})"
+    return None
 
 
-class ComparedOps:
-    """Run every op of ``ops`` and of `grpo.qwen3_5.decode_ops` on copies of the same buffers and record their
-    differences. Return the plain result, so that errors do not propagate to other ops."""
+def op_differences(policy: Policy, probe: Probe, ops: Any) -> dict[str, float]:
+    """Decode the probe with plain ops, run each op of ``ops`` on copies of the same buffers, and return the largest
+    difference of each."""
+    differences: dict[str, float] = {}
 
-    def __init__(self, ops: Any) -> None:
-        self._ops = ops
-        self.differences: dict[str, float] = {}
-
-    def __getattr__(self, name: str) -> Callable[..., Tensor]:
+    def compared(name: str) -> Callable[..., Tensor]:
         def run(*arguments: Any) -> Tensor:
             copies = [copy_buffers(x) if isinstance(x, (KeyValues, Recurrent)) else x for x in arguments]
             expected: Tensor = getattr(plain, name)(*arguments)
             try:
-                pairs = [(getattr(self._ops, name)(*copies), expected)]
+                pairs = [(getattr(ops, name)(*copies), expected)]
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:
@@ -291,11 +272,13 @@ class ComparedOps:
                 if isinstance(original, (KeyValues, Recurrent)):
                     pairs += [(getattr(copy, slot), getattr(original, slot)) for slot in original.__slots__]
             label = f"the Triton op {name}"
-            worst = max(difference(actual, reference) for actual, reference in pairs)
-            self.differences[label] = max(worst, self.differences.get(label, 0.0))
+            differences[label] = max(differences.get(label, 0.0), *(difference(*pair) for pair in pairs))
             return expected
 
         return run
+
+    decode_probe(policy, probe, SimpleNamespace(**{name: compared(name) for name in OPS}))
+    return differences
 
 
 def copy_buffers(buffers: KeyValues | Recurrent) -> KeyValues | Recurrent:
@@ -304,39 +287,32 @@ def copy_buffers(buffers: KeyValues | Recurrent) -> KeyValues | Recurrent:
 
 
 @torch.inference_mode()
-def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> Decoded:
-    """Decode the probe's tokens with the policy's kernels, or with other ops."""
+def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> dict[str, Tensor]:
+    """Decode the probe's tokens with the policy's kernels, or with other ops. Return the logits [ROWS, STEPS + 1, V]
+    and the decoder's buffers by name, with zeros in the columns that no row has written."""
     tokens = probe.tokens.to(policy.device)
     with fla_in_layers(policy.kernels.fla):
         logits, decoder = decode.start_own(policy, probe.prompts, probe.owners, STEPS + 1)
     assert isinstance(decoder, decode.GraphDecoder)
     if ops is not None:
         decoder.ops = ops
-    steps = [logits.clone()]
-    for t in range(STEPS):
-        steps.append(decoder.step(tokens[:, t]).clone())
-    return Decoded(torch.stack(steps, 1), written(decoder))
-
-
-def written(decoder: decode.GraphDecoder) -> dict[str, Tensor]:
-    """Return copies of the decoder's buffers, with zeros in the columns that no row has written."""
+    steps = [logits.clone(), *(decoder.step(tokens[:, t]).clone() for t in range(STEPS))]
     state = decoder.state
     seen = state.unseen == 0
-    buffers = {"positions": state.positions.clone(), "mask": seen.clone()}
+    decoded = {"logits": torch.stack(steps, 1), "positions": state.positions.clone(), "mask": seen.clone()}
     for number, layer in enumerate(state.layers):
         for name in layer.__slots__:
             buffer = getattr(layer, name)
             if isinstance(layer, KeyValues):
                 buffer = torch.where(seen[:, None, :, None], buffer, 0)
-            buffers[f"{name} of layer {number}"] = buffer.clone()
-    return buffers
+            decoded[f"{name} of layer {number}"] = buffer.clone()
+    return decoded
 
 
-def decoded_differences(actual: Decoded, expected: Decoded) -> dict[str, float]:
-    """Return the differences of logits and buffers, by name."""
-    pairs = {"logits": (actual.logits, expected.logits)}
-    pairs |= {name: (actual.buffers[name], buffer) for name, buffer in expected.buffers.items()}
-    return {f"the decode step ({name})": difference(*pair) for name, pair in pairs.items()}
+def decoded_differences(policy: Policy, other: Policy, probe: Probe) -> dict[str, float]:
+    """Return the differences of logits and buffers after decoding with two policies, by name."""
+    actual, expected = decode_probe(policy, probe), decode_probe(other, probe)
+    return {f"the decode step ({name})": difference(actual[name], tensor) for name, tensor in expected.items()}
 
 
 def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor, dict[str, Tensor]]:

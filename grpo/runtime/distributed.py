@@ -185,8 +185,9 @@ class World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            text = _first_line(error)  # Gloo's begins with a line of its source
-            raise RankLost(f"another rank ended: {(text.partition('] ')[2] or text).partition('. ')[0]}") from None
+            text = str(error).strip().partition("\n")[0][:200]
+            text = text.partition("] ")[2] or text  # Gloo's begins with a line of its source
+            raise RankLost(f"another rank ended: {text.partition('. ')[0]}") from None
 
 
 SINGLE_PROCESS = World()
@@ -218,7 +219,7 @@ def init_world(device: str, *, timeout_s: int) -> Iterator[World]:
     except RuntimeError as error:
         raise UserError(
             f"rank {rank}/{size} could not reach the other ranks at {os.environ['MASTER_ADDR']}:"
-            f"{os.environ['MASTER_PORT']}: {_first_line(error)}"
+            f"{os.environ['MASTER_PORT']}: {error}"
         ) from None
     yield World(rank, size, rank_device, timeout_s)
     dist.destroy_process_group()  # after an error the process ends, and the others notice that
@@ -299,13 +300,11 @@ def _environment() -> tuple[int, int, int, int]:
             f"RANK or WORLD_SIZE is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: launch "
             f"with `torchrun --nproc-per-node N -m grpo train ...`, or unset RANK and WORLD_SIZE to run one process"
         )
-    try:
-        rank, size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
-    except ValueError:
-        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
-        raise UserError(f"expected whole numbers, got {values}: launch with `torchrun`") from None
+    texts = [os.environ[name] for name in TORCHRUN_VARIABLES[:4]]
+    rank, size, local_rank, local_size = (int(text) if text.isdecimal() else -1 for text in texts)
     if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-        raise UserError(f"rank {rank}/{size}, local rank {local_rank}/{local_size}: launch with `torchrun`")
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
+        raise UserError(f"{values} are not ranks of one run: launch with `torchrun`")
     return rank, size, local_rank, local_size
 
 
@@ -337,7 +336,3 @@ def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, inner in value.items():
         flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
     return flat
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]

@@ -77,12 +77,7 @@ def pad_or_truncate(text: str, width: int) -> str:
     ('severe_…', 'ok  ')
     """
     if display_width(text) > width:
-        start, used = "", 0
-        for c in text:
-            if used + _columns(c) > width - 1:
-                break
-            start, used = start + c, used + _columns(c)
-        text = start + "…"
+        text = text[: _end(text, 0, width - 1)] + "…"
     return text + " " * (width - display_width(text))
 
 

@@ -22,6 +22,7 @@ from grpo.config import TINY_WORLD_DIR, load_config
 from grpo.policy.base_model import load_base
 from grpo.policy.memory_plan import RANDOM_SHAPES
 from grpo.rollout import ENGINES
+from grpo.run import step_record
 from grpo.run.setup import load_setup
 
 
@@ -51,10 +52,10 @@ def test_it_times_the_loop_and_leaves_everything_as_it_was(
 ) -> None:
     root = Path(__file__).parents[2]
     monkeypatch.chdir(tmp_path)
-    before = (dict(ENGINES), loop.timing_metrics, loop.score_groups, updating.reference_logprobs)
+    before = (dict(ENGINES), step_record.timing_metrics, loop.score_groups, updating.reference_logprobs)
     more = ["--steps", "2", "--against", "generate", "--json", "figures.json"]
     assert main([str(root / "configs" / "tiny.toml"), *with_set([*few, "optim.warmup_steps=1"]), *more]) == 0
-    assert before == (dict(ENGINES), loop.timing_metrics, loop.score_groups, updating.reference_logprobs)
+    assert before == (dict(ENGINES), step_record.timing_metrics, loop.score_groups, updating.reference_logprobs)
     assert [p.name for p in tmp_path.iterdir()] == ["figures.json"], "the run folder is gone"
 
     found = json.loads((tmp_path / "figures.json").read_text())

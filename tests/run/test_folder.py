@@ -183,12 +183,10 @@ def test_what_came_after_the_checkpoint_is_cut_off_and_half_written_files_too(
         run.path, Progress(3), config.model_copy(update={"ledger": config.ledger.model_copy(update={"every": 0})})
     )
     assert ((run.path / "eval.json").read_bytes(), run.metrics.read_bytes()) == before
-    assert "note" not in capsys.readouterr().err
     rewind_run(run.path, Progress(2), made[0])
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
     assert [record["step"] for record in json.loads((run.path / "eval.json").read_text())] == [1, 2]
     assert sorted(os.listdir(run.path / "eval")) == ["notes.txt", "step_000001_t_on.jsonl", "step_000002_t_on.jsonl"]
-    assert f"{run.ledger}: no step 1, 2, although the checkpoint is from step 2" in capsys.readouterr().err
 
 
 def test_a_resume_with_other_contents_is_refused(made: tuple[Config, ConfigSource], run: RunFolder) -> None:
@@ -210,7 +208,7 @@ def test_a_broken_config_json_is_one_error(made: tuple[Config, ConfigSource], ru
         ("config.json", '{"inputs": [1]}', "config.json: inputs: expected"),
         ("config.json", '{"inputs": "x"}', "config.json: inputs: expected"),
         ("eval.json", "{}", "eval.json: not the evaluations of a run: expected a list"),
-        ("eval.json", "[7]", "the keys of record 1"),
+        ("eval.json", "[7]", "cases of record 1"),
         ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "step of record 1"),
         ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "step of record 1"),
         ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "n of record 1"),

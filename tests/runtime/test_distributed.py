@@ -28,7 +28,7 @@ from grpo.commands import evaluate
 from grpo.config import TINY_WORLD_DIR
 from grpo.run import resume as opening
 from grpo.run.checkpoint import find_damage
-from grpo.run.exit_messages import stopped_early
+from grpo.run.ending import stopped_early
 from grpo.run.ledger import read_step
 from grpo.run.resume import check_ranks_agree
 from grpo.run.setup import Setup
@@ -474,8 +474,8 @@ def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> No
     [
         ({"RANK": "0"}, "cpu", 0, "LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not: launch"),
         ({"WORLD_SIZE": "2"}, "cpu", 0, "unset RANK and WORLD_SIZE to run one process"),
-        ({**STARTED, "RANK": "one"}, "cpu", 0, "expected whole numbers, got RANK='one'"),
-        ({**STARTED, "RANK": "2"}, "cpu", 0, "rank 2/2"),
+        ({**STARTED, "RANK": "one"}, "cpu", 0, "RANK='one', WORLD_SIZE='2'"),
+        ({**STARTED, "RANK": "2"}, "cpu", 0, "RANK='2', WORLD_SIZE='2'"),
         ({**STARTED, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "auto", 2, "3 ranks on a host with 2 CUDA device(s)"),
         (STARTED, "cuda", 0, "2 ranks on a host with 0 CUDA device(s)"),
         ({**STARTED, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "cuda:5", 1, "this machine has 1 CUDA device(s)"),
