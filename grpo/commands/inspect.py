@@ -7,34 +7,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from grpo.config import Config
 from grpo.inspection.run_reader import read_header
-from grpo.inspection.step_records import (
-    JsonObject,
-    find_groups,
-    finite_values,
-    group_record,
-    step_record,
-    token_records,
-)
-from grpo.inspection.step_text import (
-    Style,
-    case_lines,
-    group_lines,
-    member_lines,
-    running_text,
-    step_lines,
-    token_lines,
-)
+from grpo.inspection.step_records import JsonObject, find_groups, group_record, step_record, token_records
+from grpo.inspection.step_text import group_lines, step_lines
 from grpo.policy.base_model import load_tokenizer
 from grpo.run.folder import RunFolder
-from grpo.run.ledger import LedgerStep, read_step, recorded_steps
+from grpo.run.ledger import read_step, recorded_steps
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
-from grpo.runtime.terminal import screen_width, styled, wants_colour, wrap
+from grpo.runtime.terminal import screen_width, wrap
 
 NOT_RECORDED = {
     "redacted": 'texts and token ids were not recorded (ledger.text = "redacted")',
@@ -45,7 +29,7 @@ NOT_RECORDED = {
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "inspect",
-        "Show a recorded step of a run: its groups, one group's completions side by side, or one completion's tokens.",
+        "Show a recorded step of a run: its groups, one group's completions, or one completion's tokens.",
         examples=[
             "grpo inspect runs/tiny --step 3",
             "grpo inspect runs/tiny --step 3 --case train-001621",
@@ -54,14 +38,14 @@ def argument_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("run", type=Path, help="run folder, for example runs/tiny")
     parser.add_argument("--step", type=int, help="step to show (default: the last recorded one)")
-    parser.add_argument("--case", metavar="ID", help="show a group's completions side by side; #B selects group B")
+    parser.add_argument("--case", metavar="ID", help="show a group's completions; #B selects group B")
     parser.add_argument("--member", type=int, metavar="G", help="with --case: show the tokens of completion G")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[JsonObject, list[str]]:
-    """Return the selected part of a run as a JSON value and as lines of at most ``width`` columns.
+def select(arguments: argparse.Namespace) -> tuple[JsonObject, list[str]]:
+    """Return the selected part of a run as a JSON value, and notes on what is missing or was modified.
 
     Raises:
         UserError: the run cannot be read, or it has no such step, case or member.
@@ -71,41 +55,25 @@ def render(arguments: argparse.Namespace, width: int, style: Style) -> tuple[Jso
     if not steps:
         raise UserError(f"{folder}: no step in this ledger")
     entry = read_step(folder, steps[-1] if arguments.step is None else arguments.step)
+    notes = [f"changed since it was written: {file}" for file in entry.modified_files]
+    notes += [] if entry.text == "full" else [f"—: {NOT_RECORDED[entry.text]}"]
     record = step_record(entry, config)
     if arguments.case is None:
-        lines = [*step_lines(record, width, style)]
-    else:
-        groups = find_groups(entry, arguments.case)
-        record = {name: record[name] for name in ("run", "step", "text", "changed")}
-        record["groups"] = [group_record(entry, config, b) for b in groups]
-        if arguments.member is None:
-            lines = [line for group in record["groups"] for line in group_lines(group, width, style)]
-        else:
-            lines = _select_member(record["groups"], groups, arguments.member, entry, config, width, style)
-    warnings = [line for file in entry.modified_files for line in wrap(f"changed since it was written: {file}", width)]
-    note = "" if entry.text == "full" else f"—: {NOT_RECORDED[entry.text]}"
-    notes = [style(line, "dim") for line in wrap(note, width) if note]
-    return record, [*(style(line, "red") for line in warnings), *lines, *notes]
-
-
-def _select_member(
-    records: list[JsonObject], groups: list[int], g: int, entry: LedgerStep, config: Config, width: int, style: Style
-) -> list[str]:
-    """Reduce the records of groups to completion ``g``, add its tokens, and return the lines that show it."""
-    size = len(records[0]["completions"])
-    if not 0 <= g < size:
-        raise UserError(f"step {entry.step.number}: no member {g} in this group, whose members are 0 to {size - 1}")
-    decode_token, reason = _token_decoder(config) if entry.text == "full" else (None, "")
-    lines: list[str] = []
-    for b, group in zip(groups, records, strict=True):
-        member = group["completions"][g]
-        member["token_terms"] = token_records(entry, b, g, decode_token)
-        group["completions"] = [member]
-        lines += [*case_lines(group, width, style), "", *member_lines(member, width, style)]
-        if decode_token and style("x", "bold") != "x":
-            lines += ["", *running_text(member["token_terms"], width, style)]
-        lines += token_lines(member["token_terms"], width, style)
-    return [*lines, reason] if reason else lines
+        return record, notes
+    groups = find_groups(entry, arguments.case)
+    record = {name: record[name] for name in ("run", "step", "text", "changed")}
+    record["groups"] = [group_record(entry, config, b) for b in groups]
+    if (g := arguments.member) is not None:
+        decode_token, reason = _token_decoder(config) if entry.text == "full" else (None, "")
+        notes += [reason] if reason else []
+        for b, group in zip(groups, record["groups"], strict=True):
+            size = len(group["completions"])
+            if not 0 <= g < size:
+                members = f"whose members are 0 to {size - 1}"
+                raise UserError(f"step {entry.step.number}: no member {g} in this group, {members}")
+            terms = token_records(entry, b, g, decode_token)
+            group["completions"] = [group["completions"][g] | {"token_terms": terms}]
+    return record, notes
 
 
 def _token_decoder(config: Config) -> tuple[Callable[[int], str] | None, str]:
@@ -120,9 +88,15 @@ def _token_decoder(config: Config) -> tuple[Callable[[int], str] | None, str]:
 def run(arguments: argparse.Namespace) -> int:
     if arguments.member is not None and arguments.case is None:
         raise UserError("--member needs --case")
-    style = partial(styled, colour=wants_colour(sys.stdout))
-    record, lines = render(arguments, screen_width(sys.stdout), style)
-    print(json.dumps(finite_values(record), allow_nan=False) if arguments.json else "\n".join(lines))
+    record, notes = select(arguments)
+    if arguments.json:
+        print(json.dumps(record, allow_nan=False))
+        return 0
+    width = screen_width(sys.stdout)
+    groups = record["groups"] if arguments.case else ()
+    lines = [line for group in groups for line in group_lines(group, width)] or step_lines(record, width)
+    for line in [*lines, *(line for note in notes for line in wrap(note, width))]:
+        print(line.rstrip())
     return 0
 
 

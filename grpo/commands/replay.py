@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from grpo.inspection.counterfactual import change_lines, counterfactual, summary_lines, table_lines
+from grpo.inspection.counterfactual import change_line, counterfactual, summary_lines, table_lines
 from grpo.inspection.replay import environment_changes, folder_differences, not_checked, replay, replay_lines, verdict
 from grpo.inspection.run_reader import RecordedRun, read_recorded_run
 from grpo.policy.base_model import device_option
@@ -30,7 +30,9 @@ Output = tuple[dict[str, Any], list[str], int]
 def argument_parser() -> argparse.ArgumentParser:
     parser = make_parser(
         "replay",
-        "Recompute a run from its ledger and compare every value with the log.\n"
+        "Recompute a run from its ledger and compare every value with the log, except the speed and memory of the "
+        "machine.\nThe inputs (texts, token ids, log-probabilities, entropies) are protected by sha256; --model "
+        "recomputes the\nlog-probabilities. loss/trained, grad_norm and skipped are compared with their copy.\n"
         "Exit codes: 0 equal, 1 different, 2 unreadable.",
         examples=["grpo replay runs/tiny", "grpo replay runs/tiny --reward v45c --step 3"],
     )
@@ -85,7 +87,7 @@ def compare_rewards(recording: RecordedRun, arguments: argparse.Namespace) -> Ou
         entry = read_step(recording.run.ledger, number)
         modified += [f"{name}: changed since it was written: its sha256 differs" for name in entry.modified_files]
         steps.append(counterfactual(entry, recording.config, other))
-    format_step = table_lines if len(steps) == 1 else change_lines
+    step_lines = table_lines(steps[0]) if len(steps) == 1 else [change_line(step) for step in steps]
     names = {"now": recording.reward.name, "then": other.name}
     record = {
         "run": str(arguments.run),
@@ -93,7 +95,7 @@ def compare_rewards(recording: RecordedRun, arguments: argparse.Namespace) -> Ou
         "changed": modified,
         "steps": [dataclasses.asdict(step) | {"flips": step.flips} for step in steps],
     }
-    lines = [*modified, *(line for step in steps for line in format_step(step)), *summary_lines(steps, *names.values())]
+    lines = [*modified, *step_lines, *summary_lines(steps, *names.values())]
     return record, lines, int(bool(modified))
 
 

@@ -1,7 +1,7 @@
 """Compare recorded and recomputed values bit for bit and measure how far apart they are."""
 
 import json
-import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +15,7 @@ MAX_REPR_CHARS = 60
 class Difference:
     """A value that does not follow from the recorded inputs, or a file that was modified.
 
-    >>> str(Difference(3, "ledger/step_000003.safetensors: rewards", "group 1, member 0", "1.0", "0.5", 1 << 52, 0.5))
+    >>> str(Difference(3, "ledger/step_000003.safetensors: rewards", "group 1, member 0", "1.0", "0.5", 0.5))
     'step 3: ledger/step_000003.safetensors: rewards, group 1, member 0: 1.0 → 0.5 (relative 5.0e-01)'
     """
 
@@ -27,20 +27,16 @@ class Difference:
     """Row and token; "" for the whole step."""
     logged: str
     replayed: str
-    ulps: int | None = None
-    """Distance in units in the last place; None unless both are finite numbers."""
-    relative: float = 0.0
-    """|logged − replayed| / max(|logged|, |replayed|)."""
+    relative: float | None = None
+    """|logged − replayed| / max(|logged|, |replayed|); None unless both are finite numbers."""
     more: int = 0
-    """Further differing tokens of the same row; ``ulps`` and ``relative`` are maxima over all of them."""
+    """Further differing tokens of the same row; ``relative`` is the maximum over all of them."""
 
     def __str__(self) -> str:
-        place = f"{self.where}{', ' if self.at else ''}{self.at}"
-        distance = ""
-        if self.ulps is not None:
-            distance = f" ({self.ulps} ulp)" if self.ulps < 1000 else f" (relative {self.relative:.1e})"
-        more = f" and {self.more:,} more of its tokens" if self.more else ""
         step = f"step {self.step}: " if self.step else ""
+        place = f"{self.where}{', ' if self.at else ''}{self.at}"
+        distance = "" if self.relative is None else f" (relative {self.relative:.1e})"
+        more = f" and {self.more:,} more of its tokens" if self.more else ""
         return f"{step}{place}: {self.logged} → {self.replayed}{distance}{more}"
 
 
@@ -59,37 +55,24 @@ def short_repr(value: Any) -> str:
     return text if len(text) <= MAX_REPR_CHARS else text[: MAX_REPR_CHARS - 1] + "…"
 
 
-def ulps_between(a: Any, z: Any, dtype: Any = np.float64) -> int | None:
-    """Return the number of floats of ``dtype`` from ``a`` to ``z``; None unless both are finite numbers.
+def relative_distance(a: Any, z: Any) -> float | None:
+    """Return |a − z| / max(|a|, |z|), at most 2; None unless both are finite numbers.
 
-    >>> ulps_between(1.0, 1.0000000000000002), ulps_between(-0.0, 0.0), ulps_between(1.0, None)
-    (1, 0, None)
-    >>> ulps_between(-5e-324, 5e-324)
-    2
+    >>> relative_distance(2.0, 2.5), relative_distance(-0.0, 0.0), relative_distance(1.0, None)
+    (0.2, 0.0, None)
     """
-    if not (_is_number(a) and _is_number(z)):
-        return None
-    width = np.dtype(dtype).itemsize
-    sign = 1 << (8 * width - 1)
-    ordered = []
+    largest = sys.float_info.max
     for value in (a, z):
-        bits = int.from_bytes(np.array(value, dtype=dtype).astype(f"<f{width}").tobytes(), "little")
-        ordered.append(sign - bits if bits & sign else bits)
-    return abs(ordered[0] - ordered[1])
+        if isinstance(value, bool) or not isinstance(value, int | float) or not -largest <= value <= largest:
+            return None
+    return float(min(abs(a - z) / (max(abs(a), abs(z)) or 1.0), 2.0))
 
 
-def difference_of(
-    step: int, where: str, at: str, pairs: Sequence[tuple[Any, Any]], dtype: Any = np.float64
-) -> Difference:
+def difference_of(step: int, where: str, at: str, pairs: Sequence[tuple[Any, Any]]) -> Difference:
     """Return the difference at the first of several (logged, replayed) pairs whose bits differ."""
-    floating = np.issubdtype(dtype, np.floating)
-    ulps = [ulps_between(a, z, dtype) if floating else None for a, z in pairs]
-    finite = [distance for distance in ulps if distance is not None]
-    texts = short_repr(pairs[0][0]), short_repr(pairs[0][1])
-    if len(finite) < len(pairs):
-        return Difference(step, where, at, *texts, more=len(pairs) - 1)
-    relative = max(abs(a - z) / (max(abs(a), abs(z)) or 1.0) for a, z in pairs)
-    return Difference(step, where, at, *texts, max(finite), relative, len(pairs) - 1)
+    distances = [distance for a, z in pairs if (distance := relative_distance(a, z)) is not None]
+    relative = max(distances) if len(distances) == len(pairs) else None
+    return Difference(step, where, at, short_repr(pairs[0][0]), short_repr(pairs[0][1]), relative, len(pairs) - 1)
 
 
 def array_differences(
@@ -121,10 +104,4 @@ def array_differences(
             if len(tokens):
                 token = f", token {tokens[0]}" if len(differs[place]) > 1 else ""
                 pairs = [(a[epoch, place][t].item(), z[epoch, place][t].item()) for t in tokens]
-                yield difference_of(step, where, f"{name}{token}{suffix}", pairs, a.dtype)
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, int) and not isinstance(value, bool):
-        return abs(value) <= 1 << 53
-    return isinstance(value, float) and math.isfinite(value)
+                yield difference_of(step, where, f"{name}{token}{suffix}", pairs)

@@ -6,7 +6,6 @@ ledger and are not considered.
 """
 
 import dataclasses
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,8 +49,6 @@ class Counterfactual:
 
     step: int
     rows: tuple[CompletionChange, ...]
-    components: dict[str, tuple[float | None, float | None]]
-    """Component → mean |A_k| over completions of its part of the advantage; None if a reward lacks the component."""
     gained: tuple[int, ...]
     """Groups whose rewards would no longer be all equal."""
     lost: tuple[int, ...]
@@ -93,10 +90,6 @@ def counterfactual(entry: LedgerStep, config: Config, other: Reward) -> Counterf
             )
             for b, g in np.ndindex(rewards.shape)
         ),
-        components={
-            name: (_mean_size(entry.shares.get(name)), _mean_size(shares.get(name)))
-            for name in {**entry.shares, **shares}
-        },
         gained=tuple(np.flatnonzero(uniform_now & ~uniform_then).tolist()),
         lost=tuple(np.flatnonzero(uniform_then & ~uniform_now).tolist()),
     )
@@ -118,18 +111,10 @@ def table_lines(step: Counterfactual) -> list[str]:
     return lines
 
 
-def change_lines(step: Counterfactual) -> list[str]:
-    """Format a step as one line; no line if no sign and no group's variance changes."""
-    if not (step.flips or step.gained or step.lost):
-        return []
-    cases = {row.group: escape_control(row.case_id) for row in step.rows}
-    groups = [
-        f"{verb} {', '.join(cases[b] for b in changed[:4])}{', …' * (len(changed) > 4)}"
-        for verb, changed in (("gains", step.gained), ("loses", step.lost))
-        if changed
-    ]
-    variance = f"; variance: {'; '.join(groups)}" if groups else ""
-    return [f"step {step.step:<6} {step.flips} of {len(step.rows)} flip{variance}"]
+def change_line(step: Counterfactual) -> str:
+    """Format a step as one line."""
+    variance = f"groups that gain, lose variance: {len(step.gained)}, {len(step.lost)}"
+    return f"step {step.step:<6} {step.flips} of {len(step.rows)} flip; {variance}"
 
 
 def summary_lines(steps: Sequence[Counterfactual], name_now: str, name_then: str) -> list[str]:
@@ -140,30 +125,14 @@ def summary_lines(steps: Sequence[Counterfactual], name_now: str, name_then: str
     """
     rows = [row for step in steps for row in step.rows]
     groups = sum(len({row.group for row in step.rows}) for step in steps)
-    lines = [
+    return [
         f"reward {escape_control(f'{name_now} → {name_then}')}, {len(steps):,} step{'s' * (len(steps) != 1)}",
         f"  {sum(row.reward_now != row.reward_then for row in rows):,} of {len(rows):,} completions get another reward",
         f"  {sum(row.flips for row in rows):,} change the sign of their advantage",
         f"  of {groups:,} groups, {sum(len(step.gained) for step in steps):,} gain and "
         f"{sum(len(step.lost) for step in steps):,} lose their variance",
-        f"  {'component: mean |part of the advantage|':<48}{'now':>8} → {'then':>6}",
     ]
-    for name in dict.fromkeys(name for step in steps for name in step.components):
-        now, then = ([step.components.get(name, (None, None))[side] for step in steps] for side in (0, 1))
-        means = [_mean([size for size in sizes if size is not None]) for sizes in (now, then)]
-        if any(means):
-            texts = ["–" if mean is None else f"{mean:.3f}" for mean in means]
-            lines.append(f"    {pad_or_truncate(escape_control(name), 46)}{texts[0]:>8} → {texts[1]:>6}")
-    return lines
 
 
 def _nonzero_parts(shares: Mapping[str, np.ndarray], b: int, g: int) -> dict[str, float]:
     return {name: float(share[b, g]) for name, share in shares.items() if share[b, g]}
-
-
-def _mean_size(share: np.ndarray | None) -> float | None:
-    return None if share is None else _mean(np.abs(share).ravel().tolist())
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return math.fsum(values) / len(values) if values else None

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from grpo.config import Config, ModelSection
 from grpo.inspection.run_reader import RecordedRun
 from grpo.metrics import group_member_pairs
-from grpo.policy.base_model import card_name, resolve_device, resolve_dtype
+from grpo.policy.base_model import resolve_device, resolve_dtype
 from grpo.policy.policy import Policy, as_reference, copy_adapter, load_policy
 from grpo.prompts import render_prompt
 from grpo.run.checkpoint import load_checkpoint
@@ -80,44 +80,26 @@ def replay_with_model(
     Raises:
         UserError: the device does not exist, base, adapter or checkpoint cannot be loaded, or a step has no token ids.
     """
-    section = on_device(recording, device)
+    section = recording.config.model
+    section = section.model_copy(update={"device": str(resolve_device(device or section.device))})
     results = tuple(recompute(recording, steps, section))
-    dtype, causes = _coarser_dtype(recording, section), rounding_causes(recording, section)
+    dtype = _coarser_dtype(recording, section)
     tolerance = TOLERANCES[dtype]
     record = {
         "device": section.device,
         "dtype": dtype,
-        "rounding_causes": causes,
         "tolerance": dict(zip(("largest", "mean"), tolerance, strict=True)),
         "steps": [dataclasses.asdict(result) for result in results],
     }
     drifts = [drift for result in results for drift in (result.reference, result.policy) if drift]
     equal = all(drift.within(tolerance) for drift in drifts) and not any(result.misread for result in results)
-    lines = [line for name in ("reference", "policy") for line in _drift_lines(name, results, dtype, causes)]
+    lines = [line for name in ("reference", "policy") for line in _drift_lines(name, results, dtype)]
     lines += [f"step {r.step}: {row} does not match its token ids" for r in results for row in r.misread]
-    if missing := sum(result.policy is None for result in results):
-        lines.append(f"not checked  policy in {missing:,} steps: the checkpoint before them was not kept")
-    if recording.config.optim.inner_epochs > 1:
-        lines.append("not checked  policy in inner epochs after the first: adapters between them are never kept")
     return record, lines, equal
 
 
-def on_device(recording: RecordedRun, device: str | None) -> ModelSection:
-    """Return the run's ``[model]`` section with the device to use here; None is the run's own.
-
-    Raises:
-        UserError: this machine has no such device.
-    """
-    section = recording.config.model
-    try:
-        return section.model_copy(update={"device": str(resolve_device(device or section.device))})
-    except UserError as error:
-        hint = "" if device else ": --device cpu computes the run's model there"
-        raise UserError(f"{error}{hint}") from None
-
-
 def recompute(recording: RecordedRun, steps: Sequence[int], section: ModelSection) -> Iterator[Recomputed]:
-    """Recompute steps with the model of ``section``, which `on_device` returns."""
+    """Recompute steps with the run's model on the device of ``section``."""
     config = recording.config
     policy = load_policy(section, config.lora, seed=config.train.seed)
     initial = copy_adapter(policy)
@@ -195,12 +177,6 @@ def undecodable_rows(policy: Policy, entry: LedgerStep, config: Config) -> Itera
             yield f"{name}: completion"
 
 
-def rounding_causes(recording: RecordedRun, section: ModelSection) -> list[str]:
-    """Return why the last bits may differ: equal bits need the same kind of device and the same micro-batches."""
-    trained, here = str(recording.made_with.get("device")), card_name(resolve_device(section.device))
-    return [] if here in (trained, trained.partition(" (")[0]) else [f"trained on {trained}, computed on {here}"]
-
-
 def _logged_rows(recording: RecordedRun, number: int) -> int:
     """Return the limit of rows per micro-batch in a step: running out of memory lowers that of the config."""
     rows = recording.logged.get(number, {}).get("memory/micro_batch_rows")
@@ -215,7 +191,7 @@ def _coarser_dtype(recording: RecordedRun, section: ModelSection) -> str:
     return max(dtypes, key=TOLERANCES.__getitem__)
 
 
-def _drift_lines(name: str, results: Sequence[Recomputed], dtype: str, causes: Sequence[str]) -> Iterator[str]:
+def _drift_lines(name: str, results: Sequence[Recomputed], dtype: str) -> Iterator[str]:
     drifts = {result.step: drift for result in results if (drift := getattr(result, name)) is not None}
     if not drifts:
         yield f"{name:<11}  no step to compare"
@@ -228,8 +204,6 @@ def _drift_lines(name: str, results: Sequence[Recomputed], dtype: str, causes: S
         f"{name:<11}  {len(drifts):,} of {len(results):,} steps, {tokens:,} tokens: max |Δ logprob| {largest:.3g}, "
         f"mean {mean:.3g}; tolerance in {dtype}: {tolerance[0]:g} and {tolerance[1]:g}"
     )
-    if largest and all(drift.within(tolerance) for drift in drifts.values()):
-        yield f"{name:<11}  equal within rounding, not to the bit{': ' * bool(causes)}{'; '.join(causes)}"
     for step, drift in drifts.items():
         if not drift.within(tolerance):
             measured = f"max |Δ logprob| {drift.largest:.3g}, mean {drift.mean:.3g}"

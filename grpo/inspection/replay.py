@@ -8,8 +8,7 @@ sha256 alone; `grpo.inspection.recompute_logprobs` recomputes the log-probabilit
 
 import dataclasses
 import platform
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +20,7 @@ from tqdm import tqdm
 from grpo.batch import group_advantages, make_batch
 from grpo.config import Config
 from grpo.inspection.bit_diff import Difference, array_differences, difference_of, same_bits, short_repr
-from grpo.inspection.run_reader import RecordedRun, reformatted_lines, unindexed_files
+from grpo.inspection.run_reader import RecordedRun, unindexed_files
 from grpo.metrics import (
     TokenTerms,
     advantage_by_component,
@@ -41,12 +40,8 @@ from rewards.table import score_parts, total
 
 MAX_PRINTED = 20
 """Differences that are printed; ``--json`` contains all of them."""
-ROUNDING_ULPS = 64
-"""A larger difference is not the rounding of another library or processor."""
 TIMING_PREFIXES = ("time/", "tokens_per_s/", "roofline/", "memory/")
 """Metrics that depend on the speed and memory of the machine, which cannot be recomputed."""
-PHASES = ("rollout", "update", "account")
-"""Phases of a step that `grpo.train` times."""
 _THINKING_METRICS = ("completions/opened_thinking", "completions/unclosed_thinking")
 TEXT_METRICS: dict[str, tuple[str, ...]] = {
     "full": (),
@@ -54,10 +49,6 @@ TEXT_METRICS: dict[str, tuple[str, ...]] = {
     "off": (*_THINKING_METRICS, "completions/no_parse/", "reward/timed_out"),
 }
 """``ledger.text`` → metrics (or prefixes) that need texts which were not recorded."""
-TEXT_NOTES = {
-    "redacted": "texts: not recorded (ledger.text); answers and fired rules are taken as recorded",
-    "off": "texts and rules: not recorded (ledger.text); answers and the values of rules are taken as recorded",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +229,6 @@ def _metric_differences(
         yield Difference(number, "metrics.jsonl", "", "no line", "a step")
     else:
         copies["metrics.jsonl"] = {name: v for name, v in line.items() if not name.startswith(TIMING_PREFIXES)}
-        yield from _throughput_differences(entry.step, line)
     for file, logged in copies.items():
         for name in {**expected, **logged}:
             if name not in expected or name not in logged:
@@ -246,23 +236,6 @@ def _metric_differences(
                 yield Difference(number, f"{file}: {name}", "", sides[0], sides[1])
             elif not same_bits(logged[name], expected[name]):
                 yield difference_of(number, f"{file}: {name}", "", [(logged[name], expected[name])])
-
-
-def _throughput_differences(step: StepRecord, line: Mapping[str, Any]) -> Iterator[Difference]:
-    """Compare the throughput with the tokens and with the seconds in the same line."""
-    tokens = sum(len(ids) for ids in step.batch.completion_ids) + sum(
-        sum(group.lengths) for group in step.replaced_groups
-    )
-    seconds = [line.get(f"time/{name}_s") for name in PHASES]
-    if not all(isinstance(value, float) and value > 0 for value in seconds):
-        expected = f"seconds of {', '.join(PHASES)}"
-        yield Difference(step.number, "metrics.jsonl: time/", "", short_repr(seconds), expected)
-        return
-    durations = [float(value) for value in seconds if value]
-    for name, duration in (("tokens_per_s/rollout", durations[0]), ("tokens_per_s/step", sum(durations))):
-        if not same_bits(line.get(name), tokens / duration):
-            texts = short_repr(line.get(name)), short_repr(tokens / duration)
-            yield Difference(step.number, f"metrics.jsonl: {name}", "", *texts)
 
 
 def is_copied(metric: str, text: str) -> bool:
@@ -282,48 +255,27 @@ def folder_differences(recording: RecordedRun) -> Iterator[Difference]:
     expected, actual = recording.header.reward["sha256"], recording.reward.sha256
     if actual != expected:
         yield Difference(0, "reward.json", "", f"sha256 {expected[:16]}…", f"sha256 {actual[:16]}…")
-    for line in reformatted_lines(run.ledger):
-        yield Difference(0, f"ledger/index.jsonl:{line}", "", "as written", "changed since: formatted differently")
     for name in unindexed_files(run.ledger, recording.steps):
         found = "present (was the run killed in this step? use --resume)"
         yield Difference(0, f"ledger/{name}", "", "in no line of index.jsonl", found)
-    last = max(logged, default=0)
-    for first, end in missing_ranges(logged, min(last, config.train.steps)):
-        yield Difference(first, "metrics.jsonl", _range_end(first, end), "no line", f"one, as for step {last}")
-    yield from _index_differences(recording, min(last, config.train.steps))
+    last, every = max(logged, default=0), config.ledger.every
+    yield from _missing_steps("metrics.jsonl", logged, 1, min(last, config.train.steps))
+    yield from _missing_steps("ledger/index.jsonl", recording.steps, every, min(last, config.train.steps))
+    for step in recording.steps:
+        if not every or step % every:
+            yield Difference(step, "ledger/index.jsonl", "", "a line", f"none, with ledger.every = {every}")
     finished = run.adapter.is_dir()
     if last > config.train.steps or (finished and last < config.train.steps):
         reason = "train.steps; adapter/ exists, so the run is finished" if finished else "train.steps"
         yield Difference(0, "metrics.jsonl: last step", "", str(last), f"{config.train.steps} ({reason})")
 
 
-def _index_differences(recording: RecordedRun, last: int) -> Iterator[Difference]:
-    """Compare the recorded steps with the multiples of ``ledger.every`` up to the last logged step."""
-    every, index = recording.config.ledger.every, "ledger/index.jsonl"
-    rule = f"with ledger.every = {every}"
-    recorded = [step // every for step in recording.steps if not step % every] if every else []
-    for first, end in missing_ranges(recorded, last // every) if every else ():
-        yield Difference(first * every, index, _range_end(first * every, end * every), "no record", f"one, {rule}")
-    for step in recording.steps:
-        if not every or step % every:
-            yield Difference(step, index, "", "a record", f"none, {rule}")
-
-
-def missing_ranges(numbers: Iterable[int], last: int) -> Iterator[tuple[int, int]]:
-    """Yield first and last of each range of 1 … ``last`` that is missing.
-
-    >>> list(missing_ranges([2, 3, 6], 8))
-    [(1, 1), (4, 5), (7, 8)]
-    """
-    previous = 0
-    for number in sorted({*(number for number in numbers if 1 <= number <= last), last + 1}):
-        if number > previous + 1:
-            yield previous + 1, number - 1
-        previous = number
-
-
-def _range_end(first: int, end: int) -> str:
-    return f"to step {end}" if end > first else ""
+def _missing_steps(file: str, steps: Collection[int], every: int, last: int) -> Iterator[Difference]:
+    """Yield one difference if a multiple of ``every`` up to ``last`` has no line in a file."""
+    missing = last // every - sum(0 < step <= last and step % every == 0 for step in steps) if every else 0
+    if missing:
+        first = next(step for step in range(every, last + 1, every) if step not in steps)
+        yield Difference(first, file, "", "no line", f"a line; {missing:,} missing up to step {last}")
 
 
 def environment_changes(recording: RecordedRun) -> dict[str, tuple[Any, str]]:
@@ -335,18 +287,15 @@ def environment_changes(recording: RecordedRun) -> dict[str, tuple[Any, str]]:
 
 
 def not_checked(recording: RecordedRun, result: ReplayResult) -> list[str]:
-    """Return what this replay cannot verify, one line each."""
+    """Return what this replay, unlike one of a complete run with texts, cannot verify, one line each."""
     logged, config = recording.logged, recording.config
     unrecorded, last = sum(step not in recording.steps for step in logged), max(logged, default=0)
-    timing, copied = ", ".join(TIMING_PREFIXES), ", ".join(TRAINER_ONLY_METRICS)
     lines = [
-        f"{timing}: speed and memory of the machine; {copied}: only the two copies are compared",
-        "texts, token ids, case ids, log-probabilities, entropies: the inputs, protected by sha256 alone"
-        " (--model recomputes the log-probabilities); config.json: taken as it is",
+        f'answers and rules: taken as recorded (ledger.text = "{text}"); {", ".join(TEXT_METRICS[text])}: only the two '
+        "copies are compared"
+        for text in result.texts
+        if text != "full"
     ]
-    for text in result.texts:
-        if text != "full":
-            lines.append(f"{TEXT_NOTES[text]}; {', '.join(TEXT_METRICS[text])}: only the two copies are compared")
     if unrecorded:
         every = config.ledger.every
         lines.append(f"{unrecorded:,} of {len(logged):,} steps: in metrics.jsonl alone (ledger.every = {every})")
@@ -355,41 +304,22 @@ def not_checked(recording: RecordedRun, result: ReplayResult) -> list[str]:
     return lines
 
 
-def likely_reason(differences: Sequence[Difference], changes: Mapping[str, tuple[Any, str]]) -> str | None:
-    """Return a remark about rounding if no difference exceeds `ROUNDING_ULPS` and the environment has changed."""
-    ulps = [difference.ulps for difference in differences if difference.ulps is not None]
-    if not changes or not ulps or len(ulps) < len(differences) or max(ulps) > ROUNDING_ULPS:
-        return None
-    return (
-        f"no difference exceeds {max(ulps)} ulp and the environment has changed since the training "
-        f"({'; '.join(f'{name} {then} → {now}' for name, (then, now) in changes.items())}): the rounding of another "
-        "library or processor is the likely reason"
-    )
-
-
 def verdict(result: ReplayResult, differences: Sequence[Difference], seconds: float) -> str:
     """Return the last line of a replay's output."""
-    count, steps = len(result.steps), sorted({difference.step for difference in differences if difference.step})
-    extent = f"replayed {_plural(count, 'step')}, {result.completions:,} completions, {result.tokens:,} tokens"
-    if not differences:
-        equal = f"every reward, advantage, loss term and {result.metrics} metrics equal, bit for bit"
-        return f"{extent}: {equal} ({seconds:.1f} s)"
-    numbers = f"{', '.join(map(str, steps[:8]))}{', …' * (len(steps) > 8)}"
-    where = f" in step{'s' * (len(steps) != 1)} {numbers}" if steps else ""
-    return f"{extent}: {_plural(len(differences), 'difference')}{where} ({seconds:.1f} s)"
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' * (count != 1)}"
+    steps = f"{len(result.steps):,} step{'s' * (len(result.steps) != 1)}"
+    values = f"every reward, advantage, loss term and {result.metrics} metrics equal, bit for bit"
+    if differences:
+        values = f"{len(differences):,} difference{'s' * (len(differences) != 1)}"
+    return f"replayed {steps}, {result.completions:,} completions, {result.tokens:,} tokens: {values} ({seconds:.1f} s)"
 
 
 def replay_lines(recording: RecordedRun, result: ReplayResult, differences: Sequence[Difference]) -> list[str]:
     """Format a replay's output except for its verdict."""
     lines = [str(difference) for difference in differences[:MAX_PRINTED]]
     if len(differences) > MAX_PRINTED:
-        by_file = Counter(difference.where.partition(":")[0] for difference in differences[MAX_PRINTED:])
-        counts = ", ".join(f"{count:,} in {file}" for file, count in by_file.most_common(4))
-        lines.append(f"and {len(differences) - MAX_PRINTED:,} more: {counts}{', …' * (len(by_file) > 4)}")
-    if reason := likely_reason(differences, environment_changes(recording)):
-        lines.append(reason)
+        lines.append(f"and {len(differences) - MAX_PRINTED:,} more: see --json")
+    changes = environment_changes(recording).items()
+    if differences and changes:
+        texts = (f"{name} {then} → {now}" for name, (then, now) in changes)
+        lines.append(f"changed since the training: {'; '.join(texts)}")
     return [*lines, *(f"not checked  {line}" for line in not_checked(recording, result))]

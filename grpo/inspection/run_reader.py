@@ -4,7 +4,6 @@
 remarks.
 """
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -236,20 +235,6 @@ def unindexed_files(ledger: Path, steps: Sequence[int]) -> tuple[str, ...]:
     """Return the step files without an index line: the training was killed in this step, or they were added later."""
     matches = (re.fullmatch(r"step_(\d{6,})\.(?:safetensors|jsonl)", path.name) for path in ledger.iterdir())
     return tuple(sorted(match[0] for match in matches if match and int(match[1]) not in steps))
-
-
-def reformatted_lines(ledger: Path) -> tuple[int, ...]:
-    """Return the numbers of index lines that `grpo train` would have formatted or ordered differently. The index
-    contains the sha256 of all other files; nothing contains its own."""
-    numbers, last = [], 0
-    for number, line in enumerate(_lines(ledger / "index.jsonl"), 1):
-        if not line.endswith(b"\n"):
-            break
-        index_line = json.loads(line)  # `grpo.run.ledger` has validated it
-        if (json.dumps(index_line) + "\n").encode() != line or index_line["step"] <= last:
-            numbers.append(number)
-        last = index_line["step"]
-    return tuple(numbers)
 
 
 def _read_metrics(file: Path) -> tuple[list[tuple[int, dict[str, Any]]], bool]:

@@ -1,12 +1,15 @@
-"""A recorded step, its groups, completions and tokens as JSON values, which `grpo inspect` prints."""
+"""A recorded step, its groups, completions and tokens as JSON values, which `grpo inspect` prints.
 
-import math
-from collections.abc import Callable, Mapping
+None stands for what was not recorded and for numbers that JSON does not have.
+"""
+
+from collections.abc import Callable
 from typing import Any
 
 from grpo.advantage import zero_variance
 from grpo.config import Config
 from grpo.metrics import token_slices
+from grpo.run.folder import nan_to_none
 from grpo.run.ledger import LedgerStep
 from grpo.runtime.errors import UserError
 from grpo.token_budget import finish_reason
@@ -27,17 +30,19 @@ def step_record(entry: LedgerStep, config: Config) -> JsonObject:
         "changed": list(entry.modified_files),
         "metrics": entry.metrics,
         "groups": [
-            {
-                "group": b,
-                "case": group.prompt.case.id or None,
-                "gold": group.prompt.case.gold_level,
-                "thinking": group.prompt.thinking,
-                "reward_mean": float(entry.rewards[b].mean()),
-                "reward_std": float(entry.rewards[b].std(ddof=1)),
-                "zero_variance": bool(uniform[b]),
-                "predicted": [score.answer.level for score in scores],
-                "stopped": [finish_reason(c, config.rollout.max_new_tokens) for c in group.completions],
-            }
+            nan_to_none(
+                {
+                    "group": b,
+                    "case": group.prompt.case.id or None,
+                    "gold": group.prompt.case.gold_level,
+                    "thinking": group.prompt.thinking,
+                    "reward_mean": float(entry.rewards[b].mean()),
+                    "reward_std": float(entry.rewards[b].std(ddof=1)),
+                    "zero_variance": bool(uniform[b]),
+                    "predicted": [score.answer.level for score in scores],
+                    "stopped": [finish_reason(c, config.rollout.max_new_tokens) for c in group.completions],
+                }
+            )
             for b, (group, scores) in enumerate(zip(step.groups, step.scores, strict=True))
         ],
         "dropped": [
@@ -53,7 +58,7 @@ def step_record(entry: LedgerStep, config: Config) -> JsonObject:
 
 
 def group_record(entry: LedgerStep, config: Config, b: int) -> JsonObject:
-    """Return group ``b`` with its texts and completions; None stands for what was not recorded."""
+    """Return group ``b`` with its texts and completions."""
     group = entry.step.groups[b]
     return step_record(entry, config)["groups"][b] | {
         "tags": list(group.prompt.case.tags),
@@ -68,7 +73,8 @@ def member_record(entry: LedgerStep, config: Config, b: int, g: int) -> JsonObje
     group, score = entry.step.groups[b], entry.step.scores[b][g]
     completion, rules_known = group.completions[g], entry.text != "off"
     case_text, text = (group.prompt.case.text, completion.text) if entry.text == "full" else (None, None)
-    return {
+    parts = {name: (float(part), float(entry.shares[name][b, g])) for name, part in score.parts.items()}
+    record = {
         "member": g,
         "text": text,
         "tokens": len(completion.ids),
@@ -76,8 +82,7 @@ def member_record(entry: LedgerStep, config: Config, b: int, g: int) -> JsonObje
         "reward": float(entry.rewards[b, g]),
         "advantage": float(entry.advantages[b, g]),
         "components": {
-            name: {"reward": float(part), "advantage": float(entry.shares[name][b, g])}
-            for name, part in score.parts.items()
+            name: nan_to_none({"reward": reward, "advantage": advantage}) for name, (reward, advantage) in parts.items()
         },
         "predicted": score.answer.level,
         "reason": score.answer.reason if rules_known else None,
@@ -85,10 +90,14 @@ def member_record(entry: LedgerStep, config: Config, b: int, g: int) -> JsonObje
         "timed_out": score.timed_out if rules_known else None,
         "fired": _fired_rules(score, case_text) if rules_known else None,
     }
+    return nan_to_none(record)
 
 
 def _fired_rules(score: Score, case_text: str | None) -> list[JsonObject]:
-    return [{"rule": fired.rule, "value": fired.value, "match": _match(case_text, fired.span)} for fired in score.fired]
+    return [
+        nan_to_none({"rule": fired.rule, "value": fired.value, "match": _match(case_text, fired.span)})
+        for fired in score.fired
+    ]
 
 
 def _match(text: str | None, span: tuple[int, int] | None) -> JsonObject | None:
@@ -104,15 +113,13 @@ def token_records(entry: LedgerStep, b: int, g: int, decode_token: Callable[[int
     batch, tokens, account = entry.step.batch, entry.step.logprobs, entry.account
     row = sum(len(group.completions) for group in entry.step.groups[:b]) + g
     place = token_slices([len(ids) for ids in batch.completion_ids])[row]
-    ids: list[int | None] = [*batch.completion_ids[row]]
-    if entry.text != "full":
-        ids = [None] * len(ids)
-    return [
+    recorded = entry.text == "full"
+    records = (
         {
             "epoch": epoch + 1,
             "position": position,
-            "id": token,
-            "token": None if token is None or decode_token is None else decode_token(token),
+            "id": token if recorded else None,
+            "token": decode_token(token) if recorded and decode_token else None,
             "logprob": float(tokens.logprobs[epoch, t]),
             "old_logprob": float(tokens.logprobs[0, t]),
             "sampler_logprob": float(batch.sampler_logprobs[row, position]),
@@ -125,8 +132,11 @@ def token_records(entry: LedgerStep, b: int, g: int, decode_token: Callable[[int
             "loss": float(account.loss[epoch, t]),
         }
         for epoch in range(len(tokens.logprobs))
-        for position, (token, t) in enumerate(zip(ids, range(place.start, place.stop), strict=True))
-    ]
+        for position, (token, t) in enumerate(
+            zip(batch.completion_ids[row], range(place.start, place.stop), strict=True)
+        )
+    )
+    return [nan_to_none(record) for record in records]
 
 
 def find_groups(entry: LedgerStep, name: str) -> list[int]:
@@ -139,16 +149,3 @@ def find_groups(entry: LedgerStep, name: str) -> list[int]:
         more = ", …" if len(ids) > 8 else ""
         raise UserError(f"step {entry.step.number}: no case {name[:80]!r}; the cases of this step are {cases}{more}")
     return matches
-
-
-def finite_values(value: Any) -> Any:
-    """Replace numbers that JSON does not have by None.
-
-    >>> finite_values({"loss": [1.0, float("nan")]})
-    {'loss': [1.0, None]}
-    """
-    if isinstance(value, Mapping):
-        return {key: finite_values(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite_values(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -2,102 +2,88 @@
 control characters."""
 
 import math
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from grpo.runtime.terminal import STYLED, display_width, escape_control, pad_or_truncate, wrap
+from grpo.runtime.terminal import display_width, escape_control, pad_or_truncate, wrap
 
 JsonObject = dict[str, Any]
-Style = Callable[[str, str], str]
-"""(text, one of `grpo.runtime.terminal.STYLES` or "") → the styled text."""
+Columns = Mapping[str, tuple[str, str]]
+"""Title → key of the record, format; columns without a format are aligned left."""
 
-MIN_COMPLETION_WIDTH = 38
-"""Columns of a completion beside others."""
-TOKEN_COLUMNS = {
-    "logprob": (9, "logprob", "z.3f"),
-    "old": (8, "old_logprob", "z.3f"),
-    "sampler": (8, "sampler_logprob", "z.3f"),
-    "ref": (8, "ref_logprob", "z.3f"),
-    "entropy": (8, "entropy", "z.3f"),
-    "ratio": (7, "ratio", ".3f"),
-    "KL": (7, "kl", "z.4f"),
-    "clip": (5, "clip", ""),
-    "weight": (9, "weight", ".2e"),
-    "loss": (10, "loss", ".2e"),
-}
-"""Title → width, key of the record, format."""
-OPTIONAL_COLUMNS = ("sampler", "entropy", "weight", "old")
-"""Columns that are omitted, in this order, until the others fit."""
-MIN_TOKEN_WIDTH = 8
 HEADLINE = ("reward/mean", "completions/clipped_ratio", "completions/mean_length", "entropy", "loss", "grad_norm")
 """Metrics above the table of a step."""
-STOP_MARKS = {"end": "e", "budget": "b", "other": "o"}
+GROUP_COLUMNS: Columns = {
+    "#": ("group", "d"),
+    "case": ("case", ""),
+    "gold": ("gold", "d"),
+    "think": ("thinking", ""),
+    "mean": ("reward_mean", "+.2f"),
+    "std": ("reward_std", ".2f"),
+    "equal": ("zero_variance", ""),
+    "predicted": ("predicted", ""),
+    "stopped": ("stopped", ""),
+}
+COMPONENT_COLUMNS: Columns = {
+    "component": ("name", ""),
+    "reward": ("reward", "+.3f"),
+    "advantage": ("advantage", "+.3f"),
+}
+TOKEN_COLUMNS: Columns = {
+    "#": ("position", "d"),
+    "token": ("token", ""),
+    "logprob": ("logprob", "z.3f"),
+    "ref": ("ref_logprob", "z.3f"),
+    "ratio": ("ratio", ".3f"),
+    "KL": ("kl", "z.4f"),
+    "clip": ("clip", ""),
+    "loss": ("loss", ".2e"),
+}
 
 
-def step_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
+def step_lines(record: JsonObject, width: int) -> Iterator[str]:
     """Format a step as a table of its groups."""
     yield from wrap(f"run {record['run']}, step {record['step']} of {record['steps']}", width)
-    yield from wrap(", ".join(f"{name} {_metric(record['metrics'].get(name))}" for name in HEADLINE), width)
-    group_size = max(len(group["predicted"]) for group in record["groups"])
-    # one mark per completion, or counts if the marks do not fit
-    marked = group_size <= 16 and 40 + max(9, group_size) + max(7, group_size) <= width
-    widths = (max(9, group_size), max(7, group_size)) if marked else (12, 8)
-    case_width = min(32, width - 32 - sum(widths))
-    predicted, stopped = pad_or_truncate("predicted", widths[0]), pad_or_truncate("stopped", widths[1])
-    titles = f"{'gold':>4} {'think':>5} {'mean':>7} {'std':>6}  {predicted}  {stopped}"
-    yield style(f"  {pad_or_truncate('case', case_width)} {titles}".rstrip(), "bold")
-    for group in record["groups"]:
-        levels = [str(level or "–") for level in group["predicted"]]
-        marks = [STOP_MARKS[cause] for cause in group["stopped"]]
-        answers, stops = ("".join(levels), "".join(marks)) if marked else (_counts(levels), _counts(marks))
-        case = pad_or_truncate(escape_control(_case(group)), case_width)
-        answers, stops = pad_or_truncate(answers, widths[0]), pad_or_truncate(stops, widths[1])
-        line = (
-            f"{'=' if group['zero_variance'] else ' '} {case} {group['gold']:>4} "
-            f"{'on' if group['thinking'] else 'off':>5} {_short(group['reward_mean'], '+'):>7} "
-            f"{_short(group['reward_std'], ''):>6}  {answers}  {stops}"
-        )
-        yield style(line.rstrip(), "yellow" if group["zero_variance"] else "")
+    headline = (f"{name} {_cell(record['metrics'].get(name), '.4g')}" for name in HEADLINE)
+    yield from wrap(", ".join(headline), width)
+    rows = [
+        group
+        | {
+            "predicted": "".join(str(level or "–") for level in group["predicted"]),
+            "stopped": "".join(cause[0] for cause in group["stopped"]),
+        }
+        for group in record["groups"]
+    ]
+    yield from table(rows, GROUP_COLUMNS, width)
     for group in record["dropped"]:
-        size = f"replaced   {group['case'] or '—'}: {group['completions']} completions, {group['tokens']} tokens, "
-        rewards = [f"{reward:+.2f}" for reward in dict.fromkeys(group["rewards"])]
-        yield from wrap(f"{size}{'all ' * (len(rewards) == 1)}{', '.join(rewards)}", width)
-    yield from _note("= no variance, no advantage; stopped: e end token, b token budget, o other", width, style)
+        size = f"replaced: {group['case'] or '—'}, {group['completions']} completions, {group['tokens']} tokens"
+        rewards = ", ".join(f"{reward:+.2f}" for reward in dict.fromkeys(group["rewards"]))
+        yield from wrap(f"{size}, rewards {rewards}", width)
+    yield from wrap("equal: no variance, no advantage; stopped: e end token, b token budget, o other", width)
 
 
-def group_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
-    """Format a case, then its completions, side by side as far as they fit."""
-    yield from case_lines(record, width, style)
-    beside = max(1, (width + 2) // (MIN_COMPLETION_WIDTH + 2))
-    column = (width + 2) // beside - 2
-    blocks = [list(member_lines(member, column, style)) for member in record["completions"]]
-    for start in range(0, len(blocks), beside):
-        yield ""
-        yield from _side_by_side(blocks[start : start + beside], column)
-
-
-def case_lines(record: JsonObject, width: int, style: Style) -> Iterator[str]:
-    """Format the case of a group and the rewards of the group as a whole."""
+def group_lines(record: JsonObject, width: int) -> Iterator[str]:
+    """Format a group: its case, then its completions, each with the table of its tokens if the record has one."""
     thinking = "thinking" if record["thinking"] else "not thinking"
     tags = f", tags {', '.join(record['tags'])}" if record["tags"] else ""
-    title = f"case {_case(record)}, gold ESI {record['gold']}, {thinking}{tags}"
-    yield from (style(line, "bold") for line in wrap(title, width))
+    case = f"#{record['group']}" if record["case"] is None else record["case"]
+    yield from wrap(f"case {case}, gold ESI {record['gold']}, {thinking}{tags}", width)
     uniform = ": no variance, so no advantage" if record["zero_variance"] else ""
-    yield from wrap(f"reward {record['reward_mean']:+.3f} ± {record['reward_std']:.3f} in the group{uniform}", width)
+    mean, std = _cell(record["reward_mean"], "+.3f"), _cell(record["reward_std"], ".3f")
+    yield from wrap(f"reward {mean} ± {std} in the group{uniform}", width)
     yield from wrap("—" if record["case_text"] is None else record["case_text"], width)
+    for member in record["completions"]:
+        yield from member_lines(member, width)
+        yield from token_lines(member.get("token_terms", ()), width)
 
 
-def member_lines(member: JsonObject, width: int, style: Style) -> Iterator[str]:
+def member_lines(member: JsonObject, width: int) -> Iterator[str]:
     """Format a completion: its reward and advantage by component, then its text."""
-    reward, advantage = member["reward"], member["advantage"]
-    title = pad_or_truncate(f"member {member['member']}", width - 18)
-    yield style(f"{title}{_signed(reward):>9}{_signed(advantage):>9}", _sign_style(advantage) or "bold")
-    yield style(f"{'':<{width - 18}}{'reward':>9}{'advant.':>9}", "dim")
-    for name, part in member["components"].items():
-        if part["reward"] or part["advantage"]:
-            title = pad_or_truncate(escape_control(name), width - 20)
-            yield f"  {title}{_signed(part['reward']):>9}{_signed(part['advantage']):>9}"
+    yield ""
+    reward, advantage = _cell(member["reward"], "+.3f"), _cell(member["advantage"], "+.3f")
+    yield from wrap(f"member {member['member']}: reward {reward}, advantage {advantage}", width)
+    parts = [{"name": name} | part for name, part in member["components"].items()]
+    yield from table([part for part in parts if part["reward"] or part["advantage"]], COMPONENT_COLUMNS, width)
     level = "no level" if member["predicted"] is None else f"ESI {member['predicted']}"
     items = [
         ("stopped", f"{member['stopped']}, {member['tokens']} tokens"),
@@ -108,72 +94,51 @@ def member_lines(member: JsonObject, width: int, style: Style) -> Iterator[str]:
     if member["fired"] is None:
         items.append(("fired", "—"))
     for fired in member["fired"] or []:
-        items.append(("fired", f"{fired['rule']} {_signed(fired['value'])}{_quoted(fired['match'])}"))
+        items.append(("fired", f"{fired['rule']} {_cell(fired['value'], '+.3f')}{_quoted(fired['match'])}"))
     for name, text in items:
-        for i, line in enumerate(wrap(text, width - 9)):
-            yield f"{'' if i else name:<9}{line}"
-    yield style("─" * width, "dim")
+        yield from wrap(f"{name:<8} {text}", width)
+    yield "─" * width
     yield from wrap("—" if member["text"] is None else member["text"], width)
 
 
-def token_lines(tokens: Sequence[JsonObject], width: int, style: Style) -> Iterator[str]:
-    """Format a table of a completion's tokens for each inner epoch, with as many of `TOKEN_COLUMNS` as fit and no wider
-    than its longest token requires."""
-    shown = dict(TOKEN_COLUMNS)
-    for title in OPTIONAL_COLUMNS:
-        if 6 + MIN_TOKEN_WIDTH + sum(column[0] for column in shown.values()) > width:
-            del shown[title]
-    available = width - 6 - sum(column[0] for column in shown.values())
-    token_width = max(MIN_TOKEN_WIDTH, min(available, max(display_width(_token(token)) for token in tokens)))
-    epochs = max(token["epoch"] for token in tokens)
+def token_lines(tokens: Sequence[JsonObject], width: int) -> Iterator[str]:
+    """Format a table of a completion's tokens for each inner epoch. The outer spaces of a token are visible."""
+    epochs = max((token["epoch"] for token in tokens), default=0)
     for epoch in range(1, epochs + 1):
-        rows = [token for token in tokens if token["epoch"] == epoch]
+        rows = [token | {"token": _token(token)} for token in tokens if token["epoch"] == epoch]
+        loss = math.fsum(token["loss"] for token in rows if token["loss"] is not None)
         yield ""
-        if epochs > 1:
-            yield style(f"inner epoch {epoch} of {epochs}", "bold")
-        titles = "".join(f"{title:>{column[0]}}" for title, column in shown.items())
-        yield style(f"{'#':>4} {pad_or_truncate('token', token_width)} {titles}", "bold")
-        for token in rows:
-            cells = "".join(f"{_cell(token[key], form):>{size}}" for size, key, form in shown.values())
-            line = f"{token['position']:>4} {pad_or_truncate(_token(token), token_width)} {cells}"
-            yield style(line.rstrip(), "yellow" if token["clip"] else _sign_style(-token["loss"]))
-        total = f"sum of loss {math.fsum(token['loss'] for token in rows):.3e}"
-        yield f"{total:>{token_width + width - available}}"
+        yield f"inner epoch {epoch} of {epochs}, sum of loss {loss:.3e}"
+        yield from table(rows, TOKEN_COLUMNS, width)
 
 
-def running_text(tokens: Sequence[JsonObject], width: int, style: Style) -> Iterator[str]:
-    """Format the completion as running text. Each token has the color of its loss term in the first inner epoch: green
-    if it is made likelier, red if less likely, bold if the term exceeds half of the largest."""
-    largest = max(abs(token["loss"]) for token in tokens)
-    line, used = "", 0
-    for token in tokens:
-        if token["epoch"] > 1:
-            break
-        for i, piece in enumerate((token["token"] or "").split("\n")):
-            if i:
-                yield line
-                line, used = "", 0
-            for part in wrap(piece, width):
-                if used + display_width(part) > width:
-                    yield line
-                    line, used = "", 0
-                styled = style(part, _sign_style(-token["loss"]))
-                line += style(styled, "bold") if abs(token["loss"]) > largest / 2 else styled
-                used += display_width(part)
-    yield line
-    legend = "green: made likelier, red: made less likely, bold: more than half of the largest term"
-    yield from _note(legend, width, style)
+def table(rows: Sequence[JsonObject], columns: Columns, width: int) -> Iterator[str]:
+    """Yield the titles and one line per row. If the lines do not fit, the widest column is truncated.
+
+    >>> for line in table([{"id": "c1", "mean": 0.5}], {"case": ("id", ""), "reward": ("mean", "+.2f")}, 80):
+    ...     print(line)
+    case reward
+    c1    +0.50
+    """
+    keys = columns.values()
+    lines = [[*columns], *([escape_control(_cell(row[key], form)) for key, form in keys] for row in rows)]
+    widths = [max(map(display_width, cells)) for cells in zip(*lines, strict=True)]
+    widest = widths.index(max(widths))
+    widths[widest] = max(4, min(widths[widest], width + 1 - sum(size + 1 for size in widths) + widths[widest]))
+    for line in lines:
+        cells = (
+            f"{cell:>{size}}" if form else pad_or_truncate(cell, size)
+            for cell, size, (_, form) in zip(line, widths, keys, strict=True)
+        )
+        yield pad_or_truncate(" ".join(cells), width).rstrip()
 
 
-def _side_by_side(blocks: Sequence[Sequence[str]], column: int) -> Iterator[str]:
-    for row in range(max(map(len, blocks))):
-        cells = [block[row] if row < len(block) else "" for block in blocks]
-        padded = [cell + " " * (column - display_width(STYLED.sub("", cell))) for cell in cells]
-        yield "  ".join(padded).rstrip()
-
-
-def _note(text: str, width: int, style: Style) -> Iterator[str]:
-    return (style(line, "dim") for line in wrap(text, width))
+def _token(record: JsonObject) -> str | None:
+    """Return the text of a token, its outer spaces visible, or its id."""
+    text: str | None = record["token"]
+    if text is None:
+        return None if record["id"] is None else f"#{record['id']}"
+    return text.replace(" ", "·") if text != text.strip() else text
 
 
 def _quoted(match: JsonObject | None) -> str:
@@ -183,39 +148,7 @@ def _quoted(match: JsonObject | None) -> str:
     return f": characters {begin}-{end}" if match["text"] is None else f': "{match["text"]}"'
 
 
-def _token(record: JsonObject) -> str:
-    """Return the text of a token, its outer spaces visible, or its id."""
-    if record["id"] is None:
-        return "—"
-    if record["token"] is None:
-        return f"#{record['id']}"
-    text = escape_control(record["token"])
-    return text.replace(" ", "·") if record["token"] != record["token"].strip() else text
-
-
-def _case(record: JsonObject) -> str:
-    return f"#{record['group']}" if record["case"] is None else record["case"]
-
-
-def _counts(values: Iterable[str]) -> str:
-    return " ".join(f"{value}×{count}" for value, count in sorted(Counter(values).items()))
-
-
-def _metric(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, int | float) else "—"
-
-
 def _cell(value: Any, form: str) -> str:
-    return value or "" if form == "" else "—" if value is None else format(value, form)
-
-
-def _short(value: float, sign: str) -> str:
-    return format(value, f"{sign}.2f" if abs(value) < 100 else f"{sign}.0e")
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.3f}" if value else "0"
-
-
-def _sign_style(value: float) -> str:
-    return "green" if value > 0 else "red" if value < 0 else ""
+    if isinstance(value, bool):
+        return "yes" if value else ""
+    return "—" if value is None else format(value, form)

@@ -159,16 +159,6 @@ def modified_files(folder: Path, number: int) -> list[str]:
     return _modified_files(folder, _index_line(folder, number))
 
 
-def read_completion_lengths(folder: Path, number: int) -> tuple[list[int], list[bool]]:
-    """Return the number of tokens of each completion of a step and whether it finished, without checking any sha256.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    with _open_step(step_files(folder, number)[0]) as opened:
-        return opened.get_tensor("lengths").tolist(), opened.get_tensor("finished").tolist()
-
-
 def truncate_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
     """Delete all steps after ``step``, which a resumed run repeats, and return the numbers of the remaining ones."""
     if not folder.is_dir():
@@ -266,6 +256,11 @@ class _Line(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
+class _Metadata(_Line):
+    version: Literal[2]
+    components: list[str]
+
+
 class _StepLine(_Line):
     kind: Literal["step"]
     step: int
@@ -344,20 +339,7 @@ def _step_of(index_line: str) -> int | None:
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
-    with _open_step(file) as opened:
-        metadata = parse_json((opened.metadata() or {}).get("ledger", "{}"))
-        version = metadata.get("version") if isinstance(metadata, dict) else None
-        if version != LEDGER_VERSION:
-            raise UserError(f"{file}: ledger version {str(version)[:20]} is not supported, expected {LEDGER_VERSION}")
-        components = metadata.get("components")
-        if not isinstance(components, list):
-            raise UserError(f"{file}: cannot be read: its metadata contains no list of components")
-        return {name: opened.get_tensor(name) for name in opened.keys()}, list(map(str, components))  # noqa: SIM118
-
-
-@contextlib.contextmanager
-def _open_step(file: Path) -> Iterator[Any]:
-    """Open a step's safetensors file after comparing its header with `TENSOR_SPECS`."""
+    """Return the tensors of a step and its components, after comparing the header with `TENSOR_SPECS`."""
     with file_errors(file):
         sizes: dict[str, int] = {}
         headers = read_tensor_header(file)
@@ -371,7 +353,11 @@ def _open_step(file: Path) -> Iterator[Any]:
         if elements > MAX_ELEMENTS:
             raise UserError(f"{file}: {elements:,} numbers exceed the maximum of {MAX_ELEMENTS:,} per step")
         with open_tensors(file) as opened:
-            yield opened
+            try:
+                metadata = _Metadata.model_validate(parse_json((opened.metadata() or {}).get("ledger", "{}")))
+            except ValidationError:
+                raise UserError(f"{file}: its metadata is not of ledger version {LEDGER_VERSION}") from None
+            return {name: opened.get_tensor(name) for name in headers}, metadata.components
 
 
 def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLine]]:

@@ -5,7 +5,6 @@ Texts of models and cases can contain escape sequences, bidirectional overrides 
 
 import codecs
 import os
-import re
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -13,10 +12,6 @@ from typing import TextIO
 
 MIN_WIDTH = 60
 """Fewest columns that a table is laid out for."""
-STYLES = {"bold": "1", "dim": "2", "red": "31", "green": "32", "yellow": "33"}
-"""Style → its SGR code."""
-STYLED = re.compile(r"\x1b\[\d*m")
-"""The codes that `styled` adds."""
 ASCII_FALLBACKS = {
     "–": "-", "—": "-", "‑": "-", "−": "-", "…": "...", "→": "->", "↦": "->", "×": "x", "·": ".", "±": "+-", "≥": ">=",
     "≤": "<=", "≠": "!=", "≈": "~", "Σ": "sum ", "β": "beta", "μ": "mu", "σ": "sigma", "γ": "gamma", "ε": "epsilon",
@@ -115,20 +110,6 @@ def screen_width(stream: TextIO) -> int:
         return max(MIN_WIDTH, os.get_terminal_size(stream.fileno())[0] or 80) if stream.isatty() else 80
     except (OSError, ValueError):  # a stream without a file, or a terminal without a size
         return 80
-
-
-def wants_colour(stream: TextIO) -> bool:
-    """Return whether a stream is a terminal with colors that ``NO_COLOR`` (https://no-color.org) does not disable."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-
-
-def styled(text: str, style: str, *, colour: bool) -> str:
-    """Return the text in one of `STYLES`, or unchanged without a style or color.
-
-    >>> styled("clipped", "red", colour=False)
-    'clipped'
-    """
-    return f"\x1b[{STYLES[style]}m{text}\x1b[0m" if colour and style and text else text
 
 
 def _end(line: str, start: int, width: int) -> int:

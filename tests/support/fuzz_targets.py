@@ -27,8 +27,8 @@ from grpo.evaluation.comparison import EVAL_FORMAT, check_same_cases, compare, r
 from grpo.evaluation.records import before_after_table
 from grpo.inspection import run_reader as recording
 from grpo.inspection.replay import folder_differences, replay, replay_lines
-from grpo.inspection.step_records import find_groups, finite_values, group_record, step_record, token_records
-from grpo.inspection.step_text import group_lines, member_lines, step_lines, token_lines
+from grpo.inspection.step_records import find_groups, group_record, step_record, token_records
+from grpo.inspection.step_text import group_lines, step_lines
 from grpo.policy.adapter_files import check_lora_tensors, read_adapter_config
 from grpo.policy.policy import Policy, load_policy
 from grpo.report.model_card import model_card
@@ -335,26 +335,22 @@ def _on_altered_run(read: Callable[[Path], object]) -> Callable[[bytes], None]:
     return attacked
 
 
-def _plain(text: str, style: str) -> str:
-    return text
-
-
 def _ledger(run: Path) -> None:
     """All that `grpo inspect` shows of the two steps."""
     config = recording.read_header(run).config
     for number in (1, 2):
         entry = read_step(run / "ledger", number)
         whole = step_record(entry, config)
-        lines = [*step_lines(whole, WIDTH, _plain)]
+        lines = [*step_lines(whole, WIDTH)]
         for b in range(len(entry.step.groups)):
             record = group_record(entry, config, b)
-            lines += [*group_lines(record, WIDTH, _plain)]
             for g, member in enumerate(record["completions"]):
-                terms = token_records(entry, b, g, None)
-                lines += [*member_lines(member, WIDTH, _plain), *token_lines(terms, WIDTH, _plain)]
+                member["token_terms"] = token_records(entry, b, g, None)
+            lines += [*group_lines(record, WIDTH)]
+            json.dumps(record, allow_nan=False)
         for line in lines:
             assert line.isprintable(), "something that a terminal obeys"
-        json.dumps(finite_values(whole), allow_nan=False)
+        json.dumps(whole, allow_nan=False)
         find_groups(entry, "#0")
 
 

@@ -26,15 +26,7 @@ from grpo.inspection.run_reader import read_header
 from grpo.inspection.step_records import step_record, token_records
 from grpo.inspection.step_text import step_lines, token_lines
 from grpo.run.ledger import LedgerStep, read_step
-from grpo.runtime.terminal import (
-    STYLED,
-    display_width,
-    escape_control,
-    pad_or_truncate,
-    screen_width,
-    wants_colour,
-    wrap,
-)
+from grpo.runtime.terminal import display_width, escape_control, pad_or_truncate, screen_width, wrap
 from tests.support.recorded_runs import recorded, rewritten
 
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202eevil\u2066\r\x9b31m\tESI"
@@ -76,7 +68,6 @@ def case_of(run: Path, step: int, group: int) -> str:
 @pytest.fixture(params=[60, 80, 123])
 def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[int, Any]]:
     """(columns, a stream that is a terminal of that width)."""
-    monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     leader, follower = pty.openpty()
@@ -101,9 +92,7 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("kind", ["plain", "rich"])
 @pytest.mark.parametrize("text", ["full", "redacted"])
-def test_every_line_fits_80_columns_without_colours(
-    plain: Path, rich: Path, tmp_path: Path, kind: str, text: str
-) -> None:
+def test_every_line_fits_80_columns(plain: Path, rich: Path, tmp_path: Path, kind: str, text: str) -> None:
     run = {"plain": plain, "rich": rich}[kind]
     run = run if text == "full" else rewritten(run, tmp_path / "run", text=text)
     for step in ("1", "2", "3"):
@@ -117,18 +106,20 @@ def test_a_step_shows_each_of_its_groups(rich: Path) -> None:
     entry = read_step(rich / "ledger", 2)
     out = shown(rich, "--step", "2")
     for group, row, rewards in zip(entry.step.groups, entry.step.scores, entry.rewards, strict=True):
-        (line,) = [line for line in out.splitlines() if re.match(rf"[= ] {group.prompt.case.id} ", line)]
-        cells = line[2:].split()
-        assert cells[1:3] == [str(group.prompt.case.gold_level), "on" if group.prompt.thinking else "off"]
+        (line,) = [line for line in out.splitlines() if re.match(rf"\d {group.prompt.case.id} ", line)]
+        cells = line.split()[1:]
+        assert cells[1] == str(group.prompt.case.gold_level)
+        assert (cells[2] == "yes") == group.prompt.thinking
+        cells = [cell for cell in cells if cell != "yes"]
         mean = math.fsum(rewards) / 4
         std = math.sqrt(math.fsum((r - mean) ** 2 for r in rewards) / 3)
-        assert cells[3:5] == [f"{mean:+.2f}", f"{std:.2f}"]
-        assert cells[5] == "".join(str(score.answer.level or "–") for score in row)
-        assert cells[6] == "".join("e" if c.finished else "b" for c in group.completions)
+        assert cells[2:4] == [f"{mean:+.2f}", f"{std:.2f}"]
+        assert cells[4] == "".join(str(score.answer.level or "–") for score in row)
+        assert cells[5] == "".join("e" if c.finished else "b" for c in group.completions)
         in_baseline = [r for r, c in zip(rewards, group.completions, strict=True) if c.finished]
-        assert line[0] == ("=" if len(set(in_baseline)) <= 1 else " ")
+        assert (f"{std:.2f} yes" in line) == (len(set(in_baseline)) <= 1)
     assert len(entry.step.replaced_groups) == 1
-    assert f"replaced   {entry.step.replaced_groups[0].case_id}: 4 completions, " in out
+    assert f"replaced: {entry.step.replaced_groups[0].case_id}, 4 completions, " in out
     assert "run tiny, step 2 of 3" in out and f"reward/mean {entry.metrics['reward/mean']:.4g}" in out
 
 
@@ -136,24 +127,20 @@ def test_the_last_step_is_the_default(plain: Path) -> None:
     assert shown(plain) == shown(plain, "--step", "3") != shown(plain, "--step", "2")
 
 
-def test_a_case_shows_its_completions_side_by_side(plain: Path) -> None:
+def test_a_case_shows_its_completions(plain: Path) -> None:
     entry = read_step(plain / "ledger", 1)
     group, row = entry.step.groups[0], entry.step.scores[0]
     out = shown(plain, "--step", "1", "--case", group.prompt.case.id)
-    lines = out.splitlines()
-    assert any(re.match(r"member 0 .*member 1 ", line) for line in lines)
-    assert any(re.match(r"member 2 .*member 3 ", line) for line in lines)
-    assert " ".join(group.prompt.case.text.split()) in " ".join(" ".join(lines).split())
-    one_by_one = "\n".join(line[:39].rstrip() for line in lines) + "\n" + "\n".join(line[41:] for line in lines)
-    for g, (completion, score) in enumerate(zip(group.completions, row, strict=True)):
-        for line in completion.text.splitlines():
-            assert all(word in one_by_one for word in line.split())
-        assert f"{'end' if completion.finished else 'budget'}, {len(completion.ids)} tokens" in one_by_one
-        assert f"{entry.advantages[0, g]:+.3f}" in one_by_one and f"{score.total:+.3f}" in one_by_one
+    case, *members = re.split(r"(?m)^member \d: ", out)
+    assert " ".join(group.prompt.case.text.split()) in " ".join(case.split())
+    for g, (completion, score, text) in enumerate(zip(group.completions, row, members, strict=True)):
+        assert text.startswith(f"reward {score.total:+.3f}, advantage {entry.advantages[0, g]:+.3f}\n")
+        assert " ".join(completion.text.split()) in " ".join(text.split())
+        assert f"{'end' if completion.finished else 'budget'}, {len(completion.ids)} tokens" in text
         for fired in score.fired:
-            assert fired.span is not None and fired.rule in one_by_one
-            assert group.prompt.case.text[slice(*fired.span)].split()[0] in one_by_one
-    assert re.search(r"^  open_injury_missed +-0\.500 +[+-]0\.\d{3}", out, re.MULTILINE)
+            assert fired.span is not None and f"fired    {fired.rule} {fired.value:+.3f}" in text
+            assert group.prompt.case.text[slice(*fired.span)].split()[0] in text
+    assert re.search(r"^open_injury_missed +-0\.500 +[+-]0\.\d{3}", out, re.MULTILINE)
 
 
 def test_the_record_of_a_case_adds_up(rich: Path) -> None:
@@ -218,7 +205,7 @@ def test_a_member_shows_a_row_a_token_in_each_inner_epoch(rich: Path) -> None:
         assert line.split()[0] == str(token["position"]) and line.endswith(f"{token['loss']:.2e}")
         assert (f" {token['clip']} " in line) == (token["clip"] is not None)
     total = math.fsum(token["loss"] for token in terms if token["epoch"] == 2)
-    assert out.splitlines()[-1].endswith(f"sum of loss {total:.3e}")
+    assert f"inner epoch 2 of 2, sum of loss {total:.3e}\n" in out
     assert any(token["clip"] for token in terms)
 
 
@@ -253,62 +240,38 @@ def test_what_a_terminal_would_obey_is_shown_instead(hostile: Path, more: list[s
 
 
 @pytest.mark.parametrize("more", [*VIEWS, ["--case", f"{HOSTILE}c99"]])
-def test_only_our_own_styles_reach_a_terminal(hostile: Path, terminal: tuple[int, Any], more: list[str]) -> None:
+def test_nothing_hostile_reaches_a_terminal(hostile: Path, terminal: tuple[int, Any], more: list[str]) -> None:
     width, screen = terminal
     with contextlib.redirect_stdout(screen), contextlib.redirect_stderr(screen):
         code = main([str(hostile), *more])
     out = screen.getvalue()
-    without = STYLED.sub("", out)
     assert code == (2 if more[1:] == [f"{HOSTILE}c99"] else 0)
-    assert all(c.isprintable() or c == "\n" for c in without)
-    if code == 0:
-        assert all(display_width(line) <= width for line in without.splitlines())
-        assert (out != without) and out.count("\x1b[0m") * 2 == out.count("\x1b[")
+    assert all(c.isprintable() or c == "\n" for c in out)
+    assert code == 2 or all(display_width(line) <= width for line in out.splitlines())
 
 
 @pytest.mark.parametrize("more", VIEWS)
-def test_a_terminal_gets_colours_and_its_own_width(
-    rich: Path, terminal: tuple[int, Any], more: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_terminal_gets_its_own_width(rich: Path, terminal: tuple[int, Any], more: list[str]) -> None:
     width, screen = terminal
     with contextlib.redirect_stdout(screen):
         assert main([str(rich), *more]) == 0
-    lines = STYLED.sub("", screen.getvalue()).splitlines()
-    assert all(display_width(line) <= width for line in lines) and "\x1b[" in screen.getvalue()
-    if more[:1] == ["--case"] and len(more) == 2:
-        beside = max(len(re.findall(r"member \d ", line)) for line in lines)
-        assert beside == {60: 1, 80: 2, 123: 3}[width]
+    lines = screen.getvalue().splitlines()
+    assert all(display_width(line) <= width for line in lines)
     if len(more) == 4:
-        assert any("green: made likelier" in line for line in lines)
-        (head,) = {line for line in lines if line.startswith("   # token")}
-        assert ("weight" in head) == (width >= 80) and ("entropy" in head) == ("sampler" in head) == (width > 100)
-    monkeypatch.setenv("NO_COLOR", "1")
-    coloured = screen.getvalue()
-    screen.seek(0)
-    screen.truncate(0)
-    with contextlib.redirect_stdout(screen):
-        assert main([str(rich), *more]) == 0
-    assert "\x1b[" not in screen.getvalue()
-    if len(more) < 4:  # a member's running text says nothing without its colours
-        assert screen.getvalue() == STYLED.sub("", coloured)
+        assert {line.split()[-1] for line in lines if line.split()[:2] == ["#", "token"]} == {"loss"}
 
 
-@pytest.mark.parametrize("width", [60, 68, 79, 80, 90, 100, 200])
-def test_a_token_table_has_the_columns_that_fit_and_no_empty_room(width: int) -> None:
-    values = dict.fromkeys(("logprob", "old_logprob", "sampler_logprob", "ref_logprob", "entropy", "ratio", "kl"), -0.5)
+@pytest.mark.parametrize("width", [60, 80, 200])
+def test_a_token_table_is_no_wider_than_its_longest_token(width: int) -> None:
+    values = dict.fromkeys(("logprob", "ref_logprob", "ratio", "kl"), -0.5)
     rows = [
-        {"epoch": 1, "position": i, "id": i, "token": text, "clip": None, "weight": 1e-3, "loss": 1e-3} | values
-        for i, text in enumerate(("a", "intubated", " on"))
+        {"epoch": 1, "position": i, "id": i, "token": text, "clip": None, "loss": 1e-3} | values
+        for i, text in enumerate(("a", "intubated" * 9, " on"))
     ]
-    _, head, *body, total = token_lines(rows, width, lambda text, style: text)
-    names = head.split()[2:]
-    assert {"logprob", "ref", "ratio", "KL", "clip", "loss"} <= set(names)
-    assert len(names) == {60: 6, 68: 7, 79: 8, 80: 8, 90: 9, 100: 10, 200: 10}[width]
-    assert {display_width(line) for line in (head, *body, total)} == {display_width(head)} and display_width(
-        head
-    ) <= width
-    assert display_width(head) <= 6 + 9 + 79, "no wider than its longest token asks for"
-    assert all(text in line for text, line in zip(("a", "intubat", "·on"), body, strict=True))
+    _, _, head, *body = token_lines(rows, width)
+    assert head.split() == ["#", "token", "logprob", "ref", "ratio", "KL", "clip", "loss"]
+    assert {display_width(line) for line in (head, *body)} == {min(width, 81 + 46)}
+    assert all(text in line for text, line in zip(("a", "intubated", "·on"), body, strict=True))
 
 
 def test_columns_in_the_environment_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -319,17 +282,12 @@ def test_columns_in_the_environment_have_the_last_word(monkeypatch: pytest.Monke
 
 def test_a_terminal_is_never_narrower_than_60_and_a_file_has_80(terminal: tuple[int, Any]) -> None:
     width, screen = terminal
-    assert screen_width(screen) == max(60, width) and wants_colour(screen)
+    assert screen_width(screen) == max(60, width)
     fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
     assert screen_width(screen) == 60
     fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
     assert screen_width(screen) == 80
-    assert screen_width(io.StringIO()) == 80 and not wants_colour(io.StringIO())
-
-
-def test_a_dumb_terminal_gets_no_colours(terminal: tuple[int, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TERM", "dumb")
-    assert not wants_colour(terminal[1])
+    assert screen_width(io.StringIO()) == 80
 
 
 @given(st.text(alphabet=st.characters(), max_size=60), st.integers(2, 30))
@@ -365,7 +323,7 @@ def test_what_was_not_written_is_a_dash_with_its_reason(rich: Path, tmp_path: Pa
     assert member["reward"] == entry.step.scores[0][1].total
     assert (member["fired"] is None) == (member["reason"] is None) == (text == "off")
     assert (group["case"] is None) == (text == "off")
-    assert (" #0 " in shown(run, "--step", "1")) == (text == "off")
+    assert ("\n0 — " in shown(run, "--step", "1")) == (text == "off")
 
 
 def test_without_the_tokenizer_ids_are_shown_and_why(rich: Path, tmp_path: Path) -> None:
@@ -375,7 +333,7 @@ def test_without_the_tokenizer_ids_are_shown_and_why(rich: Path, tmp_path: Path)
     (run / "config.json").write_text(json.dumps(config))
     out = shown(run, "--case", "#0", "--member", "0")
     first = read_step(run / "ledger", 3).step.groups[0].completions[0].ids[0]
-    assert f"   0 #{first} " in out
+    assert f"\n 0 #{first} " in out
     assert "no tokenizer of nobody/nothing on this machine" in out.splitlines()[-1]
 
 
@@ -391,14 +349,14 @@ def test_numbers_that_are_none_stay_json(rich: Path, tmp_path: Path) -> None:
     (group,) = record(run, "--case", "#0", "--member", "0")["groups"]
     token = group["completions"][0]["token_terms"][0]
     assert token["logprob"] is None and token["ref_logprob"] is None and token["kl"] is None
-    assert re.search(r"^ +0 .* -inf .* — .* —", shown(run, "--case", "#0", "--member", "0"), re.MULTILINE)
+    assert re.search(r"^ +0 .* — .* — .* —", shown(run, "--case", "#0", "--member", "0"), re.MULTILINE)
 
 
-def test_a_changed_ledger_says_so_first(rich: Path, tmp_path: Path) -> None:
+def test_a_changed_ledger_says_so(rich: Path, tmp_path: Path) -> None:
     run = shutil.copytree(rich, tmp_path / "run")
     file = run / "ledger" / "step_000003.jsonl"
     file.write_text(file.read_text().replace("ANSWER: ESI 3", "ANSWER: ESI 1", 1))
-    assert shown(run).startswith("changed since it was written: ledger/step_000003.jsonl\n")
+    assert shown(run).endswith("changed since it was written: ledger/step_000003.jsonl\n")
     assert record(run)["changed"] == ["ledger/step_000003.jsonl"]
 
 
@@ -441,14 +399,10 @@ def test_a_group_with_one_completion_in_its_baseline_has_no_advantage(plain: Pat
     assert [group["zero_variance"] for group in step_record(entry, config)["groups"]] == [True, True]
 
 
-def test_large_groups_are_counted(plain: Path) -> None:
-    def many(entry: LedgerStep) -> LedgerStep:
-        groups = tuple(dataclasses.replace(g, completions=g.completions * 5) for g in entry.step.groups)
-        scores = tuple(row * 5 for row in entry.step.scores)
-        return dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=groups, scores=scores))
-
-    entry = many(read_step(plain / "ledger", 2))
-    config = read_header(plain).config
-    lines = list(step_lines(step_record(entry, config), 80, lambda text, style: text))
-    assert any("4×20" in line and "e×20" in line for line in lines)
-    assert any("3×10 –×10" in line and "b×10 e×…" in line for line in lines) and max(map(display_width, lines)) <= 80
+def test_large_groups_are_truncated(plain: Path) -> None:
+    entry = read_step(plain / "ledger", 2)
+    groups = tuple(dataclasses.replace(g, completions=g.completions * 25) for g in entry.step.groups)
+    scores = tuple(row * 25 for row in entry.step.scores)
+    entry = dataclasses.replace(entry, step=dataclasses.replace(entry.step, groups=groups, scores=scores))
+    record = step_record(entry, read_header(plain).config)
+    assert max(map(display_width, step_lines(record, 80))) == 80

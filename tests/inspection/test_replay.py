@@ -18,9 +18,9 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from grpo.commands.replay import main
-from grpo.inspection.bit_diff import Difference, array_differences, same_bits, ulps_between
+from grpo.inspection.bit_diff import array_differences, relative_distance, same_bits
 from grpo.inspection.counterfactual import counterfactual
-from grpo.inspection.replay import TEXT_METRICS, TIMING_PREFIXES, is_copied, likely_reason, replay_step
+from grpo.inspection.replay import TEXT_METRICS, TIMING_PREFIXES, is_copied, replay_step
 from grpo.inspection.run_reader import read_recorded_run
 from grpo.run.ledger import TRAINER_ONLY_METRICS, LedgerStep, read_step
 from rewards import Answer, FiredRule, load_reward
@@ -91,9 +91,7 @@ def test_an_honest_run_is_equal_at_every_step(plain: Path, rich: Path, tmp_path:
     )
     assert last.startswith(said) and re.fullmatch(r"\(\d+\.\d s\)", last.removeprefix(said))
     assert all(note.startswith("not checked  ") for note in notes)
-    assert ("ledger.text" in out) == (text != "full") and all(
-        name in out for name in (*TRAINER_ONLY_METRICS, *TEXT_METRICS[text])
-    )
+    assert ("ledger.text" in out) == (text != "full") and all(name in out for name in TEXT_METRICS[text])
     assert found(run) == [] and found(run, "--step", "2") == []
 
 
@@ -152,18 +150,14 @@ def test_any_byte_of_the_ledger_that_changes_is_named(victim: Path, name: str) -
         said = out + err
         assert "Traceback" not in said
         if name == "index.jsonl":  # the hashes themselves: what they speak of is named, or the line that cannot be read
-            assert code in (1, 2) and ("step_00000" in said or "index.jsonl" in said)
+            altered = whole[:at] + bytes([whole[at] ^ flip]) + whole[at + 1 :]
+            assert code in (1, 2) or [*map(json.loads, altered.splitlines())] == [*map(json.loads, whole.splitlines())]
+            assert code == 0 or "step_00000" in said or "index.jsonl" in said
         else:
             assert code == 1 and name in said and "changed since" in said
 
     changed()
     assert replay(victim)[0] == 0
-
-
-def test_an_index_that_says_the_same_in_other_bytes_is_named(copy: Path) -> None:
-    index = copy / "ledger" / "index.jsonl"
-    index.write_text(index.read_text().replace('"step": 2', '"step":  2'))
-    assert [one["where"] for one in found(copy)] == ["ledger/index.jsonl:2"]
 
 
 def test_a_file_that_can_no_longer_be_read_is_a_difference_and_the_other_steps_are_replayed(copy: Path) -> None:
@@ -247,8 +241,8 @@ def test_one_forged_value_is_found_by_computing_it_again(rich: Path, tmp_path: P
     assert all(one["step"] == 3 for one in differences)
     rows = {"ratio", "clip", "kl", "loss"}
     assert all("member " in one["at"] and ("token 5" in one["at"]) == (name in rows) for one in differences)
-    if name in ("advantage", "ratio", "kl", "loss"):
-        assert differences[0]["ulps"] == 1 and "(1 ulp)" in replay(run)[1]
+    if name in ("ratio", "kl", "loss"):
+        assert 0 < differences[0]["relative"] < 3e-16 and "(relative " in replay(run)[1]
     if name in rows:
         assert "inner epoch 2" in differences[0]["at"] and "group 0 (case c" in differences[0]["at"]
 
@@ -336,7 +330,8 @@ def test_every_metric_that_changes_in_its_last_bit_is_named(victim: Path) -> Non
         file.write_text(whole)
     assert [one["where"] for one in differences] == [f"metrics.jsonl: {name}" for name in names]
     assert all(one["step"] == 2 for one in differences)
-    assert all(one["ulps"] == 1 for one in differences if "." in one["replayed"] and one["logged"] != "0.125")
+    moved_floats = [d for d in differences if "." in d["replayed"] and d["logged"] != "0.125"]
+    assert all(d["relative"] < 3e-16 or d["replayed"] == "0.0" for d in moved_floats)
 
 
 def test_a_metric_forged_in_both_copies_is_found_by_computing_it_again(rich: Path, tmp_path: Path) -> None:
@@ -408,7 +403,7 @@ def test_a_finished_run_that_is_too_short_is_named(copy: Path) -> None:
 
 def test_a_ledger_of_every_second_step_is_whole_and_its_gaps_are_said(copy: Path) -> None:
     edit_json(copy / "config.json", lambda record: record["config"]["ledger"].update(every=2))
-    assert [(one["step"], one["logged"]) for one in found(copy)] == [(1, "a record"), (3, "a record")]
+    assert [(one["step"], one["logged"]) for one in found(copy)] == [(1, "a line"), (3, "a line")]
     index = copy / "ledger" / "index.jsonl"
     index.write_text(index.read_text().splitlines(keepends=True)[1])
     for number in (1, 3):
@@ -489,22 +484,15 @@ def test_a_step_that_is_not_there_is_said(plain: Path) -> None:
 # --- how far, and why -------------------------------------------------------------------------------------
 
 
-@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(0, 40))
-@example(-0.0, 3)
-@example(-5e-324, 4)
-def test_ulps_are_steps_to_the_next_float(value: float, steps: int) -> None:
-    other = value
-    for _ in range(steps):
-        other = math.nextafter(other, math.inf)
-    if math.isfinite(other):
-        assert ulps_between(value, other) == ulps_between(other, value) == steps
-
-
-def test_ulps_are_those_of_the_type() -> None:
-    one = np.float32(1)
-    assert ulps_between(1.0, float(np.nextafter(one, np.float32(2))), np.float32) == 1
-    assert ulps_between(1.0, float(np.nextafter(one, np.float32(2)))) == 1 << 29
-    assert [ulps_between(1.0, other) for other in (None, math.nan, math.inf, "x", True, 10**400)] == [None] * 6
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+@example(-0.0, 0.0)
+@example(5e-324, -5e-324)
+@example(1.7e308, -1.7e308)
+def test_the_relative_distance_is_symmetric_and_bounded(a: float, z: float) -> None:
+    distance = relative_distance(a, z)
+    assert distance is not None and distance == relative_distance(z, a) and 0 <= distance <= 2
+    assert (distance == 0) == (a == z)
+    assert [relative_distance(1.0, other) for other in (None, math.nan, math.inf, "x", True, 10**400)] == [None] * 6
 
 
 def test_arrays_are_compared_by_bits() -> None:
@@ -513,30 +501,26 @@ def test_arrays_are_compared_by_bits() -> None:
 
     nan = np.array([math.nan, 0.0])
     assert says(nan, nan.copy()) == [] and says(None, None) == []
-    assert says(nan, np.array([math.nan, -0.0])) == ["step 1: x, row, token 1: 0.0 → -0.0 (0 ulp)"]
+    assert says(nan, np.array([math.nan, -0.0])) == ["step 1: x, row, token 1: 0.0 → -0.0 (relative 0.0e+00)"]
     assert says(np.array([1.0, 2.0]), np.array([1, 2])) == ["step 1: x: float64 [2] → int64 [2]"]
     assert says(np.zeros(2), np.zeros(3)) == ["step 1: x: float64 [2] → float64 [3]"]
     assert says(torch.zeros(2), None) == ["step 1: x: present → absent"]
     assert same_bits(-0.0, 0.0) is False and same_bits([1, None], [1, None])
 
 
-def test_rounding_elsewhere_is_the_likely_reason_of_ulps_alone(rich: Path, tmp_path: Path) -> None:
+def test_a_difference_comes_with_the_versions_that_changed(rich: Path, tmp_path: Path) -> None:
     run = rewritten(rich, tmp_path / "run", FORGERIES["loss"][0], step=3)
-    assert "the likely reason" not in replay(run)[1]
+    assert "changed since the training" not in replay(run)[1]
     edit_json(run / "config.json", lambda record: record["versions"].update(torch="1.0"))
     code, out, _ = replay(run)
-    assert (
-        code == 1 and f"torch 1.0 → {torch.__version__.split('+')[0]}" in out and "no difference exceeds 1 ulp" in out
-    )
-    far = [Difference(1, "x", "", "1.0", "2.0", 1 << 52, 0.5)]
-    assert likely_reason(far, {"torch": ("1.0", "2.0")}) is None and likely_reason([], {"torch": ("1", "2")}) is None
+    assert code == 1 and f"changed since the training: torch 1.0 → {torch.__version__.split('+')[0]}" in out
 
 
 def test_many_differences_are_counted(rich: Path, tmp_path: Path) -> None:
     run = rewritten(rich, tmp_path / "run", metrics=lambda m: {k: v if k == "step" else moved(v) for k, v in m.items()})
     out = replay(run)[1]
     count = len(found(run))
-    assert count > 300 and f"and {count - 20} more: " in out and f"{count} differences in steps 1, 2, 3" in out
+    assert count > 300 and f"and {count - 20} more: " in out and f"{count} differences (" in out
     assert len([line for line in out.splitlines() if line.startswith("step ")]) == 20
 
 
@@ -557,7 +541,6 @@ def test_the_runs_own_reward_changes_nothing(rich: Path) -> None:
     assert code == 0 and len(rows) == 24
     assert all(row["reward_now"] == row["reward_then"] for row in rows)
     assert all(row["advantage_now"] == row["advantage_then"] for row in rows)
-    assert all(now == then for step in record["steps"] for now, then in step["components"].values())
     assert not any(step["gained"] or step["lost"] or step["flips"] for step in record["steps"])
 
 
@@ -594,10 +577,10 @@ def test_a_reward_that_turns_things_round_flips_signs(plain: Path, tmp_path: Pat
     assert len(re.findall(r" 1 +[0-3] +c5 .*flips$", out, re.MULTILINE)) == 4
     assert "4 change the sign of their advantage" in out and "reward v49 → silence, 1 step" in out
     assert re.search(r"^ {18}no_parse +[-+]\d\.\d{3} → +[-+]\d\.\d{3}$", out, re.MULTILINE)
-    assert re.search(r"no_parse +0\.\d{3} → +0\.\d{3}", out) and max(map(len, out.splitlines())) <= 80
+    assert max(map(len, out.splitlines())) <= 80
     whole = replay(plain, "--reward", str(file))[1]
-    assert "3 steps" in whole and "group member" not in whole and "\nstep 2      4 of 8 flip\n" in f"\n{whole}"
-    assert "step 1      0 of 8 flip; variance: loses c2\n" in replay(plain, "--reward", "v45c")[1]
+    assert "3 steps" in whole and "group member" not in whole and "\nstep 2      4 of 8 flip; " in f"\n{whole}"
+    assert "step 1      0 of 8 flip; groups that gain, lose variance: 0, 1\n" in replay(plain, "--reward", "v45c")[1]
 
 
 @pytest.mark.parametrize(
@@ -643,11 +626,9 @@ def test_a_run_of_a_card_is_computed_on_a_cpu_when_asked(copy: Path) -> None:
     edit_json(copy / "config.json", on_a_card)
     code, _, err = replay(copy, "--model", "--step", "1")
     assert code == 2 and err.startswith('error: model.device = "cuda": no CUDA device here')
-    assert err.endswith("--device cpu computes the run's model there\n") and err.count("error") == 1
     code, out, _ = replay(copy, "--model", "--step", "1", "--device", "cpu", "--json")
     model = json.loads(out)["model"]
     assert code == 0 and model["device"] == "cpu"
-    assert model["rounding_causes"] == ["trained on NVIDIA H200, computed on cpu"]
 
 
 def test_a_device_that_is_none_is_refused_by_the_command_line(rich: Path) -> None:
@@ -663,13 +644,11 @@ def with_rounding(entry: LedgerStep) -> LedgerStep:
     return dataclasses.replace(entry, step=dataclasses.replace(entry.step, logprobs=tokens))
 
 
-def test_a_difference_within_rounding_is_reported_as_such(rich: Path, tmp_path: Path) -> None:
+def test_a_difference_within_rounding_is_equal(rich: Path, tmp_path: Path) -> None:
     run = rewritten(rich, tmp_path / "run", with_rounding, step=1)
     edit_json(run / "config.json", lambda record: record["config"]["optim"].update(micro_batch_tokens="auto"))
     _, out, _ = replay(run, "--model", "--step", "1")
-    lines = [line for line in out.splitlines() if "not to the bit" in line]
-    assert [line.split()[0] for line in lines] == ["reference"]
-    assert lines[0].endswith('optim.micro_batch_tokens = "auto" cuts micro-batches by the memory that is free')
+    assert re.search(r"reference +1 of 1 steps, .* max \|Δ logprob\| 1\.?\d*e-07", out)
     assert "exceeds the rounding tolerance" not in out
 
 
@@ -703,22 +682,6 @@ def test_a_text_that_its_token_ids_do_not_spell_is_named(rich: Path, tmp_path: P
     code, out, _ = replay(run, "--model", "--step", "1")
     assert code == 1 and "exceeds" not in out
     assert "step 1: group 0 (case c0), member 2: completion does not match its token ids" in out
-
-
-def test_throughput_that_does_not_follow_from_its_seconds_is_named(victim: Path) -> None:
-    file = victim / "metrics.jsonl"
-    whole = file.read_bytes()
-    try:
-        for name, value, expected in (
-            ("tokens_per_s/rollout", 9e9, "tokens_per_s/rollout"),
-            ("time/rollout_s", 1e-9, "tokens_per_s"),
-            ("time/account_s", None, "seconds of rollout, update, account"),
-        ):
-            edit_lines(file, lambda lines, name=name, value=value: [lines[0], {**lines[1], name: value}, lines[2]])
-            assert any(expected in f"{d['where']} {d['replayed']}" for d in found(victim)), name
-            file.write_bytes(whole)
-    finally:
-        file.write_bytes(whole)
 
 
 def test_a_newline_that_changes_is_named(victim: Path) -> None:
