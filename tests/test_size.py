@@ -4,6 +4,7 @@ import ast
 import io
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -22,6 +23,7 @@ WITHOUT_README = {"engine", "qwen3_5"}
 """Folders whose README.md is still to be written."""
 
 
+@cache
 def code_lines(path: Path) -> set[int]:
     """The numbers of the lines with code: no docstrings, comments or blank lines."""
     text = path.read_text(encoding="utf-8")
