@@ -4,6 +4,7 @@ import ast
 import io
 import tokenize
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -11,17 +12,15 @@ SOURCES = [path for folder in ("grpo", "rewards") for path in sorted((ROOT / fol
 FLAT = {path.stem: path for path in sorted((ROOT / "grpo").glob("*.py")) if path.stem != "__init__"}
 PASSIVE = {"config", "metrics", "token_budget", "stats"}
 """Flat modules that the core path reads from but does not pass through."""
-MAX_LINES = 20_400
+MAX_LINES = 19_450
 """Lines of grpo and rewards; the aim is 17,000."""
-MAX_CORE_LINES = 920
+MAX_CORE_LINES = 900
 """Lines of code reachable from `train()` within the flat modules; the aim is 700."""
-MAX_FLAT_FILES = 19
-MAX_FUNCTION_LINES = 53
-"""Lines of code of one function; the aim is 50."""
-WITHOUT_README = {"engine", "qwen3_5"}
-"""Folders whose README.md is still to be written."""
+MAX_FLAT_FILES = 18
+MAX_FUNCTION_LINES = 50
 
 
+@cache
 def code_lines(path: Path) -> set[int]:
     """The numbers of the lines with code: no docstrings, comments or blank lines."""
     text = path.read_text(encoding="utf-8")
@@ -105,5 +104,4 @@ def test_the_total_does_not_grow() -> None:
 
 def test_every_folder_has_a_readme() -> None:
     folders = {path.parent for path in SOURCES if path.parent.parent == ROOT / "grpo"}
-    missing = {folder.name for folder in folders if not (folder / "README.md").is_file()}
-    assert missing <= WITHOUT_README
+    assert not [folder for folder in folders if not (folder / "README.md").is_file()]
