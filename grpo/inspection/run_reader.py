@@ -210,8 +210,6 @@ def read_header(path: Path) -> RunHeader:
         check_no_links_out(path)
     try:
         return RunHeader.model_validate(_read_json(file))
-    except UserError as error:
-        raise UserError(f"{file}: {error}") from None
     except ValidationError as error:
         fault = _first_error(error).removeprefix("config.")
         raise UserError(f"{file}: {fault}; not a config.json of this version") from None
