@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.cases import LOADERS, load_cases
-from grpo.data.row_report import REASONS, CaseRow, Loaded, Report
+from grpo.data.row_report import REASONS, CaseRow, Loaded
 from grpo.data.split import count_overlap, require_patients, split_by_patient
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
@@ -31,7 +31,7 @@ class Prepared:
 
     source: str
     settings: Mapping[str, object]
-    report: Report
+    loaded: Loaded
     parts: Mapping[str, Sequence[CaseRow]]
     """"read", "training" and, if there is one, "held out"."""
     notes: tuple[str, ...]
@@ -66,7 +66,7 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
         table["held out"] = parts.held_out
         files["held_out.jsonl"] = map(_to_json, parts.held_out)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("loader", "file", "out")}
-    return Prepared(f"{arguments.loader} {arguments.file}", settings, loaded.report, table, notes, files)
+    return Prepared(f"{arguments.loader} {arguments.file}", settings, loaded, table, notes, files)
 
 
 def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
@@ -93,11 +93,11 @@ def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
 
 def render(prepared: Prepared) -> str:
     """Return the printed report."""
-    report = prepared.report
-    lines = [f"source    {prepared.source}: {report.rows:,} rows, {report.cases:,} cases"]
-    for finding in report.findings:
-        reason = REASONS[finding.reason]
-        lines.append(f"{'note' if reason.kept else 'dropped' if reason.fault else 'excluded':<10}{finding}")
+    loaded = prepared.loaded
+    lines = [f"source    {prepared.source}: {loaded.row_count:,} rows, {len(loaded.rows):,} cases"]
+    for note in loaded.notes:
+        reason = REASONS[note.reason]
+        lines.append(f"{'note' if reason.kept else 'dropped' if reason.fault else 'excluded':<10}{note}")
     lines += prepared.notes
     lines.append(f"{'':<16}" + "".join(f"{f'ESI {level}':>10}" for level in LEVELS) + f"{'cases':>11}{'patients':>11}")
     for name, records in prepared.parts.items():
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_excluded(loader: str, file: str) -> Loaded:
     """Load a file of cases to keep out. No row may be dropped, because its patient could then be in a part."""
     loaded = load_cases(loader, file, strict=False)
-    if dropped := [str(finding) for finding in loaded.report.faults if not REASONS[finding.reason].kept]:
+    if dropped := [str(note) for note in loaded.faults if not REASONS[note.reason].kept]:
         raise UserError(
             f"--exclude {loader}:{file}: {'; '.join(dropped)}: the patients of these rows could get into training: "
             "correct the file"
@@ -157,11 +157,11 @@ def _load_excluded(loader: str, file: str) -> Loaded:
 def _exclusion_notes(others: Mapping[str, Loaded]) -> list[str]:
     notes = []
     for file, other in others.items():
-        notes.append(f"exclude   {file}: {other.report.rows:,} rows, {other.report.cases:,} cases")
-        notes += [f"{'':<10}{finding}" for finding in other.report.findings]
-        if dropped := other.report.dropped:
+        notes.append(f"exclude   {file}: {other.row_count:,} rows, {len(other.rows):,} cases")
+        notes += [f"{'':<10}{note}" for note in other.notes]
+        if other.dropped:
             notes.append(
-                f"{'':<10}{dropped:,} rows excluded; their {len(other.set_aside):,} known patients are kept out"
+                f"{'':<10}{other.dropped:,} rows excluded; their {len(other.set_aside):,} known patients are kept out"
             )
     return notes
 
@@ -200,9 +200,9 @@ def _manifest(prepared: Prepared) -> str:
         {
             "source": prepared.source,
             "settings": prepared.settings,
-            "rows": prepared.report.rows,
-            "cases": prepared.report.cases,
-            "findings": [str(finding) for finding in prepared.report.findings],
+            "rows": prepared.loaded.row_count,
+            "cases": len(prepared.loaded.rows),
+            "findings": [str(note) for note in prepared.loaded.notes],
             "notes": [" ".join(note.split()) for note in prepared.notes],
             "levels": counts,
         },

@@ -155,7 +155,7 @@ def load_sets(
             faults.append(f"{name}: {error}" + ("" if file is not None else " (give another file with --cases)"))
         else:
             sets[name] = loaded.cases
-            dropped += [f"{name}: {finding}" for finding in loaded.report.findings]
+            dropped += [f"{name}: {note}" for note in loaded.notes]
     if faults:
         raise UserError("\n       ".join(faults))
     return sets, tuple(dropped)
