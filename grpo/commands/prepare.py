@@ -12,23 +12,17 @@ import re
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.cases import LOADERS, load_cases
-from grpo.data.row_report import REASONS, CaseRow, Loaded, Report
-from grpo.data.split import (
-    LEVELS,
-    balance_levels,
-    count_overlap,
-    repeat_by_level,
-    require_patients,
-    split_by_patient,
-)
+from grpo.data.row_report import REASONS, CaseRow, Loaded
+from grpo.data.split import count_overlap, require_patients, split_by_patient
 from grpo.runtime.cli import make_parser, run_command
 from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import escape_control
+from rewards.types import LEVELS
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +31,9 @@ class Prepared:
 
     source: str
     settings: Mapping[str, object]
-    report: Report
+    loaded: Loaded
     parts: Mapping[str, Sequence[CaseRow]]
-    """"read", "training part", "written" and, if there is one, "held out"."""
+    """"read", "training" and, if there is one, "held out"."""
     notes: tuple[str, ...]
     files: Mapping[str, Iterable[str]]
 
@@ -61,27 +55,18 @@ def prepare(arguments: argparse.Namespace) -> Prepared:
     parts = split_by_patient(
         records, share=arguments.held_out, seed=arguments.seed, excluded=excluded, set_aside=set_aside
     )
-    written: Sequence[CaseRow] = parts.train
-    if arguments.oversample:
-        written = repeat_by_level(parts.train, dict(arguments.oversample))
-    elif arguments.balance is not None:
-        written = balance_levels(parts.train, per_level=arguments.balance or None, seed=arguments.seed)
-    if len({record.case.id for record in written}) < len(written):
-        raise UserError(
-            f"{arguments.file}: an id ends in #2, like the copies that --oversample and --balance make: rename it"
-        )
     notes = (
         *_exclusion_notes(others),
-        *_check_overlap(written, parts.held_out, excluded, set_aside),
+        *_check_overlap(parts.train, parts.held_out, excluded, set_aside),
         f"removed   {parts.excluded:,} cases by --exclude, {parts.repeated:,} with the narrative of a held-out case",
     )
-    table = {"read": loaded.rows, "training part": parts.train, "written": written}
-    files = {"train.jsonl": map(_to_json, written)}
+    table = {"read": loaded.rows, "training": parts.train}
+    files = {"train.jsonl": map(_to_json, parts.train)}
     if parts.held_out:
         table["held out"] = parts.held_out
         files["held_out.jsonl"] = map(_to_json, parts.held_out)
     settings = {key: value for key, value in vars(arguments).items() if key not in ("loader", "file", "out")}
-    return Prepared(f"{arguments.loader} {arguments.file}", settings, loaded.report, table, notes, files)
+    return Prepared(f"{arguments.loader} {arguments.file}", settings, loaded, table, notes, files)
 
 
 def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
@@ -108,11 +93,11 @@ def write(folder: Path, files: Mapping[str, Iterable[str]]) -> None:
 
 def render(prepared: Prepared) -> str:
     """Return the printed report."""
-    report = prepared.report
-    lines = [f"source    {prepared.source}: {report.rows:,} rows, {report.cases:,} cases"]
-    for finding in report.findings:
-        reason = REASONS[finding.reason]
-        lines.append(f"{'note' if reason.kept else 'dropped' if reason.fault else 'excluded':<10}{finding}")
+    loaded = prepared.loaded
+    lines = [f"source    {prepared.source}: {loaded.row_count:,} rows, {len(loaded.rows):,} cases"]
+    for note in loaded.notes:
+        reason = REASONS[note.reason]
+        lines.append(f"{'note' if reason.kept else 'dropped' if reason.fault else 'excluded':<10}{note}")
     lines += prepared.notes
     lines.append(f"{'':<16}" + "".join(f"{f'ESI {level}':>10}" for level in LEVELS) + f"{'cases':>11}{'patients':>11}")
     for name, records in prepared.parts.items():
@@ -128,7 +113,7 @@ def argument_parser() -> argparse.ArgumentParser:
         "prepare",
         "Write a training file and a held-out file from cases of any format.",
         examples=(
-            "grpo prepare mimic-iv-ed DOWNLOADS/mimic-iv-ed --out data/mimic --held-out 0.05 --oversample 1=5",
+            "grpo prepare mimic-iv-ed DOWNLOADS/mimic-iv-ed --out data/mimic --held-out 0.05",
             "grpo prepare mietic-validate MIETIC-validate-samples.csv --out data/mietic36",
         ),
     )
@@ -137,9 +122,6 @@ def argument_parser() -> argparse.ArgumentParser:
     add("file", metavar="FILE", help="the file, or the folder for mimic-iv-ed")
     add("--out", type=Path, required=True, metavar="DIR", help="a folder that does not exist yet")
     add("--held-out", type=_share, default=0.0, metavar="SHARE", help="share of patients, 0 to below 1 (default: 0)")
-    mix = parser.add_mutually_exclusive_group()
-    mix.add_argument("--oversample", type=_times, nargs="+", default=[], metavar="LEVEL=TIMES", help="such as 1=5")
-    mix.add_argument("--balance", type=_size, metavar="N|rarest", help="training cases of each level")
     add("--exclude", type=_other, nargs="+", default=[], metavar="FORMAT:FILE", help="keep the patients of these out")
     add("--seed", type=int, default=0)
     add("--strict", action="store_true", help="refuse the file if any row is faulty")
@@ -164,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load_excluded(loader: str, file: str) -> Loaded:
     """Load a file of cases to keep out. No row may be dropped, because its patient could then be in a part."""
     loaded = load_cases(loader, file, strict=False)
-    if dropped := [str(finding) for finding in loaded.report.faults if not REASONS[finding.reason].kept]:
+    if dropped := [str(note) for note in loaded.faults if not REASONS[note.reason].kept]:
         raise UserError(
             f"--exclude {loader}:{file}: {'; '.join(dropped)}: the patients of these rows could get into training: "
             "correct the file"
@@ -175,11 +157,11 @@ def _load_excluded(loader: str, file: str) -> Loaded:
 def _exclusion_notes(others: Mapping[str, Loaded]) -> list[str]:
     notes = []
     for file, other in others.items():
-        notes.append(f"exclude   {file}: {other.report.rows:,} rows, {other.report.cases:,} cases")
-        notes += [f"{'':<10}{finding}" for finding in other.report.findings]
-        if dropped := other.report.dropped:
+        notes.append(f"exclude   {file}: {other.row_count:,} rows, {len(other.rows):,} cases")
+        notes += [f"{'':<10}{note}" for note in other.notes]
+        if other.dropped:
             notes.append(
-                f"{'':<10}{dropped:,} rows excluded; their {len(other.set_aside):,} known patients are kept out"
+                f"{'':<10}{other.dropped:,} rows excluded; their {len(other.set_aside):,} known patients are kept out"
             )
     return notes
 
@@ -218,9 +200,9 @@ def _manifest(prepared: Prepared) -> str:
         {
             "source": prepared.source,
             "settings": prepared.settings,
-            "rows": prepared.report.rows,
-            "cases": prepared.report.cases,
-            "findings": [str(finding) for finding in prepared.report.findings],
+            "rows": prepared.loaded.row_count,
+            "cases": len(prepared.loaded.rows),
+            "findings": [str(note) for note in prepared.loaded.notes],
             "notes": [" ".join(note.split()) for note in prepared.notes],
             "levels": counts,
         },
@@ -235,30 +217,17 @@ def _to_json(record: CaseRow) -> str:
     return json.dumps(row | ({"tags": case.tags} if case.tags else {}), ensure_ascii=False)
 
 
-def _match(pattern: str, expected: str) -> Callable[[str], re.Match[str]]:
-    def read(argument: str) -> re.Match[str]:
-        if not (match := re.fullmatch(pattern, argument)):
-            raise argparse.ArgumentTypeError(f"expected {expected}, got {argument!r}")
-        return match
-
-    return read
-
-
-def _times(argument: str) -> tuple[int, int]:
-    match = _match(r"([1-5])=([1-9]\d{0,2})", "LEVEL=TIMES such as 1=5")(argument)
-    return int(match[1]), int(match[2])
-
-
-def _size(argument: str) -> int:
-    match = _match(r"rarest|[1-9]\d{0,8}", "a number of cases or the word rarest")(argument)
-    return int(match[0].replace("rarest", "0"))
+def _match(pattern: str, expected: str, argument: str) -> re.Match[str]:
+    if not (match := re.fullmatch(pattern, argument)):
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {argument!r}")
+    return match
 
 
 def _share(argument: str) -> float:
-    return float(_match(r"0?\.\d{1,9}|0", "a share from 0 to below 1, such as 0.05")(argument)[0])
+    return float(_match(r"0?\.\d{1,9}|0", "a share from 0 to below 1, such as 0.05", argument)[0])
 
 
 def _other(argument: str) -> tuple[str, str]:
     formats = "|".join(map(re.escape, LOADERS))
-    match = _match(rf"({formats}):(.+)", f"FORMAT:FILE with one of {', '.join(LOADERS)}")(argument)
+    match = _match(rf"({formats}):(.+)", f"FORMAT:FILE with one of {', '.join(LOADERS)}", argument)
     return match[1], match[2]

@@ -1,4 +1,4 @@
-"""Read lines and CSV rows of a file, plain or gzip, in constant memory.
+"""Read lines, CSV rows and their fields from a file, plain or gzip, in constant memory.
 
 A damaged file (encoding, NUL, truncated gzip, unclosed quotes) raises `UserError` with file and line and is not read
 any further. Problems with single rows are reported by the loaders.
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Never, Protocol
 
+from grpo.data.row_report import BadRow
 from grpo.runtime.errors import UserError
 from rewards.safe_files import InvalidFile, open_regular
 
@@ -28,6 +29,10 @@ UTF8_MARK = "\ufeff"
 OTHER_MARKS = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 BOM_MISREADINGS = ("gbk", "cp1252")
 """Encodings in which a byte-order mark was misread and saved again."""
+MISSING = frozenset({"", "na", "n/a", "nan", "null", "none", "nil", "\\n", "<na>"})
+"""Spellings of "no value" in exported tables, casefolded."""
+ID = re.compile(r"\d{1,18}", re.ASCII)
+LEVEL = re.compile(r"([1-5])(?:\.0+)?", re.ASCII)
 
 
 class _Reader(Protocol):
@@ -105,6 +110,39 @@ def table(
             yield line, {name: cells[place] for name, place in places}
         elif cells:
             yield line, None
+
+
+def missing(value: str) -> bool:
+    """Return whether a field is empty or one of `MISSING`.
+
+    >>> missing(" "), missing("NaN"), missing("0")
+    (True, True, False)
+    """
+    return value.strip().casefold() in MISSING
+
+
+def identifier(value: str) -> int:
+    """Return a subject_id or stay_id; raise `BadRow` for anything but 1 to 18 digits.
+
+    >>> identifier(" 10000032 ")
+    10000032
+    """
+    if not ID.fullmatch(value := value.strip()):
+        raise BadRow("bad_id")
+    return int(value)
+
+
+def acuity(value: str) -> int:
+    """Return a gold level; raise `BadRow` if it is missing or not from 1 to 5.
+
+    >>> acuity("2"), acuity("2.0")
+    (2, 2)
+    """
+    if missing(value):
+        raise BadRow("no_acuity")
+    if not (match := LEVEL.fullmatch(value.strip())):
+        raise BadRow("bad_acuity")
+    return int(match[1])
 
 
 def plain_name(cell: str) -> str:

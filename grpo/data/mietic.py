@@ -8,8 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from grpo.config import resolve_path
-from grpo.data.csv_fields import acuity, identifier, missing
-from grpo.data.csv_rows import table
+from grpo.data.csv_rows import acuity, identifier, missing, table
 from grpo.data.row_report import MAX_TEXT, BadRow, CaseRow, RowNote
 from grpo.runtime.errors import UserError
 from grpo.types import Case

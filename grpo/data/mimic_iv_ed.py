@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from grpo.config import resolve_path
-from grpo.data.csv_fields import ID, acuity, identifier, missing
-from grpo.data.csv_rows import table
+from grpo.data.csv_rows import ID, acuity, identifier, missing, table
 from grpo.data.narrative import (
     ARRIVALS,
     GROUPED_AGE,

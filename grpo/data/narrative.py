@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from grpo.data.csv_fields import missing
+from grpo.data.csv_rows import missing
 
 MAX_COMPLAINT_CHARS = 1_000
 """Characters; the published column has at most 255."""

@@ -4,8 +4,9 @@ A loader is an iterator: for each row of its file it yields a `CaseRow`, and a `
 dropped, excluded or omitted. Nothing is ignored silently, and no note or error contains a case's text.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from grpo.runtime.errors import UserError
@@ -132,73 +133,12 @@ class NoteCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Report:
-    """Counts for a file, ``rows == cases + dropped``, and one `NoteCount` per reason."""
-
-    cases: int
-    findings: tuple[NoteCount, ...]
-
-    @property
-    def dropped(self) -> int:
-        """Number of rows that did not become a case, including excluded ones."""
-        return sum(finding.count for finding in self.findings if not REASONS[finding.reason].kept)
-
-    @property
-    def rows(self) -> int:
-        return self.cases + self.dropped
-
-    @property
-    def faults(self) -> tuple[NoteCount, ...]:
-        """The findings for which ``strict`` refuses the file."""
-        return tuple(finding for finding in self.findings if REASONS[finding.reason].fault)
-
-
-@dataclass(slots=True)
-class NoteCounter:
-    """Counts the notes of a loader in constant memory.
-
-    >>> tally = NoteCounter()
-    >>> rows = tally.watch([CaseRow(Case("a", "Rash.", 5), "p"), RowNote(Path("t.csv"), 3, "no_acuity")])
-    >>> [record.case.id for record in rows], tally.report().rows, [str(f) for f in tally.report().faults]
-    (['a'], 2, ['1 × no acuity, so no gold level: dropped (t.csv, line 3)'])
-    """
-
-    cases: int = 0
-    counts: dict[tuple[Path, str, str], int] = field(default_factory=dict)
-    lines: dict[tuple[Path, str, str], list[int]] = field(default_factory=dict)
-    first_fault: RowNote | None = None
-    set_aside: set[str] = field(default_factory=set)
-
-    def watch(self, rows: Iterable[Row]) -> Iterator[CaseRow]:
-        """Yield the rows that are cases and count the notes."""
-        for row in rows:
-            if not isinstance(row, RowNote):
-                self.cases += 1
-                yield row
-                continue
-            self.set_aside |= {row.patient} - {""}
-            key = (row.path, row.reason, row.column)
-            self.counts[key] = self.counts.get(key, 0) + 1
-            lines = self.lines.setdefault(key, [])
-            if len(lines) < LINES_SHOWN:
-                lines.append(row.line)
-            if self.first_fault is None and REASONS[row.reason].fault:
-                self.first_fault = row
-
-    def report(self) -> Report:
-        """Return the report so far, with the dropped rows first."""
-        order = sorted(self.counts, key=lambda key: list(REASONS).index(key[1]))
-        return Report(
-            self.cases, tuple(NoteCount(*key, count=self.counts[key], lines=tuple(self.lines[key])) for key in order)
-        )
-
-
-@dataclass(frozen=True, slots=True)
 class Loaded:
-    """All cases of a file, and the report on its other rows."""
+    """All cases of a file, and what was dropped or changed: ``row_count == len(rows) + dropped``."""
 
     rows: tuple[CaseRow, ...]
-    report: Report
+    notes: tuple[NoteCount, ...]
+    """One per file, reason and column, those of dropped rows first."""
     set_aside: frozenset[str] = frozenset()
     """Known patients of excluded rows."""
 
@@ -206,9 +146,23 @@ class Loaded:
     def cases(self) -> tuple[Case, ...]:
         return tuple(record.case for record in self.rows)
 
+    @property
+    def dropped(self) -> int:
+        """Number of rows that did not become a case, including excluded ones."""
+        return sum(note.count for note in self.notes if not REASONS[note.reason].kept)
+
+    @property
+    def row_count(self) -> int:
+        return len(self.rows) + self.dropped
+
+    @property
+    def faults(self) -> tuple[NoteCount, ...]:
+        """The notes for which ``strict`` refuses the file."""
+        return tuple(note for note in self.notes if REASONS[note.reason].fault)
+
 
 def read_rows(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
-    """Read all rows of a loader.
+    """Read all rows of a loader; notes are counted in constant memory.
 
     Args:
         name: the file name, for the message if it is empty.
@@ -217,15 +171,36 @@ def read_rows(name: str, rows: Iterable[Row], *, strict: bool) -> Loaded:
 
     Raises:
         UserError: the file has no cases; if ``strict``, the first fault, with the number of the others.
+
+    >>> rows = [CaseRow(Case("a", "Rash.", 5), "p"), RowNote(Path("t.csv"), 3, "no_acuity")]
+    >>> loaded = read_rows("t.csv", rows, strict=False)
+    >>> loaded.row_count, [str(note) for note in loaded.notes]
+    (2, ['1 × no acuity, so no gold level: dropped (t.csv, line 3)'])
     """
-    tally = NoteCounter()
-    records = tuple(tally.watch(rows))
-    report, first = tally.report(), tally.first_fault
-    if first and strict:
-        reason = first.detail or f"{first.column} {REASONS[first.reason].text}".strip()
-        total = sum(finding.count for finding in report.faults)
-        others = f"; strict refuses all {total:,}: {'; '.join(f.summary for f in report.faults)}" if total > 1 else ""
-        raise UserError(f"{first.path}:{first.line}: {reason}{others}")
-    if not report.cases:
-        raise UserError(f"{name}: contains no cases: {'; '.join(map(str, report.findings)) or 'no rows'}")
-    return Loaded(records, report, frozenset(tally.set_aside))
+    records: list[CaseRow] = []
+    counts: Counter[tuple[Path, str, str]] = Counter()
+    lines: dict[tuple[Path, str, str], list[int]] = defaultdict(list)
+    set_aside: set[str] = set()
+    first_fault: RowNote | None = None
+    for row in rows:
+        if isinstance(row, CaseRow):
+            records.append(row)
+            continue
+        key = (row.path, row.reason, row.column)
+        counts[key] += 1
+        if counts[key] <= LINES_SHOWN:
+            lines[key].append(row.line)
+        set_aside |= {row.patient} - {""}
+        if first_fault is None and REASONS[row.reason].fault:
+            first_fault = row
+    order = sorted(counts, key=lambda key: list(REASONS).index(key[1]))
+    notes = tuple(NoteCount(*key, count=counts[key], lines=tuple(lines[key])) for key in order)
+    loaded = Loaded(tuple(records), notes, frozenset(set_aside))
+    if first_fault and strict:
+        reason = first_fault.detail or f"{first_fault.column} {REASONS[first_fault.reason].text}".strip()
+        total = sum(note.count for note in loaded.faults)
+        others = f"; strict refuses all {total:,}: {'; '.join(f.summary for f in loaded.faults)}" if total > 1 else ""
+        raise UserError(f"{first_fault.path}:{first_fault.line}: {reason}{others}")
+    if not records:
+        raise UserError(f"{name}: contains no cases: {'; '.join(map(str, notes)) or 'no rows'}")
+    return loaded

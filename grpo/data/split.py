@@ -1,14 +1,11 @@
-"""Split cases by patient, and change the mix of levels."""
+"""Split cases by patient."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from grpo.data.row_report import CaseRow
 from grpo.runtime.errors import UserError
 from grpo.runtime.seeds import stable_seed
-from grpo.types import Case
-
-LEVELS = (1, 2, 3, 4, 5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +49,7 @@ def split_by_patient(
     Raises:
         UserError: a part is unexpectedly empty.
 
+    >>> from grpo.types import Case
     >>> records = [CaseRow(Case(f"c{i}", f"Note {i}.", 3), patient=str(i // 2)) for i in range(12)]
     >>> parts = split_by_patient(records, share=0.5, seed=0)
     >>> {r.patient for r in parts.train} & {r.patient for r in parts.held_out}
@@ -81,6 +79,7 @@ def split_by_patient(
 def count_overlap(part: Iterable[CaseRow], other: Iterable[CaseRow]) -> tuple[int, int]:
     """Return how many (patients, narratives) two parts have in common.
 
+    >>> from grpo.types import Case
     >>> a, b = CaseRow(Case("a", "Rash.", 5), "p"), CaseRow(Case("b", "RASH.", 5), "q")
     >>> count_overlap([a], [a, b]), count_overlap([a], [b])
     ((1, 1), (0, 1))
@@ -105,40 +104,3 @@ def require_patients(records: Sequence[CaseRow], *, each_its_own: bool) -> tuple
             "put one patient in both parts. Add a patient to each case, or use --each-case-a-patient if that is true"
         )
     return tuple(record if record.patient else CaseRow(record.case, f"case {record.case.id}") for record in records)
-
-
-def repeat_by_level(records: Sequence[CaseRow], times: Mapping[int, int]) -> tuple[CaseRow, ...]:
-    """Repeat every record as often as ``times`` gives for its level (default 1); copies of ``a`` are ``a#2``, ``a#3`` …
-
-    >>> [r.case.id for r in repeat_by_level([CaseRow(Case("a", "…", 1), "p"), CaseRow(Case("b", "…", 3), "q")], {1: 3})]
-    ['a', 'a#2', 'a#3', 'b']
-    """
-    return tuple(_copy(record, n) for record in records for n in range(times.get(record.case.gold_level, 1)))
-
-
-def balance_levels(records: Sequence[CaseRow], *, per_level: int | None, seed: int) -> tuple[CaseRow, ...]:
-    """Return the same number of records for each level: ``per_level``, or the size of the rarest level.
-
-    A level with more records is sampled without replacement; in one with n fewer, each case occurs ⌊per_level/n⌋ or
-    ⌈per_level/n⌉ times. The choice depends only on the seed and the case ids.
-
-    Raises:
-        UserError: a level has no case.
-    """
-    of_level = {level: [record for record in records if record.case.gold_level == level] for level in LEVELS}
-    if empty := [str(level) for level in LEVELS if not of_level[level]]:
-        raise UserError(f"no case of ESI {', '.join(empty)} in the training part: it cannot be balanced")
-    size = per_level or min(map(len, of_level.values()))
-    times: dict[str, int] = {}
-    for members in of_level.values():
-        shuffled = sorted(members, key=lambda record: stable_seed("balance", seed, record.case.id))
-        every, extra = divmod(size, len(members))
-        times |= {record.case.id: every + (place < extra) for place, record in enumerate(shuffled)}
-    return tuple(_copy(record, n) for record in records for n in range(times[record.case.id]))
-
-
-def _copy(record: CaseRow, n: int) -> CaseRow:
-    case = record.case
-    return (
-        record if n == 0 else CaseRow(Case(f"{case.id}#{n + 1}", case.text, case.gold_level, case.tags), record.patient)
-    )

@@ -1,4 +1,4 @@
-"""Analysis of wrong answers: the step of the ESI algorithm at which each failed, the rules it broke, the tags.
+"""Analysis of wrong answers: the step of the ESI algorithm at which each failed, and the rules it broke.
 
 The algorithm asks A (lifesaving intervention now?), B (should not wait?), C (how many kinds of resources?) and D
 (danger-zone vital signs?) and stops at the first hit. A wrong answer failed at the first question on which its path and
@@ -34,9 +34,6 @@ STEP_TAGS: Mapping[str, EsiStep] = MappingProxyType(
     {f"step:{step}": step for step in ESI_STEPS} | {"danger_vitals": "D"}
 )
 """Tags of a case that name its deciding step: ``step:D`` in any case file, the stratum in the embedded ones."""
-
-MAX_TAGS_LISTED = 100
-"""A foreign file may have a different tag on every case."""
 
 
 def deciding_step(case: Case) -> EsiStep:
@@ -139,16 +136,13 @@ def count_failures(cases: Sequence[Case], failed: Sequence[Mapping[str, Any]], r
 
     ``wrong``: their number. ``by_step``: step → {"under", "over"}: less and more acute than gold. ``no_parse``: without
     a level. ``by_rule``: requirement → {"applies": cases to which it applies, "broken": how many break it, "cases":
-    their ids}. ``unexplained``: ids of those that break none. ``by_tag``: tag → {"n", "wrong"}, highest rate first.
+    their ids}. ``unexplained``: ids of those that break none.
 
     Args:
         cases: of the whole evaluation.
         failed: see `failures`.
     """
     broken_by = {name: [f["id"] for f in failed if name in f["broken"]] for name in requirements(reward)}
-    tags = {tag: sum(tag in case.tags for case in cases) for tag in {tag for case in cases for tag in case.tags}}
-    wrong = {tag: count for tag in tags if (count := sum(tag in f["tags"] for f in failed))}
-    ranked = sorted(wrong, key=lambda tag: (-wrong[tag] / tags[tag], -wrong[tag], tag))
     return {
         "wrong": len(failed),
         "by_step": {
@@ -168,5 +162,4 @@ def count_failures(cases: Sequence[Case], failed: Sequence[Mapping[str, Any]], r
             for name, rows in requirements(reward).items()
         },
         "unexplained": [f["id"] for f in failed if not f["broken"]],
-        "by_tag": {tag: {"n": tags[tag], "wrong": wrong[tag]} for tag in ranked[:MAX_TAGS_LISTED]},
     }

@@ -13,7 +13,14 @@ from grpo.cases import load_cases
 from grpo.config import Config, ThinkingMode, load_config, resolve_path
 from grpo.evaluation.comparison import Evaluated, check_same_cases, read_evaluation
 from grpo.policy.adapter_files import lora_section_of, system_prompt
-from grpo.policy.base_model import card_name, load_tokenizer, read_context_length, resolve_device, resolve_dtype
+from grpo.policy.base_model import (
+    card_name,
+    load_tokenizer,
+    model_folder,
+    read_context_length,
+    resolve_device,
+    resolve_dtype,
+)
 from grpo.policy.policy import check_adapter, missing_files
 from grpo.prompts import encode_as_plain_text, render_prompt
 from grpo.run.input_hashes import ADAPTER_FILES, MODEL_FILES, cases_sha256, folder_sha256
@@ -155,7 +162,7 @@ def load_sets(
             faults.append(f"{name}: {error}" + ("" if file is not None else " (give another file with --cases)"))
         else:
             sets[name] = loaded.cases
-            dropped += [f"{name}: {finding}" for finding in loaded.report.findings]
+            dropped += [f"{name}: {note}" for note in loaded.notes]
     if faults:
         raise UserError("\n       ".join(faults))
     return sets, tuple(dropped)
@@ -208,14 +215,6 @@ def fit_to_context(
     evaluate = config.evaluate.model_copy(update={"max_new_tokens": min(budget, largest)})
     thinking = {mode: prompt.thinking for mode, prompt in empty_prompts.items()}
     return config.model_copy(update={"evaluate": evaluate}), thinking
-
-
-def model_folder(name: str) -> Path:
-    """Return the local folder of a model's files: a folder, ``embedded:base``, or the cache of a hub id."""
-    from transformers.utils import cached_file
-
-    folder = resolve_path(name)
-    return folder if folder.is_dir() else Path(str(cached_file(name, "config.json", local_files_only=True))).parent
 
 
 def default_folder(request: EvaluationRequest) -> Path:

@@ -12,7 +12,6 @@ WIDTH = 80
 LABEL_WIDTH = 30
 COLUMN_WIDTH = 25
 MAX_IDS_SHOWN = 8
-MAX_TAGS_SHOWN = 8
 
 RATE_LABELS: Mapping[str, str] = {
     "exact": "exact",
@@ -157,10 +156,10 @@ def _errors(record: JsonObject, reward: str) -> Iterator[str]:
         lines.append(f"no rule broken in {len(errors['unexplained'])} wrong cases: {format_ids(errors['unexplained'])}")
     for label, line in zip(["rules"] + [""] * (len(lines) - 1), lines, strict=True):
         yield from _labelled(label, line)
-    tags = [f"{tag} {counts['wrong']}/{counts['n']}" for tag, counts in errors["by_tag"].items()]
+    worst = sorted(record["by_tag"].items(), key=lambda item: item[1]["exact"])
+    tags = [f"{tag} {percent(rate['exact'])} % of {rate['n']}" for tag, rate in worst if rate["exact"] < 1]
     if tags:
-        more = f" and {len(tags) - MAX_TAGS_SHOWN} more" if len(tags) > MAX_TAGS_SHOWN else ""
-        yield from _labelled("tags", ", ".join(tags[:MAX_TAGS_SHOWN]) + more)
+        yield from _labelled("by tag", f"exact {format_ids(tags)}")
 
 
 def _comparison(comparison: JsonObject) -> Iterator[str]:

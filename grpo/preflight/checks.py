@@ -186,7 +186,7 @@ def load_inputs(config: Config, *, reward_only: bool = False) -> PreflightInputs
 def _load(config: Config, file: str, file_errors: list[str], dropped_rows: list[str]) -> tuple[Case, ...] | None:
     try:
         loaded = load_cases(config.cases.format, file, strict=config.cases.strict)
-        dropped_rows += [f"{file}: {finding}" for finding in loaded.report.findings]
+        dropped_rows += [f"{file}: {note}" for note in loaded.notes]
         return loaded.cases
     except UserError as error:
         file_errors.append(str(error))

@@ -1,4 +1,4 @@
-"""Preparing training files: parts that share nobody, mixes as asked for, files that nobody else reads."""
+"""Preparing training files: parts that share nobody, files that nobody else reads."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from grpo.cases import load_jsonl_cases
 from grpo.commands.prepare import main, write
 from grpo.data.row_report import CaseRow
-from grpo.data.split import balance_levels, count_overlap, repeat_by_level, require_patients, split_by_patient
+from grpo.data.split import count_overlap, require_patients, split_by_patient
 from grpo.runtime.errors import UserError
 from grpo.types import Case
 
@@ -117,66 +117,26 @@ def test_a_case_without_a_patient() -> None:
     assert known is records[0] and own.case is records[1].case and own.patient not in ("", "p0")
 
 
-# --- the mix -------------------------------------------------------------------------------------------------------
-
-
-@settings(max_examples=40, deadline=None)
-@given(per_level=st.one_of(st.none(), st.integers(1, 300)), seed=st.integers(0, 99), size=st.integers(10, 90))
-def test_balanced_means_as_many_of_each_level_and_no_case_favoured(per_level: int | None, seed: int, size: int) -> None:
-    records = cohort(size)
-    made = balance_levels(records, per_level=per_level, seed=seed)
-    have = Counter(r.case.gold_level for r in records)
-    wanted = per_level or min(have.values())
-    assert Counter(r.case.gold_level for r in made) == dict.fromkeys(range(1, 6), wanted)
-    assert len({r.case.id for r in made}) == len(made)
-    times = Counter(r.case.id.split("#")[0] for r in made)
-    for level in have:
-        counts = {times[r.case.id] for r in records if r.case.gold_level == level}
-        assert counts <= {wanted // have[level], -(-wanted // have[level])}
-    of_id = {r.case.id: r for r in records}
-    for r in made:
-        source = of_id[r.case.id.split("#")[0]]
-        assert (r.case.text, r.case.gold_level, r.patient) == (source.case.text, source.case.gold_level, source.patient)
-
-
-def test_balancing_depends_on_the_seed_and_not_on_the_order() -> None:
-    records = cohort()
-    ids = [{r.case.id for r in balance_levels(records, per_level=20, seed=seed)} for seed in (0, 0, 1)]
-    assert ids[0] == ids[1] != ids[2]
-    assert {r.case.id for r in balance_levels(records[::-1], per_level=20, seed=0)} == ids[0]
-
-
-def test_balancing_needs_every_level() -> None:
-    with pytest.raises(UserError, match="no case of ESI 2, 5 in the training part"):
-        balance_levels([record(i, i, level) for i, level in enumerate((1, 3, 4))], per_level=None, seed=0)
-
-
-def test_oversampling_repeats_under_ids_of_its_own() -> None:
-    made = repeat_by_level(cohort(40), {1: 5, 4: 2})
-    assert Counter(r.case.gold_level for r in made) == {1: 20, 2: 8, 3: 16, 4: 16, 5: 4}
-    assert len({r.case.id for r in made}) == len(made)
-
-
 # --- the command ---------------------------------------------------------------------------------------------------
 
 
 def test_the_command_writes_what_it_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, out = file_of(tmp_path, cohort()), tmp_path / "out"
-    assert main(["jsonl", source, "--out", str(out), "--held-out", "0.2", "--oversample", "1=5", "--seed", "3"]) == 0
+    assert main(["jsonl", source, "--out", str(out), "--held-out", "0.2", "--seed", "3"]) == 0
     train, held = rows(out / "train.jsonl"), rows(out / "held_out.jsonl")
     assert not {r["patient"] for r in train} & {r["patient"] for r in held}
-    assert {str(r["id"]).split("#")[0] for r in (*train, *held)} == {r.case.id for r in cohort()}
+    assert {r["id"] for r in (*train, *held)} == {r.case.id for r in cohort()}
     assert len(load_jsonl_cases(str(out / "train.jsonl"))) == len(train)
     said = capsys.readouterr().out
     table = {line[:16].strip(): line[16:].replace(",", "").split() for line in said.splitlines()}
-    for name, part in (("written", train), ("held out", held)):
+    for name, part in (("training", train), ("held out", held)):
         levels = Counter(r["esi"] for r in part)
         counts = [*(levels[level] for level in range(1, 6)), len(part), len({r["patient"] for r in part})]
         assert table[name] == [str(count) for count in counts]
     before = Counter(r.case.gold_level for r in cohort())
     assert table["read"] == [*(str(before[level]) for level in range(1, 6)), "400", "160"]
     manifest = json.loads((out / "prepare.json").read_text())
-    assert manifest["settings"]["seed"] == 3 and manifest["levels"]["written"]["1"] == int(table["written"][0])
+    assert manifest["settings"]["seed"] == 3 and manifest["levels"]["training"]["1"] == int(table["training"][0])
     assert "leak      training and held out: 0 patients, 0 narratives in both" in said
     assert "Note" not in said and "Note" not in (out / "prepare.json").read_text()
 
@@ -195,7 +155,7 @@ def test_only_the_owner_reads_them(tmp_path: Path) -> None:
 def test_the_same_seed_writes_the_same_bytes(tmp_path: Path) -> None:
     source = file_of(tmp_path, cohort())
     for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
-        more = ["--held-out", "0.3", "--balance", "12", "--seed", seed]
+        more = ["--held-out", "0.3", "--seed", seed]
         assert main(["jsonl", source, "--out", str(tmp_path / name), *more]) == 0
     for file in ("train.jsonl", "held_out.jsonl", "prepare.json"):
         a, b, c = ((tmp_path / name / file).read_bytes() for name in "abc")
@@ -265,7 +225,6 @@ def test_any_format_goes_in_and_an_evaluation_set_stays_out(tmp_path: Path, caps
         (["--held-out", "0.2"], "have no patient"),
         (["--exclude", "jsonl:SAME"], "2 × not"),
         (["--strict"], "strict refuses all 2"),
-        (["--balance", "rarest"], "no case of ESI"),
         (["--exclude", "jsonl:missing"], "missing: cannot be read"),
     ],
 )
@@ -282,17 +241,10 @@ def test_input_that_cannot_be_used_is_said_and_exits_with_2(
     assert main(["jsonl", str(path), "--out", str(tmp_path / "out")]) == 0  # without a split nobody need be known
 
 
-def test_copies_do_not_take_the_id_of_a_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = file_of(tmp_path, [CaseRow(Case("a", "One.", 1), "p"), CaseRow(Case("a#2", "Two.", 3), "q")])
-    assert main(["jsonl", source, "--out", str(tmp_path / "out"), "--oversample", "1=2"]) == 2
-    assert "an id ends in #2" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "more",
     [
-        ["--held-out", "1"], ["--held-out", "-0.1"], ["--held-out", "nan"], ["--oversample", "6=2"],
-        ["--oversample", "1=0"], ["--balance", "0"], ["--balance", "2", "--oversample", "1=2"],
+        ["--held-out", "1"], ["--held-out", "-0.1"], ["--held-out", "nan"],
         ["--exclude", "parquet:x"], ["--seed", "x"],
     ],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from grpo.config import load_config
 from grpo.data import mimic_iv_ed as mimic
 from grpo.data.csv_rows import MAX_LINE, plain_name
 from grpo.data.narrative import LIMITS, Presentation, narrative
-from grpo.data.row_report import REASONS, CaseRow, Loaded, Report, RowNote
+from grpo.data.row_report import REASONS, CaseRow, Loaded, RowNote
 from grpo.preflight.checks import load_inputs
 from grpo.runtime.errors import UserError
 from rewards import load_reward
@@ -67,8 +67,8 @@ def published(
     return str(folder)
 
 
-def reasons(report: Report) -> dict[tuple[str, str], tuple[int, tuple[int, ...]]]:
-    return {(finding.reason, finding.column): (finding.count, finding.lines) for finding in report.findings}
+def reasons(loaded: Loaded) -> dict[tuple[str, str], tuple[int, tuple[int, ...]]]:
+    return {(note.reason, note.column): (note.count, note.lines) for note in loaded.notes}
 
 
 def loaded(folder: str, *, strict: bool = False) -> Loaded:
@@ -83,7 +83,7 @@ def test_the_worked_example_from_published_files(tmp_path: Path) -> None:
     (record,) = found.rows
     assert record.case.text == WHOLE
     assert (record.case.id, record.case.gold_level, record.patient) == ("stay-30000001", 2, "10000001")
-    assert found.report == Report(1, ())
+    assert found.row_count == 1 and not found.notes
 
 
 BEFORE_AND_AFTER = [
@@ -232,7 +232,7 @@ def test_no_column_that_knows_the_outcome_can_enter_a_prompt(tmp_path: Path) -> 
 def test_words_of_edstays_never_pass_only_those_of_a_table_do(tmp_path: Path) -> None:
     found = loaded(published(tmp_path, edstays=[E | {"gender": "ADMITTED", "arrival_transport": "EXPIRED"}]))
     assert found.cases[0].text.startswith("A 67-year-old patient came to triage.")
-    assert reasons(found.report) == {("unlisted", "gender"): (1, (2,)), ("unlisted", "arrival_transport"): (1, (2,))}
+    assert reasons(found) == {("unlisted", "gender"): (1, (2,)), ("unlisted", "arrival_transport"): (1, (2,))}
 
 
 @pytest.mark.parametrize("level", ["1", "2", "3.0", "4", " 5 "])
@@ -329,10 +329,10 @@ def test_every_row_is_a_case_or_in_the_report(tmp_path: Path) -> None:
         for r, (*_, start) in zip(found.rows, expected, strict=True)
         if r.case.text.startswith(start)
     ] == expected
-    assert {finding.reason: finding.count for finding in found.report.findings} == dict(wanted)
-    assert found.report.rows == 5_000 and found.report.dropped == 5_000 - len(expected)
+    assert {note.reason: note.count for note in found.notes} == dict(wanted)
+    assert found.row_count == 5_000 and found.dropped == 5_000 - len(expected)
     first = [line for line, row in enumerate(triage, 2) if row["acuity"] == ""][:10]
-    assert reasons(found.report)["no_acuity", ""][1] == tuple(first)
+    assert reasons(found)["no_acuity", ""][1] == tuple(first)
 
 
 def test_streaming_keeps_no_row(tmp_path: Path) -> None:
@@ -361,7 +361,7 @@ def test_ages(tmp_path: Path) -> None:
     def at(anchor: str, year: str, intime: str) -> tuple[str, set[tuple[str, str]]]:
         patient = P | {"anchor_age": anchor, "anchor_year": year}
         found = loaded(published(tmp_path, edstays=[E | {"intime": intime}], patients=[patient]))
-        return found.cases[0].text.split(" arr")[0], set(reasons(found.report))
+        return found.cases[0].text.split(" arr")[0], set(reasons(found))
 
     assert at("65", "2180", "2180-01-01 00:00:00") == ("A 65-year-old female", set())
     assert at("65", "2180", "2175-12-31 23:59:59") == ("A 60-year-old female", set())
@@ -379,7 +379,7 @@ def test_ages(tmp_path: Path) -> None:
 def test_without_a_patients_file_there_is_no_age(tmp_path: Path) -> None:
     found = loaded(published(tmp_path, patients=None), strict=True)
     assert found.cases[0].text == WHOLE.replace("67-year-old female", "female patient")
-    assert reasons(found.report) == {("no_age", ""): (1, (2,))}
+    assert reasons(found) == {("no_age", ""): (1, (2,))}
 
 
 def test_rows_that_do_not_fit_together(tmp_path: Path) -> None:
@@ -393,7 +393,7 @@ def test_rows_that_do_not_fit_together(tmp_path: Path) -> None:
     edstays = [E, *(E | {"stay_id": f"3000000{i}"} for i in (2, 3, 4)), E | {"stay_id": "-5"}]
     found = loaded(published(tmp_path, triage, edstays))
     assert [case.id for case in found.cases] == ["stay-30000002"]
-    assert reasons(found.report) == {
+    assert reasons(found) == {
         ("unknown_stay", ""): (1, (2,)),
         ("other_patient", ""): (1, (3,)),
         ("bad_id", ""): (1, (5,)),
@@ -401,7 +401,7 @@ def test_rows_that_do_not_fit_together(tmp_path: Path) -> None:
         ("no_triage", ""): (1, (5,)),
         ("unreadable", ""): (1, (6,)),
     }
-    assert found.report.rows == 5
+    assert found.row_count == 5
 
 
 def test_a_stay_twice_is_refused_in_either_file(tmp_path: Path) -> None:
@@ -418,7 +418,7 @@ def test_fields_more_or_fewer_than_the_header(tmp_path: Path) -> None:
     name = published(tmp_path)
     rows = as_csv(TRIAGE, [T]) + b"\n" + b"10000001,30000002,98\n" + b",".join([b"1"] * 12) + b"\n"
     (tmp_path / "triage.csv.gz").write_bytes(rows)
-    assert reasons(loaded(name).report) == {("ragged", ""): (2, (4, 5))}
+    assert reasons(loaded(name)) == {("ragged", ""): (2, (4, 5))}
 
 
 def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path) -> None:
@@ -429,7 +429,7 @@ def test_a_stray_quotation_mark_brings_no_other_row_into_a_prompt(tmp_path: Path
     (tmp_path / "triage.csv.gz").write_text("\n".join(rows) + "\n", encoding="utf-8")
     found = loaded(name)
     assert [record.case.id for record in found.rows] == ["stay-30000001", "stay-30000005"]
-    assert [reason for reason, _ in reasons(found.report)] == ["line_break", "no_triage"]
+    assert [reason for reason, _ in reasons(found)] == ["line_break", "no_triage"]
     with pytest.raises(UserError, match="a stray quotation mark may have hidden rows"):
         loaded(name, strict=True)
 
@@ -580,12 +580,12 @@ def test_jsonl_counts_what_it_drops(tmp_path: Path) -> None:
     name = jsonl(tmp_path, CASE, "{", "[1]", {**CASE, "id": "b", "esi": 9}, "", {**CASE, "id": "c"}, {"id": "d"})
     found = load_cases("jsonl", name, strict=False)
     assert [case.id for case in found.cases] == ["a", "c"]
-    assert {reason: finding for (reason, _), finding in reasons(found.report).items()} == {
+    assert {reason: finding for (reason, _), finding in reasons(found).items()} == {
         "not_json": (1, (2,)),
         "not_an_object": (2, (3, 7)),
         "bad_field": (1, (4,)),
     }
-    assert found.report.rows == 6
+    assert found.row_count == 6
     with pytest.raises(UserError, match=r"cases.jsonl:2: not valid JSON: .*; strict refuses all 4: 1 × not valid JSON"):
         load_jsonl_cases(name)
 
@@ -656,13 +656,13 @@ def test_mietic_36_with_all_its_quirks(tmp_path: Path) -> None:
     assert Counter(case.gold_level for case in found.cases) == {1: 14, 2: 11, 3: 5, 4: 4, 5: 2}
     assert sum(case.tags == ("lacks_vital",) for case in found.cases) == 11
     assert "LEAK" not in repr(found.rows)
-    assert found.report.rows == 50
-    counts = {reason: count for (reason, _), (count, _) in reasons(found.report).items()}
+    assert found.row_count == 50
+    counts = {reason: count for (reason, _), (count, _) in reasons(found).items()}
     assert counts == {"not_retained": 14, "no_vital": 11}
     first_removed = next(
         2 + 2 * i for i, row in enumerate(rows) if row["Final Decision"] != "RETAIN"
     )  # two lines a row
-    assert reasons(found.report)["not_retained", ""][1][0] == first_removed
+    assert reasons(found)["not_retained", ""][1][0] == first_removed
 
 
 @pytest.mark.parametrize(
@@ -686,7 +686,7 @@ def test_mietic_may_correct_its_spelling_and_lose_its_stay_ids(tmp_path: Path) -
     (tmp_path / "f.csv").write_bytes(validate_file(rows))
     found = load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=True)
     assert [case.id for case in found.cases] == ["mietic-row-000001", "mietic-row-000003"]
-    assert {reason for reason, _ in reasons(found.report)} == {"not_retained", "not_published"}
+    assert {reason for reason, _ in reasons(found)} == {"not_retained", "not_published"}
 
 
 def test_a_row_set_aside_without_a_patient_is_a_fault(tmp_path: Path) -> None:
@@ -698,7 +698,7 @@ def test_a_row_set_aside_without_a_patient_is_a_fault(tmp_path: Path) -> None:
         sample(4, **removed, subject_id=""),
     ]
     (tmp_path / "f.csv").write_bytes(validate_file(rows))
-    found = reasons(load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=False).report)
+    found = reasons(load_cases("mietic-validate", str(tmp_path / "f.csv"), strict=False))
     assert (found["not_retained", ""][0], found["bad_id", ""][0]) == (1, 2)
 
 
@@ -713,7 +713,7 @@ def test_bad_rows_of_mietic(tmp_path: Path) -> None:
     path = tmp_path / "f.csv"
     path.write_bytes(validate_file(rows))
     found = load_cases("mietic-validate", str(path), strict=False)
-    assert {reason: seen for (reason, _), seen in reasons(found.report).items() if reason != "not_published"} == {
+    assert {reason: seen for (reason, _), seen in reasons(found).items() if reason != "not_published"} == {
         "no_acuity": (1, (4,)),
         "bad_acuity": (1, (6,)),
         "no_narrative": (1, (8,)),

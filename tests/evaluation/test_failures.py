@@ -157,7 +157,6 @@ def test_the_cards_error_analysis() -> None:
         "severe_pain_missed": {"applies": 2, "broken": 1, "cases": ["pain"]},
     }
     assert found["unexplained"] == ["u1", "u2", "u3"]
-    assert found["by_tag"] == {"line": {"n": 2, "wrong": 1}}
 
 
 def test_of_several_answers_the_majority_fails() -> None:

@@ -237,7 +237,7 @@ def test_a_rank_that_the_file_does_not_have_is_refused_before_memory_is_taken(ad
     """PEFT would first make tensors of the rank that the config claims."""
     path = adapter / "adapter_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"r": 10**6}))
-    with pytest.raises(UserError, match=r"A is \(4, \d+\) .* r = 1000000"):
+    with pytest.raises(UserError, match=r"the config has rank 1e\+06"):
         load(random_base, adapter, r=10**6)
     (adapter / "adapter_model.safetensors").rename(adapter / "adapter_model.bin")
     with pytest.raises(UserError, match="adapter_model.safetensors: cannot be read"):

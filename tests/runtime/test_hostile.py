@@ -613,9 +613,9 @@ def test_the_shipped_base_is_trusted() -> None:
     ("change", "says"),
     [
         ({"megatron_config": {"a": 1}, "megatron_core": "grpo_trap"}, "megatron_config: only plain LoRA"),
-        ({"rank_pattern": {"(a+)+$": 4}}, "nested repetitions"),
-        ({"alpha_pattern": {"(?:a|b|ab)*c": 4}}, "nested repetitions"),
-        ({"target_modules": "(.*)*x"}, "nested repetitions"),
+        ({"rank_pattern": {"(a+)+$": 4}}, "a repeated group"),
+        ({"alpha_pattern": {"(?:a|b|ab)*c": 4}}, "a repeated group"),
+        ({"target_modules": "(.*)*x"}, "a repeated group"),
         ({"exclude_modules": ".*a.*b.*c.*d.*e.*f.*g"}, "or 6 repetitions"),
         ({"rank_pattern": {"a": 1e999}}, "must be a number above 0"),
         ({"r": True}, "r must be a number"),

@@ -230,7 +230,7 @@ def _cases_of(loader: str, name: str) -> Callable[[bytes], None]:
         for record in loaded.rows:
             assert record.case.id.isprintable() and 1 <= record.case.gold_level <= 5 and record.case.text.strip()
             json.dumps([record.case.text, record.case.tags], ensure_ascii=False).encode()
-        assert loaded.report.rows == loaded.report.cases + loaded.report.dropped
+        assert loaded.row_count == len(loaded.rows) + loaded.dropped
 
     return read
 
