@@ -1,17 +1,21 @@
-"""The report of `grpo preflight` as text and as JSON."""
+"""The report of `grpo preflight` as text and as JSON, and the explanation of one score."""
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
 from grpo.config import Config
 from grpo.policy.memory_plan import RunPlan
 from grpo.preflight.checks import DataAudit, PreflightInputs, PreflightResult
+from grpo.runtime.errors import UserError
 from grpo.runtime.terminal import escape_control
-from rewards import Reward, Rule
+from grpo.types import Case
+from rewards import Overlong, Reward, Rule, Score
 from rewards.blind_policies import PolicyReport
 from rewards.proof import OUTCOMES, Proof, Row
 from rewards.rule_audit import RuleAudit
+from rewards.types import LEVELS
 
 WIDTH = 100
 SHOWN_IDS = 3
@@ -240,6 +244,90 @@ def record(config: Config, result: PreflightResult) -> dict[str, object]:
             "peak_bytes": {phase: result.plan.peak(phase) for phase in ("rollout", "update")},
         },
     }
+
+
+def explain(
+    inputs: PreflightInputs, case_id: str, completion: str, *, thinking: bool, finished: bool, length: Overlong | None
+) -> str:
+    """Explain how one completion of a case is scored: the parsed answer, each rule, each part and the total.
+
+    Control characters are escaped. Tokens are not counted: the overlong penalty is 0 for a finished completion, with a
+    note, and full for a truncated one.
+
+    Raises:
+        UserError: no training or evaluation case has this id.
+    """
+    case = _find_case(inputs, case_id)
+    reward = inputs.reward
+    score = reward.score(
+        text=case.text,
+        gold=case.gold_level,
+        completion=completion,
+        thinking=thinking,
+        finished=finished,
+        case_id=case.id,
+        length_penalty=-length.penalty if length and not finished else 0.0,
+    )
+    lines = [
+        f"case      {escape_control(case.id)}, gold ESI {case.gold_level}",
+        *(f"          {line}" for line in textwrap.wrap(escape_control(case.text), WIDTH - 10)),
+        f"prompt    thinking {'on: it opened <think>' if thinking else 'off'}",
+        f"answer    {_answer(score, completion)}" + ("" if finished else "; truncated by the token budget"),
+    ]
+    if score.timed_out:
+        lines.append("rules     a pattern timed out: every completion of this case gets the floor")
+    else:
+        rules = [_explain_rule(reward, rule, case.text, case.gold_level, score) for rule in reward.rules]
+        lines += [f"{'rules' if i == 0 else '':<10}{line}" for i, line in enumerate(rules)]
+    lines += [
+        f"{'parts' if i == 0 else '':<10}{n:<28}{format_signed(v):>7}" for i, (n, v) in enumerate(score.parts.items())
+    ]
+    if length and finished:
+        lines.append(
+            f"          overlong: up to {format_signed(-length.penalty)} in the budget's last {length.cache:,} tokens, "
+            "which are not counted here"
+        )
+    return "\n".join([*lines, f"total     {'':<28}{format_signed(score.total):>7}"])
+
+
+def _find_case(inputs: PreflightInputs, case_id: str) -> Case:
+    every = [*(inputs.cases or ()), *(case for members in inputs.sets.values() for case in members)]
+    for case in every:
+        if case.id == case_id:
+            return case
+    unread = "".join(f"\nnot read: {fault}" for fault in inputs.file_errors)
+    raise UserError(f"no training or evaluation case has the id {case_id!r}; {len(every):,} were read{unread}")
+
+
+def _answer(score: Score, completion: str) -> str:
+    level = "none" if score.answer.level is None else f"ESI {score.answer.level}"
+    if score.answer.span is None:
+        return f"{level}, {score.answer.reason}"
+    begin, end = score.answer.span
+    return f'{level}, {score.answer.reason}, from characters {begin}-{end}: "{escape_control(completion[begin:end])}"'
+
+
+def _explain_rule(reward: Reward, rule: Rule, text: str, gold: int, score: Score) -> str:
+    """Explain one rule: its span and value, or the first condition that is not met."""
+    if fired := next((match for match in score.fired if match.rule == rule.name), None):
+        begin, end = fired.span or (0, 0)
+        where = f' on characters {begin}-{end}: "{escape_control(text[begin:end])}"' if fired.span else ""
+        part = score.parts[rule.name]
+        stacked = "" if part == fired.value else f", {format_signed(part)} after stacking"
+        return f"{rule.name} fired{where}: {format_signed(fired.value)}{stacked}"
+    if gold not in rule.gold:
+        why = f"applies to gold {_levels(rule.gold)}"
+    elif not reward.applies(rule.name, text, gold):
+        why = "its trigger does not fire on this text"
+    elif score.answer.level is None:
+        why = "there is no answer"
+    else:
+        why = f"applies to answers {_levels(rule.predicted)}"
+    return f"{rule.name} does not apply: {why}"
+
+
+def _levels(levels: frozenset[int]) -> str:
+    return "any" if len(levels) == len(LEVELS) else ", ".join(map(str, sorted(levels)))
 
 
 def _ids(ids: Sequence[str]) -> str:

@@ -176,7 +176,9 @@ def test_the_honest_policy_is_a_choice(balanced: list[str], capsys: pytest.Captu
     assert "BEATS THE HONEST POLICY" in shown(capsys)
 
 
-@pytest.mark.parametrize("more", [[], ["--reward-only"]])
+@pytest.mark.parametrize(
+    "more", [[], ["--reward-only"], ["--explain", "train-000000", "--completion", "ANSWER: ESI 2"]]
+)
 @pytest.mark.parametrize("share", ["1.5", "7", "0", "nan"])
 def test_an_honest_policy_that_cannot_be_is_refused_whatever_else_is_asked(
     more: list[str], share: str, capsys: pytest.CaptureFixture[str]
@@ -360,6 +362,13 @@ def test_the_reward_alone_is_called_so(balanced: list[str], capsys: pytest.Captu
     [
         (["--set", "reward.set=v99"], 'no reward set "v99"'),
         (["--set", "optim.learning_rte=1"], "did you mean learning_rate?"),
+        (
+            ["--explain", "nobody", "--completion", "ANSWER: ESI 2"],
+            "no training or evaluation case has the id 'nobody'",
+        ),
+        (["--explain", "train-000000", "--completion", "@nowhere.txt"], "@nowhere.txt: cannot be read"),
+        (["--explain", "train-000000"], "--explain and --completion must be used together"),
+        (["--explain", "a", "--completion", "b", "--reward-only"], "it excludes --reward-only and --json"),
         (["--reward-only", "--honest", "7"], "expected a value in (0, 1], got 7.0"),
     ],
 )
@@ -374,6 +383,7 @@ def test_bad_input(more: list[str], says: str, capsys: pytest.CaptureFixture[str
     [
         (["--set", "reward.set=v99"], 'no reward set "v99"'),
         (["--honest", "7"], "expected a value in (0, 1], got 7.0"),
+        (["--explain", "a", "--completion", "b"], "it excludes --reward-only and --json"),
     ],
 )
 def test_bad_input_is_json_where_json_was_asked_for(
@@ -465,7 +475,56 @@ def test_neither_torch_nor_transformers_is_imported_and_seconds_are_enough() -> 
     assert done.stdout.splitlines()[-1] == "0 [] True"
 
 
-def test_the_overlong_penalty_is_proved(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+# ---- one completion -----------------------------------------------------------------------------------------------
+
+
+def test_explain_names_the_parse_the_rules_and_the_total(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case = Case("t1", "Gunshot wound to the thigh.\x1b[2J Pain 10/10.", 2)
+    world = small(tmp_path, case)
+    assert main([TINY, *world, "--explain", "t1", "--completion", "hm</think>\x1b[31m\nANSWER: ESI 5"]) == 0
+    text = shown(capsys)
+    assert "case      t1, gold ESI 2" in text and "\x1b" not in text and "\\x1b[2J" in text
+    assert 'answer    ESI 5, parsed, from characters 16-29: "ANSWER: ESI 5"' in text
+    assert 'open_injury_missed fired on characters 0-7: "Gunshot": -0.5' in text
+    assert "severe_pain_missed fired on characters" in text and ", 0 after stacking" in text
+    assert "lifesaving_missed does not apply: applies to gold 1" in text
+    assert text.splitlines()[-1].split() == ["total", "-1.5"]
+
+
+def test_explain_reads_a_file_and_the_switches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1))
+    file = tmp_path / "completion.txt"
+    file.write_text("ANSWER: ESI 1", encoding="utf-8")
+    one = ["--explain", "t1", "--completion", f"@{file}"]
+    assert main([TINY, *world, *one, "--thinking", "off"]) == 0
+    text = shown(capsys)
+    assert "prompt    thinking off" in text and text.splitlines()[-1].split() == ["total", "+1.5"]
+    assert main([TINY, *world, *one, "--thinking", "on", "--truncated"]) == 0
+    text = shown(capsys)
+    assert "answer    none, unclosed thinking; truncated by the token budget" in text
+    assert "lifesaving_obeyed does not apply: there is no answer" in text
+    assert text.splitlines()[-1].split() == ["total", "-2"]
+
+
+def test_explain_takes_a_text_that_begins_with_the_sign_of_a_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1))
+    assert main([TINY, *world, "--explain", "t1", "--completion", "@@</think>ANSWER: ESI 1"]) == 0
+    assert 'from characters 9-22: "ANSWER: ESI 1"' in shown(capsys)
+
+
+def test_explain_does_not_hide_that_a_case_file_is_missing(
+    balanced: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = [*balanced, *sets(evaluate__periodic='{later = "nowhere.jsonl"}')]
+    assert main([TINY, *held, "--explain", "nobody", "--completion", "ANSWER: ESI 2"]) == 2
+    error = capsys.readouterr().err.splitlines()
+    assert error[0].endswith("no training or evaluation case has the id 'nobody'; 200 were read")
+    assert error[1].startswith("not read: nowhere.jsonl: cannot be read")
+
+
+def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = [
         *small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Rash.", 5)),
         *sets(reward__overlong="{cache_tokens = 20, penalty = 0.25}"),
@@ -477,8 +536,28 @@ def test_the_overlong_penalty_is_proved(tmp_path: Path, capsys: pytest.CaptureFi
     row = next(line.split() for line in text.splitlines() if line.startswith("     5  none"))
     assert row[-4:] == ["+0.75..+1", "-2.25..-2", "-2.25", "-2"]
 
+    one = ["--explain", "t1", "--completion", "</think>ANSWER: ESI 1"]
+    assert main([TINY, *world, *one]) == 0
+    text = shown(capsys)
+    assert "overlong: up to -0.25 in the budget's last 20 tokens, which are not counted here" in text
+    assert text.splitlines()[-1].split() == ["total", "+1.5"]
+    assert main([TINY, *world, *one, "--truncated"]) == 0
+    text = shown(capsys)
+    assert text.splitlines()[-1].split() == ["total", "+1.25"] and "not counted" not in text
+
     assert main([TINY, *world, *sets(reward__overlong="{cache_tokens = 20, penalty = 0.5}")]) == 1
     assert "- every answer is worth more than no answer: a tie of gold 1, predicted 3" in shown(capsys)
+
+
+def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    world = small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Chest pain.", 2))
+    for case_id, level, says in (
+        ("t1", 2, "lifesaving_obeyed does not apply: applies to answers 1"),
+        ("t2", 3, "severe_pain_missed does not apply: its trigger does not fire on this text"),
+    ):
+        completion = f"</think>ANSWER: ESI {level}"
+        assert main([TINY, *world, "--explain", case_id, "--completion", completion]) == 0
+        assert says in shown(capsys)
 
 
 # ---- the gate of training -----------------------------------------------------------------------------------------
@@ -552,7 +631,9 @@ def test_a_sound_run_passes_the_gate(balanced: list[str]) -> None:
 
 
 @pytest.mark.skipif(not (TINY_WORLD_DIR / "base").is_dir(), reason="the embedded model is not built")
-def test_a_rule_written_in_toml_is_proved_and_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_rule_written_in_toml_is_proved_explained_and_trained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "my_reward.toml"
     file.write_text(SEIZURE, encoding="utf-8")
     # the embedded policy reads "ETT", a thing done, as level 2: the rule fires
@@ -564,6 +645,11 @@ def test_a_rule_written_in_toml_is_proved_and_trained(tmp_path: Path, capsys: py
     world = [*small(tmp_path, *cases), *sets(reward__set=file)]
     assert main([TINY, *world]) == 0
     assert "active_seizure_missed" in shown(capsys)
+    assert main([TINY, *world, "--explain", "s1", "--completion", "</think>ANSWER: ESI 2"]) == 0
+    text = shown(capsys)
+    assert 'active_seizure_missed fired on characters 48-62: "active seizure": -0.5' in text
+    assert text.splitlines()[-1].split() == ["total", "-1"]
+
     few = sets(train__steps=2, rollout__prompts_per_step=2, rollout__group_size=4, optim__micro_batch_size=8)
     short = sets(rollout__thinking="off", rollout__max_new_tokens=64)
     assert train.main([TINY, "--out", str(tmp_path / "run"), *world, *few, *short]) == 0
