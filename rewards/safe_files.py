@@ -53,7 +53,7 @@ def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading. Opening never blocks: pipes, devices and folders are refused.
 
     Raises:
-        Unreadable: the file is missing, not readable, or not a regular file.
+        InvalidFile: the file is missing, not readable, or not a regular file.
     """
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -89,7 +89,7 @@ def decode_utf8(content: bytes) -> str:
     r"""Decode UTF-8, dropping a byte-order mark.
 
     Raises:
-        Unreadable: another encoding, or a NUL byte.
+        InvalidFile: another encoding, or a NUL byte.
 
     >>> decode_utf8(b"\xef\xbb\xbfESI 2\r\n")
     'ESI 2\r\n'
@@ -109,7 +109,7 @@ def iter_lines(path: Path, *, longest: int = MEBIBYTE) -> Iterator[bytes]:
     """Yield the lines of a file with their line ends, one at a time.
 
     Raises:
-        Unreadable: a line has more than ``longest`` bytes; gives its number.
+        InvalidFile: a line has more than ``longest`` bytes; gives its number.
     """
     try:
         with open_regular(path) as file:
@@ -136,7 +136,7 @@ def parse_json(text: str | bytes, *, foreign: bool = False) -> Any:
             model configs.
 
     Raises:
-        Unreadable: invalid JSON, a repeated key, nesting beyond `DEEPEST`; unless ``foreign``, a number that is not
+        InvalidFile: invalid JSON, a repeated key, nesting beyond `DEEPEST`; unless ``foreign``, a number that is not
             finite or too large.
 
     >>> parse_json('{"step": 1}')
@@ -195,7 +195,7 @@ def check_no_links_out(folder: Path) -> None:
     """Check that a folder contains only files and folders, and no links out of it.
 
     Raises:
-        Unreadable: a link out of the folder or to nowhere, a pipe, a socket or a device; gives its path.
+        InvalidFile: a link out of the folder or to nowhere, a pipe, a socket or a device; gives its path.
     """
     root = os.path.realpath(folder)
     waiting = [folder]

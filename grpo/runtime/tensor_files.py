@@ -33,7 +33,7 @@ def read_tensor_header(path: Path) -> dict[str, TensorHeader]:
     """Return name → header, in the file's order, without reading any tensor.
 
     Raises:
-        Unreadable: not a safetensors file, or an invalid header.
+        InvalidFile: not a safetensors file, or an invalid header.
     """
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
@@ -63,7 +63,7 @@ def open_tensors(path: Path) -> Iterator[Any]:
     """Open a file with safetensors, for torch, after checking its header.
 
     Raises:
-        Unreadable: as `read_tensor_header`, or the library rejects the file, also inside the context.
+        InvalidFile: as `read_tensor_header`, or the library rejects the file, also inside the context.
     """
     read_tensor_header(path)
     try:

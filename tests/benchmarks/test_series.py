@@ -393,7 +393,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "no adapter": (gone("adapter"), "ValueError: its adapter is gone"),
     "an adapter without weights": (gone(f"adapter/{WEIGHTS}"), "ValueError: its adapter is gone"),
     "an adapter of no bytes": (written(f"adapter/{WEIGHTS}", lambda text: ""), "ValueError: its adapter is gone"),
-    "a torn mark": (written("lab.json", lambda text: text + "{"), "Unreadable: not valid JSON"),
+    "a torn mark": (written("lab.json", lambda text: text + "{"), "InvalidFile: not valid JSON"),
 }
 """What happened to a finished run's folder, and what is said of it."""
 

@@ -248,7 +248,7 @@ def test_a_run_without_steps_and_evaluations(tmp_path: Path) -> None:
     config, source = load_config("configs/tiny.toml")
     card = model_card(create_run(tmp_path / "run", config, source, load_reward(config.reward.set), device="cpu").path)
     assert "This run has no evaluation." in card and "This run has no training step." in card
-    assert "base_model" not in card and "base    = str(EMBEDDED / 'base')\nadapter = " in card
+    assert "base_model" not in card and "base    = str(TINY_WORLD_DIR / 'base')\nadapter = " in card
 
 
 def usage(card: str) -> str:
