@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.bench import bench_config, take
+from benchmarks.bench import bench_config, limits_of, take
 from grpo.policy.memory_plan import RANDOM_SHAPES
 from grpo.run.setup import load_setup
 from grpo.runtime.interrupts import Interrupts
@@ -61,7 +61,7 @@ def measured(point: dict[str, int]) -> dict[str, float]:
     setup = load_setup(config)
     gc.collect()
     before = resident()
-    steps = take(setup, source, Interrupts())[1:]
+    steps = take(setup, limits_of(setup.policy), source, Interrupts())[1:]
     return {
         "rollout_s": statistics.median(one.seconds["rollout"] for one in steps),
         "update_s": statistics.median(one.seconds["update"] for one in steps),

@@ -446,7 +446,7 @@ def step(path: str, overrides: list[str], card: str, layers: int | None) -> dict
         )
         held = paper.alive
         with paper.tallying() as tally:
-            done = updating.update(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)
+            done = updating.update_policy(setup.policy, batch, config, setup.optimizer, setup.reference, step=0)
         phases["update"] = tally.figures()
         left = leaving(setup.policy, watched)
     taken = StepRecord(1, groups, scores, batch, done.logprobs, dropped, *done.figures)
