@@ -1,7 +1,7 @@
 """The config of a run: one TOML file → one frozen `Config`. Imports no torch.
 
-Nothing that changes the maths has a default: the file is the run. Every key is checked before anything is loaded; an
-error names the file, the line and the key, and suggests a correction.
+Nothing that changes the maths has a default, except switches that are off: the file is the run. Every key is checked
+before anything is loaded; an error names the file, the line and the key, and suggests a correction.
 """
 
 import difflib
@@ -88,7 +88,7 @@ def _as_tuple(value: object) -> object:
 class ModelSection(StrictModel):
     name: Annotated[PathName, Field(min_length=1)]
     """A folder, ``embedded:base``, a hub id whose files are already on this machine, or a model with random weights of
-    a shape in `grpo.policy.memory_plan.RANDOM`, such as ``random:qwen3.5-9b``."""
+    a shape in `grpo.policy.memory_plan.RANDOM_SHAPES`, such as ``random:qwen3.5-9b``."""
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
     dtype: Literal["auto", "bfloat16", "float32"]
     """Data type of the frozen base: "auto" is bfloat16 with CUDA, else float32. The adapter is always float32."""
@@ -325,15 +325,13 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
     except InvalidFile as error:
         raise UserError(f"{file}: {error}") from None
     if table.get("version") != CONFIG_VERSION or isinstance(table["version"], bool | float):
-        renames = "".join(
-            f"\n  {old} is now {new}" for old, new in RENAMED_KEYS.items() if _get(table, old) is not None
-        )
+        renames = "".join(f"\n  {old} → {new}" for old, new in RENAMED_KEYS.items() if _get(table, old) is not None)
         if _get(table, "advantage.kind") == "none":
-            renames += '\n  advantage.kind = "none" is now "mean_only"'
+            renames += '\n  advantage.kind = "none" → "mean_only"'
         raise UserError(
             f"{_location(file, text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: set version = {CONFIG_VERSION}"
-            + (f" and rename{renames}" if renames else "")
+            + (f" and rename:{renames}" if renames else "")
         )
     for override in overrides:
         _apply_override(table, override)

@@ -119,7 +119,7 @@ def dual_clip_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTe
 def gspo_surrogate(tokens: SurrogateInputs, clip: ClipRange) -> SurrogateTerms:
     """min(s·A, clip(s)·A) with s = exp(mean of log_ratio over the completion) (GSPO, arXiv 2507.18071).
 
-    s is a function of every logprob of the row and is token_advantages over its tokens, so with "sequence" weights
+    s is a function of every logprob of the row and is constant over its tokens, so with "sequence" weights
     the row adds min(s·A, clip(s)·A)/N. A completion is clipped as a whole.
 
     >>> log_ratio = torch.tensor([[0.0, 2 * math.log(2.0)]])
@@ -348,7 +348,7 @@ def grpo_loss(
         advantages: [N], one per completion.
         completion_mask: [N,T] bool, True at completion tokens. Values elsewhere, even NaN and inf, affect neither
             loss nor gradient.
-        token_weights: [N,T], `token_weights(...)` of the whole step, token_advantages along each row.
+        token_weights: [N,T], `token_weights(...)` of the whole step, constant along each row.
         surrogate, kl: names in SURROGATES and KL_ESTIMATORS.
         clip_low, clip_high: >= 0; the ratio is clipped to [1 - clip_low, 1 + clip_high].
         dual_clip: > 1 for the surrogate "dual_clip", None for the others.

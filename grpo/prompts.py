@@ -22,7 +22,7 @@ def prompts_for_step(
     prompt opens thinking, starting with the first in even steps and the second in odd ones.
 
     Args:
-        epoch: indices into ``cases``, see `grpo.cases.stream`.
+        epoch: indices into ``cases``, see `grpo.cases.oversampled_indices`.
         resample_round: > 0 for the prompts that replace groups without variance; they have a shuffle of their own.
     """
     seed = stable_seed("refill", config.train.seed, resample_round) if resample_round else config.train.seed

@@ -8,7 +8,7 @@ LEVELS = (1, 2, 3, 4, 5)
 """ESI levels; 1 is the most acute."""
 
 LARGEST = 1e6
-"""Largest absolute value of any number in a reward: sums stay finite, with rounding below `rewards.proof.TIE`."""
+"""Largest absolute value of any number in a reward: sums stay finite, with rounding below `proof.TIE_TOLERANCE`."""
 
 Reason = Literal["parsed", "no answer", "unclosed thinking", "conflicting answers", "range", "out of range"]
 Span = tuple[int, int]

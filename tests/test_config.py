@@ -150,11 +150,11 @@ def test_version_1_is_refused_with_the_renames(tmp_path: Path) -> None:
         text = text.replace(new, old)
     (tmp_path / "old.toml").write_text(text)
     assert error_of(tmp_path / "old.toml").splitlines()[1:] == [
-        "  evaluate.ends is now evaluate.before_and_after",
-        "  evaluate.during is now evaluate.periodic",
-        "  rollout.refill_rounds is now rollout.resample_rounds",
-        "  train.max_skipped_steps is now train.max_nonfinite_steps",
-        '  advantage.kind = "none" is now "mean_only"',
+        "  evaluate.ends → evaluate.before_and_after",
+        "  evaluate.during → evaluate.periodic",
+        "  rollout.refill_rounds → rollout.resample_rounds",
+        "  train.max_skipped_steps → train.max_nonfinite_steps",
+        '  advantage.kind = "none" → "mean_only"',
     ]
 
 

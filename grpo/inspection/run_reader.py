@@ -43,7 +43,7 @@ class Subset(_Lenient):
 
 
 class Evaluation(_Lenient):
-    """A record of ``eval.json``; `grpo.evaluation.metrics.summarise` defines each rate."""
+    """A record of ``eval.json``; `grpo.evaluation.metrics.summarize` defines each rate."""
 
     step: Annotated[int, Field(ge=0)]
     cases: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]

@@ -316,13 +316,13 @@ def _explain_rule(reward: Reward, rule: Rule, text: str, gold: int, score: Score
         stacked = "" if part == fired.value else f", {format_signed(part)} after stacking"
         return f"{rule.name} fired{where}: {format_signed(fired.value)}{stacked}"
     if gold not in rule.gold:
-        why = f"applies to gold {_levels(rule.gold)}"
+        why = f"it applies only to gold {_levels(rule.gold)}"
     elif not reward.applies(rule.name, text, gold):
         why = "its trigger does not fire on this text"
     elif score.answer.level is None:
         why = "there is no answer"
     else:
-        why = f"applies to answers {_levels(rule.predicted)}"
+        why = f"it applies only to answers {_levels(rule.predicted)}"
     return f"{rule.name} does not apply: {why}"
 
 

@@ -487,7 +487,7 @@ def test_explain_names_the_parse_the_rules_and_the_total(tmp_path: Path, capsys:
     assert 'answer    ESI 5, parsed, from characters 16-29: "ANSWER: ESI 5"' in text
     assert 'open_injury_missed fired on characters 0-7: "Gunshot": -0.5' in text
     assert "severe_pain_missed fired on characters" in text and ", 0 after stacking" in text
-    assert "lifesaving_missed does not apply: applies to gold 1" in text
+    assert "lifesaving_missed does not apply: it applies only to gold 1" in text
     assert text.splitlines()[-1].split() == ["total", "-1.5"]
 
 
@@ -552,7 +552,7 @@ def test_the_overlong_penalty_is_proved_and_explained(tmp_path: Path, capsys: py
 def test_explain_says_why_a_rule_is_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     world = small(tmp_path, Case("t1", "Arrived intubated.", 1), Case("t2", "Chest pain.", 2))
     for case_id, level, says in (
-        ("t1", 2, "lifesaving_obeyed does not apply: applies to answers 1"),
+        ("t1", 2, "lifesaving_obeyed does not apply: it applies only to answers 1"),
         ("t2", 3, "severe_pain_missed does not apply: its trigger does not fire on this text"),
     ):
         completion = f"</think>ANSWER: ESI {level}"

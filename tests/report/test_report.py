@@ -235,7 +235,7 @@ def test_every_figure_with_a_value_is_drawn_and_shows_the_last_value(whole: Path
 def test_the_recipe_shows_grades_and_what_was_set(whole: Path) -> None:
     page = Page(report(whole))
     assert page.shows("learning_rate 0.0012 differs a tiny adapter at 2e-7 would not move in 60 steps")
-    assert page.shows("beta 0.04 inferred (the brief asks for a KL to the frozen base"), (
+    assert page.shows("beta 0.04 inferred (our specification asks for a KL to the frozen base"), (
         "v49's note serves an equal value"
     )
     assert page.shows(f"max_new_tokens {BUDGET} set v49: 1024"), "and the file's note does not serve another one"
