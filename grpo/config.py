@@ -328,10 +328,14 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
         renames = "".join(f"\n  {old} → {new}" for old, new in RENAMED_KEYS.items() if _get(table, old) is not None)
         if _get(table, "advantage.kind") == "none":
             renames += '\n  advantage.kind = "none" → "mean_only"'
+        if _get(table, "optim.micro_batch_tokens") == "auto":
+            renames += '\n  optim.micro_batch_tokens = "auto" → remove it'
+        if _get(table, "model.shard") is not None:
+            renames += "\n  model.shard → remove it"
         raise UserError(
             f"{_location(file, text, ('version',))}: version = {shorten(table.get('version'))}, but this program reads "
             f"config version {CONFIG_VERSION}: set version = {CONFIG_VERSION}"
-            + (f" and rename:{renames}" if renames else "")
+            + (f" and change:{renames}" if renames else "")
         )
     for override in overrides:
         _apply_override(table, override)

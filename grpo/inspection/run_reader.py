@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AwareDatetime, BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
 
-from grpo.config import MAX_COUNT, Config, key_comments, upgrade_recorded_config
+from grpo.config import MAX_COUNT, RENAMED_KEYS, Config, key_comments, upgrade_recorded_config
 from grpo.run.folder import RunFolder
 from grpo.run.ledger import file_errors, recorded_steps
 from grpo.runtime.errors import UserError
@@ -184,8 +184,8 @@ def read_run(path: Path) -> RunRecord:
         path=path,
         name=header.config.name,
         config=header.config,
-        notes=key_comments(header.source.toml),
-        overrides={key.strip(): value.strip() for key, _, value in overrides},
+        notes={RENAMED_KEYS.get(key, key): note for key, note in key_comments(header.source.toml).items()},
+        overrides={RENAMED_KEYS.get(key.strip(), key.strip()): value.strip() for key, _, value in overrides},
         commit=header.commit,
         versions={name: version for name, version in header.versions.items() if version},
         platform=str(header.machine.get("platform", "")),

@@ -4,7 +4,7 @@ import base64
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -131,7 +131,7 @@ def _facts(run: RunRecord) -> Iterator[tuple[str, str]]:
     yield "Steps", f"{done} of {config.train.steps}, {size} completions each"
     if rows:
         total = sum(value or 0.0 for row in rows for name, value in row.items() if name.startswith("time/"))
-        yield "Time in steps", f"{timedelta(seconds=round(total))}, {total / len(rows):.3g} s per step"
+        yield "Time in steps", f"{total / 3600:.3g} h, {total / len(rows):.3g} s per step"
     if tokens := sum(row.get("completions/tokens") or 0.0 for row in rows):
         yield "Tokens sampled", f"{tokens:,.0f}"
     started = run.started

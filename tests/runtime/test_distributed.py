@@ -405,7 +405,7 @@ def test_rank_1_prints_an_error_of_its_own_and_not_one_of_rank_0(
 
 def test_one_rank_hashes_nothing_to_be_at_one_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opening, "input_hashes", lambda setup: pytest.fail("the inputs were read"))
-    policy = SimpleNamespace(ranks=SINGLE_PROCESS, model=torch.nn.Linear(1, 1))
+    policy = SimpleNamespace(world=SINGLE_PROCESS, model=torch.nn.Linear(1, 1))
     check_ranks_agree(cast(Setup, SimpleNamespace(policy=policy)))
 
 

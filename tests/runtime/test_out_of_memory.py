@@ -220,7 +220,7 @@ def test_the_check_of_a_merge(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     full(monkeypatch, grpo.commands.merge, "_logits")
     assert grpo.commands.merge.main(["embedded:v46", "--out", str(tmp_path / "merged")]) == 2
     error = only_error(capsys.readouterr().err)
-    assert "does not fit the memory of cpu: name another with --device, or leave it out with --no-check" in error
+    assert "the check: out of memory on the device (2.00 GiB more): choose another device with --device" in error
     assert not (tmp_path / "merged").exists()
 
 

@@ -382,8 +382,8 @@ def _answers(data: bytes) -> None:
 
 def _answer_seeds() -> list[bytes]:
     rows = [
-        {"id": case.id, "sample": k, "esi": case.esi, "predicted": 2, "reason": "parsed", "finished": True, "tokens": 9,
-         "completion": "ANSWER: ESI 2"}
+        {"id": case.id, "sample": k, "esi": case.gold_level, "predicted": 2, "reason": "parsed", "finished": True,
+         "tokens": 9, "completion": "ANSWER: ESI 2"}
         for case in _cases() for k in (0, 1)
     ]  # fmt: skip
     return ["".join(json.dumps(row) + "\n" for row in rows).encode()]
@@ -399,7 +399,12 @@ def _evaluation(data: bytes) -> None:
 
 def _evaluation_seeds() -> list[bytes]:
     cases = [
-        {"id": c.id, "esi": c.esi, "sha256": hashlib.sha256(c.text.encode()).hexdigest(), "levels": {"on": [1, None]}}
+        {
+            "id": c.id,
+            "esi": c.gold_level,
+            "sha256": hashlib.sha256(c.text.encode()).hexdigest(),
+            "levels": {"on": [1, None]},
+        }
         for c in _cases()
     ]
     return [json.dumps({"format": EVAL_FORMAT, "settings": {"samples": 1}, "cases": {"test": cases}}).encode()]

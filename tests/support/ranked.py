@@ -138,7 +138,7 @@ def updated(policy: Policy, batch: Batch, config: Any) -> dict[str, Any]:
 
     grads = {name: grad.numpy() for name, grad in gradients(policy, batch, config, run=remembers).items()}
     done = seen[0]
-    tokens = {f.name: getattr(done.tokens, f.name) for f in dataclasses.fields(done.tokens)}
+    tokens = {f.name: getattr(done.logprobs, f.name) for f in dataclasses.fields(done.logprobs)}
     return {
         "grads": grads,
         "advantages": batch.advantages.numpy(),
