@@ -93,7 +93,7 @@ def test_bad_input_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["configs/tiny.toml", "--set", "rollout.group_size=1"]) == 2
     assert main(["configs/tiny.toml", "--set", "model.name=random:nothing"]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert "rollout.group_size" in errors[0] and "no such random model; there are random:qwen3.5-9b" in errors[1]
+    assert "rollout.group_size" in errors[0] and "no such random model; choose from random:qwen3.5-9b" in errors[1]
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_a_step_is_read_off_its_groups_and_its_batch() -> None:
     weights = torch.tensor([[0.2, 0.2, 0, 0, 0], [0.0] * 5, [0.1, 0, 0, 0, 0], [0.1, 0, 0, 0, 0]])  # the second: masked
     batch = SimpleNamespace(advantages=torch.tensor([1.0, -1.0, 0.0, 0.0]), token_weights=weights)
     dropped = (SimpleNamespace(lengths=(4, 4)),)
-    step: Any = SimpleNamespace(groups=(group(3, 2, 5), group(6, 1, 1)), batch=batch, dropped=dropped)
+    step: Any = SimpleNamespace(groups=(group(3, 2, 5), group(6, 1, 1)), batch=batch, replaced_groups=dropped)
     costs, rates = Costs(100, 10, 1, 2, 8, 3, (Attention(None, 2, 4),)), Rates(1e3, 1e4)
 
     def floor(beta: str, work: Work, **more: Any) -> None:
