@@ -58,7 +58,9 @@ ENTRIES: tuple[Entry, ...] = (
         "v46",
     ),
     _ablation("no-rules", "without the rule rows", 'reward.set="v49_without_rules"'),
-    _ablation("stacked", "penalties stack", 'reward={set="v49_stacked",allow_unsound=true,reason="an ablation"}'),
+    _ablation(
+        "stacked", "penalties stack", 'reward={set="v49_stacked",allow_unsound=true,unsound_reason="an ablation"}'
+    ),
     _ablation("no-kl", "no KL", "loss.beta=0.0"),
     _ablation("ddof-0", "std with ddof 0", "advantage.ddof=0"),
     _ablation("no-std", "advantages not divided by a std", 'advantage.kind="mean_only"'),
