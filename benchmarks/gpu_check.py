@@ -309,7 +309,7 @@ def move_adapter(policy: Any) -> None:
     """Add noise to the adapter: one that is fresh changes nothing, and would hide a fault of its products."""
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
-        for p in policy.trainable().values():
+        for p in policy.adapter_parameters().values():
             p.add_(0.01 * torch.randn(p.shape, generator=generator).to(p.device))
 
 
@@ -357,7 +357,7 @@ def check_step(arguments: argparse.Namespace) -> Result:
 
 
 def gradient_norms(policy: Any) -> dict[str, float]:
-    return {name: float(p.grad.norm()) for name, p in policy.trainable().items()}
+    return {name: float(p.grad.norm()) for name, p in policy.adapter_parameters().items()}
 
 
 def step_problems(facts: dict[str, Any], gradients: dict[str, float]) -> list[str]:
@@ -383,7 +383,7 @@ def check_capture(arguments: argparse.Namespace) -> Result:
     with torch.inference_mode(False):
         setup, facts = load_from(arguments)
     policy, size = setup.policy, setup.config.rollout.group_size
-    prompts = prompts_for_step(setup.cases, setup.epoch, setup.policy.tokenizer, setup.config, 0)
+    prompts = prompts_for_step(setup.cases, setup.epoch_indices, setup.policy.tokenizer, setup.config, 0)
     owners = [b for b in range(len(prompts)) for _ in range(size)]
     first, captured = decode.start_own(policy, prompts, owners, CAPTURE_TOKENS)
     assert isinstance(captured, decode.GraphDecoder)
