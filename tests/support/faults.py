@@ -560,7 +560,7 @@ def hung_update(campaign: Campaign, out: Path) -> None:
         pid = os.fork()
         if not pid:
             stop_module.GRACE_PERIOD_S = grace
-            world._run(out, standing_still("update", out), ("--resume",) if out.exists() else ())
+            world._run(out, standing_still("update_policy", out), ("--resume",) if out.exists() else ())
         waited(out.with_suffix(".still"))
         os.kill(pid, signal.SIGTERM)
         time.sleep(0.05)
