@@ -349,8 +349,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> tuple[Config
 def upgrade_recorded_config(recorded: Any) -> Any:
     """Return the config in a run's ``config.json`` in the form of today's version; other values are unchanged.
 
-    Raises:
-        UserError: the base model was sharded, which is no longer supported.
+    ``model.shard`` is dropped: it changed only where the weights were, and a resume could always change it.
     """
     if not isinstance(recorded, dict):
         return recorded
@@ -363,8 +362,6 @@ def upgrade_recorded_config(recorded: Any) -> Any:
         if _get(config, "advantage.kind") == "none":
             config["advantage"]["kind"] = "mean_only"
         config["version"] = CONFIG_VERSION
-    if _get(config, "model.shard"):
-        raise UserError("model.shard: sharded base models are no longer supported; use the version that made this run")
     if isinstance(model := config.get("model"), dict):
         model.pop("shard", None)
     if _get(config, "optim.micro_batch_tokens") == "auto":

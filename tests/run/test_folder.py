@@ -99,7 +99,7 @@ def test_a_run_killed_before_it_began_is_begun(
 
 
 @pytest.mark.parametrize("value", [False, True])
-def test_a_recorded_model_shard_is_dropped_if_false_and_refused_if_true(
+def test_a_recorded_model_shard_is_dropped(
     tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, value: bool
 ) -> None:
     path = tmp_path / "run"
@@ -108,17 +108,10 @@ def test_a_recorded_model_shard_is_dropped_if_false_and_refused_if_true(
     record = json.loads((path / "config.json").read_text())
     record["config"]["model"]["shard"] = value
     (path / "config.json").write_text(json.dumps(record))
-    if value:
-        for read in (lambda: check_folder(path, config, resume=True), lambda: read_header(path)):
-            with pytest.raises(
-                UserError, match=r"config.json: .*model.shard: sharded base models are no longer supported"
-            ):
-                read()
-    else:
-        check_folder(path, config, resume=True)
-        assert read_header(path).config == config
-        assert replay([str(path)]) == 0
-        assert report([str(path), "--out", str(tmp_path / "report.html")]) == 0
+    assert read_header(path).config == config
+    check_folder(path, config, resume=True)
+    assert replay([str(path)]) == 0
+    assert report([str(path), "--out", str(tmp_path / "report.html")]) == 0
 
 
 def test_config_json_is_written_last(
