@@ -198,7 +198,7 @@ def run_checks(config: Config, inputs: PreflightInputs, *, accuracy: float = HON
 
     Args:
         config: the config of the run.
-        material: from `load_inputs`; without cases the blind policies and audits are skipped.
+        inputs: from `load_inputs`; without cases the blind policies and audits are skipped.
         accuracy: accuracy of the honest policy, in (0, 1].
 
     Raises RewardError if the accuracy is outside (0, 1], or if a code rule fails.
