@@ -33,9 +33,10 @@ def test_no_variable_that_the_program_obeys_reaches_a_test(tmp_path: Path) -> No
     assert f"FOUND Pacific/Chatham {os.devnull}/hub set()" in done.stdout, done.stdout
 
 
-def test_a_file_is_80_columns_wide_here() -> None:
+def test_a_file_is_80_columns_wide_here(monkeypatch: pytest.MonkeyPatch) -> None:
     with open(os.devnull, "w", encoding="utf-8") as file:
-        assert screen_width(file) == 80
+        monkeypatch.setattr(sys, "__stdout__", file)
+        assert screen_width() == 80
 
 
 GIVEN = os.umask(0o077)

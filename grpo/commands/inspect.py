@@ -5,7 +5,6 @@ Exit codes: 0, and 2 if something cannot be read. Texts of models and cases reac
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -92,7 +91,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(record, allow_nan=False))
         return 0
-    width = screen_width(sys.stdout)
+    width = screen_width()
     groups = record["groups"] if arguments.case else ()
     lines = [line for group in groups for line in group_lines(group, width)] or step_lines(record, width)
     for line in [*lines, *(line for note in notes for line in wrap(note, width))]:

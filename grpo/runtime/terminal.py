@@ -3,8 +3,8 @@
 Texts of models and cases can contain escape sequences, bidirectional overrides and letters two columns wide.
 """
 
-import codecs
 import os
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
@@ -12,30 +12,14 @@ from typing import TextIO
 
 MIN_WIDTH = 60
 """Fewest columns that a table is laid out for."""
-ASCII_FALLBACKS = {
-    "–": "-", "—": "-", "‑": "-", "−": "-", "…": "...", "→": "->", "↦": "->", "×": "x", "·": ".", "±": "+-", "≥": ">=",
-    "≤": "<=", "≠": "!=", "≈": "~", "Σ": "sum ", "β": "beta", "μ": "mu", "σ": "sigma", "γ": "gamma", "ε": "epsilon",
-    "π": "pi", "ρ": "rho", "√": "sqrt", "∞": "inf", "²": "^2", "½": "1/2", "°": " deg ", "†": "+", "‡": "++", "─": "-",
-    "’": "'", "“": '"', "”": '"',
-}  # fmt: skip
-"""Character in this program's messages → its replacement on a terminal whose encoding lacks it."""
 
 
 def tolerate_narrow_encodings() -> None:
-    """Let standard output and error replace characters that their encoding lacks, by `ASCII_FALLBACKS` or an escape,
-    instead of raising `UnicodeEncodeError` in the middle of a message."""
-    codecs.register_error("grpo.ascii", _to_ascii)
+    """Let standard output and error escape characters that their encoding lacks, instead of raising
+    `UnicodeEncodeError` in the middle of a message."""
     for stream in (sys.stdout, sys.stderr):
         if reconfigure := getattr(stream, "reconfigure", None):
-            reconfigure(errors="grpo.ascii")
-
-
-def _to_ascii(error: UnicodeError) -> tuple[str, int]:
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    text = error.object[error.start : error.end]
-    replaced = (ASCII_FALLBACKS.get(c) or c.encode("ascii", "backslashreplace").decode("ascii") for c in text)
-    return "".join(replaced), error.end
+            reconfigure(errors="backslashreplace")
 
 
 def print_unless_pipe_closed(text: str, stream: TextIO | None = None) -> None:
@@ -77,7 +61,7 @@ def pad_or_truncate(text: str, width: int) -> str:
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
-    r"""Yield the lines of a text, each made `escape_control` and broken at spaces (or anywhere, if there are none) to
+    r"""Yield the lines of a text with control characters escaped, broken at spaces (or anywhere, if there are none) to
     fit a width. Line breaks of the text are kept; a carriage return is shown as an escape.
 
     >>> list(wrap("Chest pain,\nBP 120/58", 8))
@@ -101,15 +85,10 @@ def error_lines(error: Exception) -> str:
     return "error: " + "\n".join(escape_control(line) for line in lines)
 
 
-def screen_width(stream: TextIO) -> int:
-    """Return the columns of the terminal behind a stream, at least `MIN_WIDTH`, or 80 without a terminal. The
+def screen_width() -> int:
+    """Return the columns of the terminal on standard output, at least `MIN_WIDTH`, or 80 without a terminal. The
     environment variable ``COLUMNS`` takes precedence, as for a pipe into a pager."""
-    if (width := os.environ.get("COLUMNS", "")).isdecimal() and int(width):
-        return max(MIN_WIDTH, int(width))
-    try:
-        return max(MIN_WIDTH, os.get_terminal_size(stream.fileno())[0] or 80) if stream.isatty() else 80
-    except (OSError, ValueError):  # a stream without a file, or a terminal without a size
-        return 80
+    return max(MIN_WIDTH, shutil.get_terminal_size().columns)
 
 
 def _end(line: str, start: int, width: int) -> int:

@@ -11,6 +11,7 @@ import pty
 import re
 import shutil
 import struct
+import sys
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -82,7 +83,9 @@ def terminal(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
         def fileno(self) -> int:
             return follower
 
-    yield request.param, Screen()
+    screen = Screen()
+    monkeypatch.setattr(sys, "__stdout__", screen)
+    yield request.param, screen
     os.close(leader)
     os.close(follower)
 
@@ -277,17 +280,16 @@ def test_a_token_table_is_no_wider_than_its_longest_token(width: int) -> None:
 def test_columns_in_the_environment_have_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     for asked, wanted in (("132", 132), ("20", 60), ("0", 80), ("wide", 80), ("", 80)):
         monkeypatch.setenv("COLUMNS", asked)
-        assert screen_width(io.StringIO()) == wanted
+        assert screen_width() == wanted
 
 
 def test_a_terminal_is_never_narrower_than_60_and_a_file_has_80(terminal: tuple[int, Any]) -> None:
     width, screen = terminal
-    assert screen_width(screen) == max(60, width)
+    assert screen_width() == max(60, width)
     fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 24, 20, 0, 0))
-    assert screen_width(screen) == 60
+    assert screen_width() == 60
     fcntl.ioctl(screen.fileno(), termios.TIOCSWINSZ, struct.pack("HHHH", 0, 0, 0, 0))
-    assert screen_width(screen) == 80
-    assert screen_width(io.StringIO()) == 80
+    assert screen_width() == 80
 
 
 @given(st.text(alphabet=st.characters(), max_size=60), st.integers(2, 30))
