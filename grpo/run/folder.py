@@ -21,16 +21,17 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, ValidationError
 
 from grpo.config import Config, ConfigSource, upgrade_recorded_config
 from grpo.run.checkpoint import Progress, delete_old_checkpoints
-from grpo.run.ledger import truncate_ledger
+from grpo.run.ledger import file_errors, lines_up_to, truncate_ledger
 from grpo.runtime.atomic_files import (
     append_line_synced,
     disk_errors,
@@ -40,7 +41,7 @@ from grpo.runtime.atomic_files import (
 )
 from grpo.runtime.errors import UserError
 from rewards import Reward, dump_reward
-from rewards.safe_files import MEBIBYTE, InvalidFile, check_no_links_out, is_regular, iter_lines, parse_json, read_json
+from rewards.safe_files import MEBIBYTE, check_no_links_out, is_regular, read_json
 
 PACKAGES = ("torch", "transformers", "peft", "safetensors", "numpy", "pydantic", "regex")
 
@@ -48,50 +49,41 @@ CHANGEABLE_ON_RESUME = {"model.kernels", "train.rank_timeout_s"}
 """Keys on which nothing in a checkpoint depends."""
 
 
-def _is_count(value: Any) -> bool:
-    return type(value) is int and value >= 0
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 
-def _is_rate(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
+class _Intervals(BaseModel):
+    model_config = ConfigDict(strict=True)
+    exact: list[Rate]
 
 
-EVALUATION_KEYS: dict[str, Callable[[Any], bool]] = {
-    "cases": lambda value: isinstance(value, str),
-    "thinking": lambda value: isinstance(value, str),
-    "step": _is_count,
-    "n": _is_count,
-    **dict.fromkeys(("exact", "adjacent", "dangerous_under", "no_parse", "clipped_ratio"), _is_rate),
-    "intervals.exact": lambda value: isinstance(value, list) and all(map(_is_rate, value)),
-}
-"""Keys of a record in ``eval.json`` that a run reads → whether a value is valid; other keys are kept unchanged."""
+class _Evaluation(BaseModel):
+    """The keys of a record in ``eval.json`` that a run reads; other keys are kept unchanged."""
+
+    model_config = ConfigDict(strict=True)
+    cases: str
+    thinking: str
+    step: NonNegativeInt
+    n: NonNegativeInt
+    exact: Rate
+    adjacent: Rate
+    dangerous_under: Rate
+    no_parse: Rate
+    clipped_ratio: Rate
+    intervals: _Intervals = _Intervals(exact=[])
+    """Missing in records of older versions."""
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
-    """The folder of one run."""
+    """The paths of one run."""
 
-    path: Path
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def adapter(self) -> Path:
-        return self.path / "adapter"
-
-    @property
-    def metrics(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def ledger(self) -> Path:
-        return self.path / "ledger"
-
-    @property
-    def evaluations(self) -> Path:
-        return self.path / "eval.json"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.metrics = path / "metrics.jsonl"
+        self.ledger = path / "ledger"
+        self.evaluations = path / "eval.json"
 
 
 def check_folder(path: Path, config: Config, *, resume: bool) -> None:
@@ -112,12 +104,11 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
     for file in path.rglob("*"):
         if file.is_symlink():
             raise UserError(f"{file}: is a symlink; run folders must not contain symlinks. Replace it with its target")
-    try:
+    with file_errors(path):
         check_no_links_out(path)
-    except InvalidFile as error:
-        raise UserError(f"{path}: {error}") from None
+    record = _read_record(path)
     try:
-        recorded = upgrade_recorded_config(_read_record(path).get("config"))
+        recorded = upgrade_recorded_config(record.get("config"))
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
     if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
@@ -199,7 +190,7 @@ def provenance(device: str) -> dict[str, Any]:
     processor = {"platform": platform.platform(), "processor": platform.processor()}
     return {
         "commit": _commit(),
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
         "machine": {**processor, "device": device},
     }
 
@@ -223,14 +214,14 @@ def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[s
             f"--out to start a new run"
         )
     run, step = RunFolder(path), progress.step
-    metrics, records = _read_metrics(run), read_evaluations(run)  # all that may raise, before anything is changed
+    # everything that may raise comes before anything is changed
+    metrics, records = lines_up_to(run.metrics, step), read_evaluations(run)
     with disk_errors(path):
         path.chmod(0o700)
     delete_old_checkpoints(run.checkpoints, step=step, section=config.checkpoint)
     truncate_ledger(run.ledger, step=step)
     if run.metrics.exists():
-        lines = {number: line for number, line in metrics if number <= step}
-        write_atomic(run.metrics, "".join(line + "\n" for line in lines.values()))
+        write_atomic(run.metrics, metrics)
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in records if record["step"] <= step])
     for answers in (path / "eval").glob("*"):
@@ -257,48 +248,25 @@ def nan_to_none(record: Mapping[str, Any]) -> dict[str, Any]:
 def read_evaluations(run: RunFolder) -> list[dict[str, Any]]:
     """Return the records of ``eval.json``; raise `UserError` if they are invalid."""
     records: list[dict[str, Any]] = _read_json(run.evaluations) if os.path.lexists(run.evaluations) else []
-    if not isinstance(records, list):
-        raise UserError(f"{run.evaluations}: not the evaluations of a run: expected a list")
-    for number, record in enumerate(records, 1):
-        values = {"intervals": {"exact": []}, **record} if isinstance(record, dict) else {}  # added later
-        for name, is_valid in EVALUATION_KEYS.items():
-            key, _, inner = name.partition(".")
-            value = values.get(key)
-            if not is_valid(value.get(inner) if inner and isinstance(value, dict) else value):
-                raise UserError(f"{run.evaluations}: not the evaluations of a run: {key} of record {number}")
+    try:
+        TypeAdapter(list[_Evaluation]).validate_python(records)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        key = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(f"{run.evaluations}: not the evaluations of a run: {key}: {first['msg']}") from None
     return records
 
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file atomically."""
     text = json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomic(
-        path, text.encode("utf-8", "backslashreplace")
-    )  # a lone surrogate, as in a path, becomes JSON's escape
+    # a lone surrogate, as in a path, becomes JSON's escape
+    write_atomic(path, text.encode("utf-8", "backslashreplace"))
 
 
 def _read_json(path: Path) -> Any:
-    try:
+    with file_errors(path):
         return read_json(path, most=64 * MEBIBYTE)
-    except InvalidFile as error:
-        raise UserError(f"{path}: cannot be read: {str(error).removeprefix('cannot be read: ')}") from None
-
-
-def _read_metrics(run: RunFolder) -> list[tuple[float, str]]:
-    """Return (step, line) of ``metrics.jsonl``; a line torn by a crash counts as later than every checkpoint."""
-    try:
-        lines = list(iter_lines(run.metrics)) if os.path.lexists(run.metrics) else []
-    except InvalidFile as error:
-        raise UserError(f"{run.metrics}: {error}") from None
-    return [(_step_of(line), line.decode("utf-8", "replace").rstrip("\r\n")) for line in lines]
-
-
-def _step_of(line: bytes) -> float:
-    try:
-        step = parse_json(line)["step"]
-    except (InvalidFile, KeyError, TypeError, IndexError):
-        return math.inf
-    return step if type(step) is int else math.inf
 
 
 def _read_record(path: Path) -> dict[str, Any]:
@@ -329,11 +297,4 @@ def _commit() -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
         return None

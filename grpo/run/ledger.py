@@ -1,7 +1,7 @@
 """The ledger: one record per training step, from which `grpo replay` recomputes everything.
 
 runs/NAME/ledger/
-    index.jsonl               one line per step: sha256 of its two files and of each tensor
+    index.jsonl               one line per step: the sha256 of its two files
     step_000001.safetensors   numbers: see `TENSOR_SPECS`
     step_000001.jsonl         one line of kind "step" (the metrics), then one per group, then one per completion
 
@@ -13,15 +13,16 @@ import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, StrictFloat, StrictInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictFloat, StrictInt, TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
@@ -85,7 +86,7 @@ class LedgerStep:
     text: str
     """``ledger.text`` of the run."""
     modified_files: tuple[str, ...]
-    """Files and tensors whose sha256 is not the one in the index."""
+    """Files whose sha256 is not the one in the index."""
 
 
 def write_step(
@@ -113,12 +114,8 @@ def write_step(
     contents = dict(zip(step_files(folder, step.number), (save(tensors, metadata), lines.encode("utf-8")), strict=True))
     for file, content in contents.items():
         write_atomic(file, content)
-    index_line = {
-        "step": step.number,
-        "files": {file.name: _sha256(content) for file, content in contents.items()},
-        "tensors": {name: _tensor_sha256(tensor) for name, tensor in tensors.items()},
-    }
-    append_line_synced(folder / "index.jsonl", json.dumps(index_line))
+    hashes = {file.name: hashlib.sha256(content).hexdigest() for file, content in contents.items()}
+    append_line_synced(folder / "index.jsonl", json.dumps({"step": step.number, "files": hashes}))
 
 
 def recorded_steps(folder: Path) -> tuple[int, ...]:
@@ -127,21 +124,17 @@ def recorded_steps(folder: Path) -> tuple[int, ...]:
 
 
 def read_step(folder: Path, number: int) -> LedgerStep:
-    """Read one step and compare its files and tensors with the sha256 in the index.
+    """Read one step and compare its files with the sha256 in the index.
 
     Raises:
         UserError: the step is not in the ledger, or its files cannot be read.
     """
-    index_line = _index_line(folder, number)
-    modified = _modified_files(folder, index_line)
+    modified = modified_files(folder, number)
     tensor_file, line_file = step_files(folder, number)
     try:
         tensors, components = _read_tensors(tensor_file)
-        hashes = {name: _tensor_sha256(tensor) for name, tensor in tensors.items()}
-        names = [name for name in {**index_line.tensors, **hashes} if hashes.get(name) != index_line.tensors.get(name)]
-        modified += [f"ledger/{tensor_file.name}: {name}" for name in names]
-        return _entry(*_read_lines(line_file), number, tensors, components, tuple(modified))
-    except (UserError, KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
+        return _ledger_step(number, tensors, components, _read_lines(line_file), tuple(modified))
+    except (KeyError, IndexError, TypeError, ValueError, RuntimeError, OverflowError) as error:
         fault = str(error)
         if not isinstance(error, UserError):
             reason = f": {error}" if type(error) is ValueError else ""
@@ -156,23 +149,41 @@ def modified_files(folder: Path, number: int) -> list[str]:
     Raises:
         UserError: the step is not in the index, or a file cannot be read.
     """
-    return _modified_files(folder, _index_line(folder, number))
+    index = _index(folder)
+    if number not in index:
+        steps = f"it has steps {min(index)} to {max(index)}" if index else "it is empty"
+        raise UserError(f"{folder}: no step {number} in this ledger: {steps}")
+    modified = []
+    for file in step_files(folder, number):
+        with file_errors(file), open_regular(file) as opened:
+            if hashlib.file_digest(opened, "sha256").hexdigest() != index[number].get(file.name):
+                modified.append(f"ledger/{file.name}")
+    return modified
 
 
-def truncate_ledger(folder: Path, *, step: int) -> tuple[int, ...]:
-    """Delete all steps after ``step``, which a resumed run repeats, and return the numbers of the remaining ones."""
+def truncate_ledger(folder: Path, *, step: int) -> None:
+    """Delete all steps after ``step``, which a resumed run repeats."""
     if not folder.is_dir():
-        return ()
-    index = folder / "index.jsonl"
-    lines = index.read_bytes().decode("utf-8", "replace").splitlines() if index.is_file() else []
-    remaining = {number: line for line in lines if (number := _step_of(line)) is not None and number <= step}
-    write_atomic(index, "".join(line + "\n" for line in remaining.values()))
+        return
+    write_atomic(folder / "index.jsonl", lines_up_to(folder / "index.jsonl", step))
     for path in folder.iterdir():
         match = re.fullmatch(r"\.?step_(\d{6,})\..*", path.name)
         if match and (int(match[1]) > step or path.suffix == ".partial"):
             with disk_errors(path):
                 path.unlink()
-    return tuple(remaining)
+
+
+def lines_up_to(file: Path, step: int) -> str:
+    """Return the lines of a JSONL file whose "step" is at most ``step``. Lines torn by a crash have none. A missing
+    file has no lines."""
+    lines = {}
+    with file_errors(file):
+        for line in iter_lines(file) if os.path.lexists(file) else ():
+            with contextlib.suppress(InvalidFile, KeyError, TypeError, IndexError):
+                number = parse_json(line)["step"]
+                if type(number) is int and number <= step:
+                    lines[number] = line.decode().rstrip("\r\n") + "\n"
+    return "".join(lines.values())
 
 
 def step_files(folder: Path, number: int) -> tuple[Path, Path]:
@@ -249,7 +260,8 @@ def _lines(step: StepRecord, metrics: Mapping[str, Any], text: str) -> Iterator[
 def _text_fields(content: str, text: str) -> dict[str, Any]:
     if text == "full":
         return {"content": content}
-    return {"sha256": _sha256(content.encode("utf-8", "surrogatepass")), "characters": len(content)}
+    sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return {"sha256": sha256, "characters": len(content)}
 
 
 class _Line(BaseModel):
@@ -291,13 +303,14 @@ class _CompletionLine(_Line):
 class _IndexLine(_Line):
     step: int
     files: dict[str, str]
-    tensors: dict[str, str]
 
 
-_LINE_TYPES: dict[object, type[_GroupLine | _CompletionLine]] = {"group": _GroupLine, "completion": _CompletionLine}
+_JsonLine = _StepLine | _GroupLine | _CompletionLine
+_JSON_LINE: TypeAdapter[_JsonLine] = TypeAdapter(Annotated[_JsonLine, Field(discriminator="kind")])
 
 
-def _index(folder: Path) -> dict[int, _IndexLine]:
+def _index(folder: Path) -> dict[int, dict[str, str]]:
+    """Return the sha256 of each file of each step."""
     file = folder / "index.jsonl"
     if not is_regular(file):
         raise UserError(f"{folder}: no ledger in this run (ledger.every = 0, no step finished yet, or deleted)")
@@ -309,33 +322,8 @@ def _index(folder: Path) -> dict[int, _IndexLine]:
             index_line = _IndexLine.model_validate(parse_json(line))
         except (InvalidFile, ValidationError):
             raise UserError(f"{file}:{number}: not a line of a ledger's index") from None
-        index[index_line.step] = index_line
+        index[index_line.step] = index_line.files
     return index
-
-
-def _index_line(folder: Path, number: int) -> _IndexLine:
-    index = _index(folder)
-    if number not in index:
-        steps = f"it has steps {min(index)} to {max(index)}" if index else "it is empty"
-        raise UserError(f"{folder}: no step {number} in this ledger: {steps}")
-    return index[number]
-
-
-def _modified_files(folder: Path, index_line: _IndexLine) -> list[str]:
-    modified = []
-    for file in step_files(folder, index_line.step):
-        with file_errors(file), open_regular(file) as opened:
-            if hashlib.file_digest(opened, "sha256").hexdigest() != index_line.files.get(file.name):
-                modified.append(f"ledger/{file.name}")
-    return modified
-
-
-def _step_of(index_line: str) -> int | None:
-    """Return the step of a line of the index; None for a line torn by a crash."""
-    try:
-        return int(json.loads(index_line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return None
 
 
 def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
@@ -360,20 +348,14 @@ def _read_tensors(file: Path) -> tuple[dict[str, Tensor], list[str]]:
             return {name: opened.get_tensor(name) for name in headers}, metadata.components
 
 
-def _read_lines(file: Path) -> tuple[_StepLine, list[_GroupLine | _CompletionLine]]:
-    step_line, lines = None, []
+def _read_lines(file: Path) -> list[_JsonLine]:
+    lines = []
     for number, line in enumerate(_raw_lines(file), 1):
         try:
-            value = parse_json(line)
-            if step_line is None:
-                step_line = _StepLine.model_validate(value)
-            else:
-                lines.append(_LINE_TYPES[value["kind"]].model_validate(value))
-        except (InvalidFile, ValidationError, KeyError, TypeError):
+            lines.append(_JSON_LINE.validate_python(parse_json(line)))
+        except (InvalidFile, ValidationError):
             raise UserError(f"{file}:{number}: not a line of a ledger") from None
-    if step_line is None:
-        raise UserError(f"{file}: empty")
-    return step_line, lines
+    return lines
 
 
 def _raw_lines(file: Path) -> Iterator[bytes]:
@@ -381,16 +363,12 @@ def _raw_lines(file: Path) -> Iterator[bytes]:
         yield from iter_lines(file, longest=MAX_LINE_BYTES)
 
 
-def _entry(
-    step_line: _StepLine,
-    lines: list[_GroupLine | _CompletionLine],
-    number: int,
-    tensors: Mapping[str, Tensor],
-    components: list[str],
-    modified: tuple[str, ...],
+def _ledger_step(
+    number: int, tensors: Mapping[str, Tensor], components: list[str], lines: list[_JsonLine], modified: tuple[str, ...]
 ) -> LedgerStep:
-    if step_line.step != number:
-        raise ValueError("a line of another step")
+    step_line = lines[0] if lines else None
+    if not isinstance(step_line, _StepLine) or step_line.step != number:
+        raise ValueError(f"the first line of the JSONL file is not that of step {number}")
     groups, scores = _groups(tensors, components, lines)
     shape = (len(groups), len(groups[0].completions))
     mask = torch.arange(int(tensors["lengths"].max())) < tensors["lengths"][:, None]
@@ -420,7 +398,7 @@ def _entry(
 
 
 def _groups(
-    tensors: Mapping[str, Tensor], components: list[str], lines: list[_GroupLine | _CompletionLine]
+    tensors: Mapping[str, Tensor], components: list[str], lines: list[_JsonLine]
 ) -> tuple[tuple[Group, ...], tuple[tuple[Score, ...], ...]]:
     """Rebuild groups and scores. Where texts were not recorded, texts are empty and token ids are zeros."""
     lengths, prompt_lengths = tensors["lengths"].tolist(), tensors["prompt_lengths"].tolist()
@@ -464,12 +442,3 @@ def _score(line: _CompletionLine | None, parts: dict[str, float], total: float, 
     if line is None:
         return Score(total, parts, Answer(predicted, "parsed" if predicted else "no answer", None), (), False)
     return Score(total, parts, Answer(predicted, line.reason, line.span), line.fired, line.timed_out)
-
-
-def _tensor_sha256(tensor: Tensor) -> str:
-    prefix = f"{tensor.dtype}{list(tensor.shape)}".encode()
-    return _sha256(prefix + tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()

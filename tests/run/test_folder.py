@@ -191,7 +191,7 @@ def test_a_resume_with_other_contents_is_refused(made: tuple[Config, ConfigSourc
 @pytest.mark.parametrize("content", ["", "[", "[]", "null", "\xff", "[" * 100_000])
 def test_a_broken_config_json_is_one_error(made: tuple[Config, ConfigSource], run: RunFolder, content: str) -> None:
     (run.path / "config.json").write_text(content, encoding="latin-1")
-    with pytest.raises(UserError, match=r"config\.json: cannot be read|a different config"):
+    with pytest.raises(UserError, match=r"config\.json: not |a different config"):
         check_folder(run.path, made[0], resume=True)
 
 
@@ -200,15 +200,15 @@ def test_a_broken_config_json_is_one_error(made: tuple[Config, ConfigSource], ru
     [
         ("config.json", '{"inputs": [1]}', "config.json: inputs: expected"),
         ("config.json", '{"inputs": "x"}', "config.json: inputs: expected"),
-        ("eval.json", "{}", "eval.json: not the evaluations of a run: expected a list"),
-        ("eval.json", "[7]", "cases of record 1"),
-        ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "step of record 1"),
-        ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "step of record 1"),
-        ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "n of record 1"),
+        ("eval.json", "{}", "eval.json: not the evaluations of a run: the file: "),
+        ("eval.json", "[7]", "0: "),
+        ("eval.json", '[{"step": "x", "cases": "a", "thinking": "on"}]', "0.step: "),
+        ("eval.json", '[{"step": true, "cases": "a", "thinking": "on"}]', "0.step: "),
+        ("eval.json", '[{"step": 0, "cases": "a", "thinking": "on"}]', "0.n: "),
         (
             "eval.json",
             json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "exact": None}]),
-            "exact of rec",
+            "0.exact: ",
         ),
         ("eval.json", json.dumps([{"step": 0, "cases": "a", "thinking": "on", **RATES, "intervals": 7}]), "intervals"),
         ("eval.json", None, "eval.json: cannot be read: expected a file, found a folder"),
@@ -248,7 +248,9 @@ def test_of_recorded_evaluations_each_kind_of_fault_is_named_and_no_value_quoted
         run.evaluations.write_text(json.dumps([right, right | {key: value}, {"secret": value}]))
         with pytest.raises(UserError) as told:
             read_evaluations(run)
-        assert str(told.value) == f"{run.evaluations}: not the evaluations of a run: {key} of record 2", value
+        message = str(told.value)
+        assert message.startswith(f"{run.evaluations}: not the evaluations of a run: 1.{key}"), value
+        assert "secret" not in message
 
 
 @pytest.mark.parametrize(

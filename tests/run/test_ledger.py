@@ -85,7 +85,7 @@ def test_no_word_is_written_where_texts_are_kept_out(tmp_path: Path, text: str) 
     assert entry.step.groups[0].prompt.case.id == ("c0" if text == "redacted" else "")
 
 
-def test_every_tensor_that_changes_is_named(folder: Path) -> None:
+def test_a_change_in_any_tensor_is_seen(folder: Path) -> None:
     file = step_files(folder, 3)[0]
     whole = file.read_bytes()
     size = int.from_bytes(whole[:8], "little")
@@ -96,9 +96,9 @@ def test_every_tensor_that_changes_is_named(folder: Path) -> None:
         try:
             changed = read_step(folder, 3).modified_files
         except UserError as error:
-            assert name in str(error)
+            assert "changed since they were written: ledger/step_000003.safetensors" in str(error)
         else:
-            assert changed == ("ledger/step_000003.safetensors", f"ledger/step_000003.safetensors: {name}")
+            assert changed == ("ledger/step_000003.safetensors",)
 
 
 def test_a_changed_line_is_named(folder: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_resumed_run_takes_the_steps_after_its_checkpoint_out(tmp_path: Path) 
     [
         ("index.jsonl", b'{"step": 3}\n', "index.jsonl:1: not a line of a ledger's index"),
         ("index.jsonl", b"\xff\xfe\n", "index.jsonl:1: not a line of a ledger's index"),
-        ("step_000003.jsonl", b"", "empty"),
+        ("step_000003.jsonl", b"", "the first line of the JSONL file is not that of step 3"),
         ("step_000003.jsonl", b"{}\n", "step_000003.jsonl:1: not a line of a ledger"),
         ("step_000003.jsonl", b"[" * 100_000 + b"\n", "step_000003.jsonl:1: not a line of a ledger"),
         ("step_000003.jsonl", b'{"kind": "step", "step": 3}\n', "step_000003.jsonl:1: not a line of a ledger"),
