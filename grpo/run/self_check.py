@@ -14,10 +14,9 @@ A kernel that differs or raises is replaced by the plain one, with one warning. 
 itself, no result can be trusted, and the run stops.
 """
 
-import contextlib
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from types import SimpleNamespace
@@ -50,10 +49,7 @@ STEPS = 4
 OPS = ("norm", "swiglu", "convolve", "remember", "attend")
 """The functions of `grpo.qwen3_5.decode_ops`."""
 NUDGE = 0.05
-"""Standard deviation of the noise added to the adapter's B: a fresh adapter has no effect, so a fault of its products
-would not be seen."""
-
-
+"""Standard deviation of the noise added to the adapter's B, without which a fresh adapter has no effect."""
 ROUNDING: dict[torch.dtype, float] = {torch.float32: 2**-16, torch.bfloat16: 2**-9}
 """Relative error allowed per op. In bfloat16 it is the rounding of a result. In float32 that would be 2⁻²⁴; 256 times
 as much allows for sums in another order and other approximations of exp."""
@@ -67,18 +63,13 @@ ROUNDINGS: dict[str, tuple[int, bool]] = {
 }
 """Roundings allowed in each comparison, and whether they accumulate as the square root of the number of layers.
 
-One op: attention rounds scores before their exponential, which turns an absolute error into a relative one. Logits and
-buffers of two decoded runs: recurrent states carry errors from token to token. Gradients: errors accumulate forward and
-backward. Measured on a CPU in bfloat16, in roundings per √layers, correct code has: logprob 2.1, 1.4 and 1.5, gradient
-16, 7 and 8 with the tiny model of 4 layers and random ones of 8 and 32; less than 0.1 in float32. The faults planted in
-tests/run/test_self_check.py, with the tiny model, give 12 and 60 or more.
+Correct code on a CPU in bfloat16, in roundings per √layers (models of 4, 8 and 32 layers): logprob 2.1, 1.4 and 1.5,
+gradient 16, 7 and 8. In float32: less than 0.1. The faults planted in tests/run/test_self_check.py: 12 and 60 or more.
 """
-
 DRIFT_BAND: dict[torch.dtype, float] = {torch.float32: 1e-3, torch.bfloat16: 0.5}
-"""Largest difference [nats] of a token between sampler and trainer that the dtype explains at temperature 1. A logit
-of 32 in bfloat16 has an error of 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. With the tiny
-model on a CPU, over 3,500 tokens per step, the largest were 0.03 in bfloat16 and 4e-6 in float32; with the output of
-one decode op scaled by 0.7 in float32, 0.48."""
+"""Largest difference [nats] of a token between sampler and trainer that the dtype explains at temperature 1. In
+bfloat16 a logit of 32 has an error of 32 · 2⁻⁸ = 0.125, and two logits on either side make 4 · 0.125 = 0.5. Measured
+over 3,500 tokens per step of the tiny model on a CPU: at most 0.03 in bfloat16 and 4e-6 in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +82,7 @@ class SelfCheck:
 
     def record(self) -> dict[str, Any]:
         """Return the record for ``config.json``; a non-finite difference is None, since JSON has no NaN."""
-        return {
-            **asdict(self.kernels),
-            "differences": nan_to_none(self.figures),
-            "warnings": list(self.warnings),
-        }
+        return asdict(self.kernels) | {"differences": nan_to_none(self.figures), "warnings": list(self.warnings)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +94,6 @@ class Probe:
     """The prompt of each row."""
     tokens: Tensor
     """[ROWS, STEPS + 1] long."""
-
-    @property
-    def rows(self) -> tuple[list[tuple[int, ...]], list[list[int]]]:
-        """Prompt and completion ids of each row, the arguments of a forward pass."""
-        return [self.prompts[owner].ids for owner in self.owners], self.tokens.tolist()
 
 
 Comparison = tuple[str, str, Callable[[], dict[str, float]]]
@@ -130,16 +112,6 @@ def with_kernels(policy: Policy, kernels: Kernels) -> Policy:
     return replace(policy, kernels=kernels)
 
 
-@contextlib.contextmanager
-def fla_in_layers(allowed: bool) -> Iterator[None]:
-    """Context that allows or forbids flash-linear-attention in transformers' layers."""
-    before = allow_fla_in_layers(allowed)
-    try:
-        yield
-    finally:
-        allow_fla_in_layers(before)
-
-
 def check_on_cuda(policy: Policy) -> SelfCheck | None:
     """Run `self_check` and print its warnings; return None without CUDA, where only plain PyTorch runs."""
     if policy.device.type != "cuda":
@@ -152,7 +124,7 @@ def check_on_cuda(policy: Policy) -> SelfCheck | None:
 
 
 def self_check(policy: Policy) -> SelfCheck:
-    """Return which of the policy's kernels agree with plain PyTorch. The policy is restored bit for bit, and no global
+    """Return which of the policy's kernels agree with plain PyTorch. The adapter is restored bit for bit, and no global
     random state is used. A model without kernels of ours is not checked.
 
     Raises:
@@ -161,7 +133,7 @@ def self_check(policy: Policy) -> SelfCheck:
     """
     if not readable(policy):
         return SelfCheck(policy.kernels)
-    with evaluation_mode(policy), as_reference(policy, nudged_adapter(policy)):
+    with as_reference(policy, nudged_adapter(policy)):
         figures: dict[str, float] = {}
         probe, kernels, warnings = make_probe(policy), policy.kernels, []
         if fault := first_fault(plain_comparisons(policy, probe), policy, figures):
@@ -174,6 +146,7 @@ def self_check(policy: Policy) -> SelfCheck:
             if fault := first_fault(comparisons(chosen, probe), policy, figures):
                 kernels = replace(kernels, **{name: False})
                 warnings.append(f"warning: using {replacement}: {fault}")
+        allow_fla_in_layers(kernels.fla)
         return SelfCheck(kernels, figures, tuple(warnings))
 
 
@@ -258,26 +231,17 @@ def op_differences(policy: Policy, probe: Probe, ops: Any) -> dict[str, float]:
     difference of each."""
     differences: dict[str, float] = {}
 
-    def compared(name: str) -> Callable[..., Tensor]:
-        def run(*arguments: Any) -> Tensor:
-            copies = [copy_buffers(x) if isinstance(x, (KeyValues, Recurrent)) else x for x in arguments]
-            expected: Tensor = getattr(plain, name)(*arguments)
-            try:
-                pairs = [(getattr(ops, name)(*copies), expected)]
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:
-                raise RuntimeError(f"the Triton op {name} raises {type(error).__name__}: {error}") from error
-            for copy, original in zip(copies, arguments, strict=True):
-                if isinstance(original, (KeyValues, Recurrent)):
-                    pairs += [(getattr(copy, slot), getattr(original, slot)) for slot in original.__slots__]
-            label = f"the Triton op {name}"
-            differences[label] = max(differences.get(label, 0.0), *(difference(*pair) for pair in pairs))
-            return expected
+    def compared(name: str, *arguments: Any) -> Tensor:
+        copies = [copy_buffers(x) if isinstance(x, (KeyValues, Recurrent)) else x for x in arguments]
+        pairs = [(getattr(ops, name)(*copies), getattr(plain, name)(*arguments))]
+        for copy, original in zip(copies, arguments, strict=True):
+            if isinstance(original, (KeyValues, Recurrent)):
+                pairs += [(getattr(copy, slot), getattr(original, slot)) for slot in original.__slots__]
+        label = f"the Triton op {name}"
+        differences[label] = max(differences.get(label, 0.0), *(difference(*pair) for pair in pairs))
+        return pairs[0][1]
 
-        return run
-
-    decode_probe(policy, probe, SimpleNamespace(**{name: compared(name) for name in OPS}))
+    decode_probe(policy, probe, SimpleNamespace(**{name: partial(compared, name) for name in OPS}))
     return differences
 
 
@@ -291,8 +255,8 @@ def decode_probe(policy: Policy, probe: Probe, ops: Any = None) -> dict[str, Ten
     """Decode the probe's tokens with the policy's kernels, or with other ops. Return the logits [ROWS, STEPS + 1, V]
     and the decoder's buffers by name, with zeros in the columns that no row has written."""
     tokens = probe.tokens.to(policy.device)
-    with fla_in_layers(policy.kernels.fla):
-        logits, decoder = decode.start_own(policy, probe.prompts, probe.owners, STEPS + 1)
+    allow_fla_in_layers(policy.kernels.fla)
+    logits, decoder = decode.start_own(policy, probe.prompts, probe.owners, STEPS + 1)
     assert isinstance(decoder, decode.GraphDecoder)
     if ops is not None:
         decoder.ops = ops
@@ -319,9 +283,10 @@ def train_probe(policy: Policy, probe: Probe, forward: Forward) -> tuple[Tensor,
     """Return the log-probabilities [M] of the probe's tokens under a forward pass, and the gradient of a weighted sum
     of them for each tensor of the adapter; ``.grad`` is not touched."""
     head, parameters = policy.lm_head, policy.adapter_parameters()
-    with torch.enable_grad(), fla_in_layers(policy.kernels.fla):
-        targets = probe.tokens.flatten().to(policy.device)
-        hidden = forward(policy, *probe.rows)
+    targets = probe.tokens.flatten().to(policy.device)
+    allow_fla_in_layers(policy.kernels.fla)
+    with torch.enable_grad():
+        hidden = forward(policy, [probe.prompts[owner].ids for owner in probe.owners], probe.tokens.tolist())
         bias = getattr(head, "bias", None)
         logprobs, _ = token_logprobs(hidden, head.weight, targets, temperature=1.0, bias=bias)
         weights = torch.linspace(-1.0, 1.0, len(targets), device=policy.device, dtype=logprobs.dtype)
@@ -392,39 +357,21 @@ def nudged_adapter(policy: Policy) -> dict[str, Tensor]:
     return {name: nudge(name, p) for name, p in policy.adapter_parameters().items()}
 
 
-@contextlib.contextmanager
-def evaluation_mode(policy: Policy) -> Iterator[None]:
-    """Context in which every module is in evaluation mode; afterwards each returns to its previous mode."""
-    modes = [(module, module.training) for module in policy.model.modules()]
-    policy.model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def agree(policy: Policy, check: SelfCheck) -> SelfCheck:
-    """Return the check with the kernels that passed on every rank, so that all ranks use the same ones."""
-    choices: Sequence[dict[str, bool]] = policy.world.all_gather_object(asdict(check.kernels))
-    return replace(check, kernels=Kernels(**{name: all(c[name] for c in choices) for name in choices[0]}))
-
-
 class DriftWarning:
     """Warns once if sampler and trainer differ by more than the dtype explains."""
 
     def __init__(self, dtype: torch.dtype, temperature: float) -> None:
-        self._dtype, self._band = str(dtype).removeprefix("torch."), DRIFT_BAND[dtype] / min(1.0, temperature)
-        self._done = False
+        self.dtype, self.band = str(dtype).removeprefix("torch."), DRIFT_BAND[dtype] / min(1.0, temperature)
+        self.done = False
 
     def warn_once(self, step: int, largest: float | None) -> None:
         """Print the warning if ``sampler/max_abs_logprob_diff`` of a step exceeds the band or is None (not finite)."""
-        if self._done or (largest is not None and largest <= self._band):
+        if self.done or (largest is not None and largest <= self.band):
             return
-        self._done = True
+        self.done = True
         difference = "is not finite" if largest is None else f"is {largest:.2g} nats for a token"
         print(
-            f"warning: step {step}: the difference between sampler and trainer {difference}; {self._dtype} explains "
-            f'at most {self._band:.2g} (sampler/max_abs_logprob_diff). Try model.kernels = "plain"',
+            f"warning: step {step}: the difference between sampler and trainer {difference}; {self.dtype} explains "
+            f'at most {self.band:.2g} (sampler/max_abs_logprob_diff). Try model.kernels = "plain"',
             file=sys.stderr,
         )

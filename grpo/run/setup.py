@@ -2,18 +2,18 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
 from grpo.cases import oversampled_indices
 from grpo.config import Config
-from grpo.policy.policy import Policy, copy_adapter, load_policy, missing_files
+from grpo.policy.policy import Kernels, Policy, copy_adapter, load_policy, missing_files
 from grpo.preflight.checks import load_inputs, require_sound_reward, run_checks
 from grpo.prompts import render_prompt
 from grpo.rollout import check_length
-from grpo.run.self_check import SelfCheck, agree, with_kernels
+from grpo.run.self_check import SelfCheck, with_kernels
 from grpo.runtime.distributed import SINGLE_PROCESS, World
 from grpo.runtime.errors import UserError
 from grpo.runtime.out_of_memory import LOADING, memory_errors
@@ -45,8 +45,9 @@ def with_check(setup: Setup, check: SelfCheck | None) -> Setup:
     """Return the setup with the kernels that passed the check on every rank."""
     if check is None:
         return setup
-    check = agree(setup.policy, check)
-    return replace(setup, policy=with_kernels(setup.policy, check.kernels), check=check)
+    choices = setup.policy.world.all_gather_object(asdict(check.kernels))
+    kernels = Kernels(**{name: all(choice[name] for choice in choices) for name in choices[0]})
+    return replace(setup, policy=with_kernels(setup.policy, kernels), check=replace(check, kernels=kernels))
 
 
 @memory_errors("setup", LOADING)

@@ -5,7 +5,7 @@ on a card."""
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,7 +28,8 @@ from grpo.qwen3_5 import decode_ops as plain
 from grpo.qwen3_5 import gated_delta_scan as gated_delta
 from grpo.qwen3_5 import train_forward as shared_prefix
 from grpo.run import self_check as module
-from grpo.run.self_check import DRIFT_BAND, DriftWarning, SelfCheck, agree, check_on_cuda, self_check
+from grpo.run.self_check import DRIFT_BAND, DriftWarning, SelfCheck, check_on_cuda, self_check
+from grpo.run.setup import Setup, with_check
 from grpo.runtime.errors import UserError
 from tests.conftest import TARGETS
 from tests.engine.test_engines import buffers
@@ -272,7 +273,8 @@ def test_a_triton_op_at_fault_gives_way_to_plain_torch(
     check = self_check(policy)
     assert check.kernels == Kernels(triton=False)
     (line,) = check.warnings
-    assert line.startswith("warning: using plain PyTorch: ") and f"the Triton op {name} " in line and "\n" not in line
+    assert line.startswith("warning: using plain PyTorch: ") and "\n" not in line
+    assert ("no kernel image" if fault is raising else f"the Triton op {name} differs") in line
     json.dumps(check.record(), allow_nan=False)
 
 
@@ -313,8 +315,6 @@ def test_fla_at_fault_in_transformers_layers_gives_way_too(
     monkeypatch.setattr(modeling_qwen3_5, "torch_chunk_gated_delta_rule", installed)
     check = self_check(policy)
     assert check.kernels == Kernels(fla=False) and len(check.warnings) == 1
-    assert optional_kernels._layers_use_fla(), "the check leaves the choice as it was"
-    module.with_kernels(policy, check.kernels)
     assert not optional_kernels._layers_use_fla()
     load.__wrapped__("float32")
     assert optional_kernels._layers_use_fla()
@@ -392,21 +392,18 @@ def test_kernels_that_the_config_switches_off_are_not_tried(
 
 def test_the_policy_is_left_as_it_was(policy: Policy, card: SimpleNamespace) -> None:
     parameters = policy.adapter_parameters()
-    policy.decoder.layers[1].train()
     next(iter(parameters.values())).grad = torch.ones_like(next(iter(parameters.values())))
-    modes = [m.training for m in policy.model.modules()]
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
     random = torch.get_rng_state()
     card.attend = raising(plain.attend)
     assert self_check(policy).warnings
     assert all(torch.equal(before[name], p) for name, p in policy.model.named_parameters())
-    assert [m.training for m in policy.model.modules()] == modes
+    assert not policy.model.training
     assert torch.equal(torch.get_rng_state(), random)
     first, *others = parameters.values()
     assert first.grad is not None and bool((first.grad == 1).all()) and all(p.grad is None for p in others)
     assert list(policy.adapter_parameters()) == list(parameters)
     first.grad = None  # the policy is shared
-    policy.model.eval()
 
 
 def test_a_run_with_the_check_is_the_run_without(
@@ -425,7 +422,7 @@ def test_a_run_with_the_check_is_the_run_without(
     assert records[0] is None
     assert (records[1]["triton"], records[1]["graphs"], records[1]["fla"]) == (False, True, True)
     assert records[1]["differences"]["op"] is None and records[1]["differences"]["logprob"] < 1e-4
-    assert "the Triton op norm raises" in records[1]["warnings"][0]
+    assert "no kernel image" in records[1]["warnings"][0]
 
 
 def test_a_check_that_fails_stops_the_run_before_it_begins(
@@ -442,7 +439,10 @@ def test_a_check_that_fails_stops_the_run_before_it_begins(
 def test_all_ranks_take_the_kernels_that_pass_on_each(make_policy: Callable[..., Policy]) -> None:
     ranks: Any = SimpleNamespace(all_gather_object=lambda value: [value, value | {"graphs": False}])
     check = SelfCheck(Kernels(triton=False), {"op": 1.0}, ("a line",))
-    assert agree(replace(make_policy(), world=ranks), check) == replace(check, kernels=Kernels(False, False, True))
+    unused: dict[str, Any] = {field.name: None for field in fields(Setup)}
+    setup = with_check(Setup(**unused | {"policy": replace(make_policy(), world=ranks)}), check)
+    assert setup.policy.kernels == Kernels(False, False, True)
+    assert setup.check == replace(check, kernels=setup.policy.kernels)
 
 
 # --- drift -----------------------------------------------------------------------------------------------------------
