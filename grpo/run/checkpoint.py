@@ -13,11 +13,13 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ConfigDict, NonNegativeInt
+from pydantic.dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -38,13 +40,13 @@ CHECKPOINT_FILES = (
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, config=ConfigDict(strict=True, extra="forbid"))
 class Progress:
     """The progress of a run."""
 
-    step: int = 0
+    step: NonNegativeInt = 0
     """Completed steps."""
-    skipped_in_a_row: int = 0
+    skipped_in_a_row: NonNegativeInt = 0
     """How many of the latest steps in a row had a non-finite update."""
 
     def after(self, skipped: int) -> "Progress":
@@ -113,29 +115,20 @@ def find_damage(path: Path) -> str | None:
     """Return how the files of a checkpoint differ from its manifest, or None."""
     if not path.is_dir():
         return "is not a folder"
-    if not os.path.lexists(path / MANIFEST):
-        return f"{MANIFEST} is missing"
+    name, current = MANIFEST, {}
     try:
         manifest = read_json(path / MANIFEST)
-        version, files = manifest["version"], {name: dict(entry) for name, entry in manifest["files"].items()}
+        for name in CHECKPOINT_FILES:
+            current[name] = _size_and_sha256(path / name)
     except InvalidFile as error:
-        return f"{MANIFEST} {error}"
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} does not list files with their bytes and sha256"
-    if version != CHECKPOINT_VERSION or set(files) != set(CHECKPOINT_FILES):
+        return f"{name} {error}"
+    except OSError as error:
+        return f"{name} cannot be read ({error.strerror})"
+    header = manifest if isinstance(manifest, dict) else {}
+    files = header.get("files")
+    if header.get("version") != CHECKPOINT_VERSION or not isinstance(files, dict) or files.keys() != current.keys():
         return f"{MANIFEST} is not of version {CHECKPOINT_VERSION}"
-    for name, entry in files.items():
-        try:
-            current = _size_and_sha256(path / name)
-        except InvalidFile as error:
-            return f"{name} {error}"
-        except OSError as error:
-            return f"{name} cannot be read ({error.strerror})"
-        if current["bytes"] != entry.get("bytes"):
-            return f"{name} has {current['bytes']:,} bytes instead of those written"
-        if current != entry:
-            return f"{name} changed"
-    return None
+    return next((f"{name} changed" for name in CHECKPOINT_FILES if files[name] != current[name]), None)
 
 
 def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer) -> Progress:
@@ -147,7 +140,9 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
     if damage := find_damage(path):
         raise UserError(f"{path}: cannot be resumed: {damage}")
     try:
-        progress = _read_progress(path)
+        progress = Progress(**read_json(path / "state.json"))
+        if progress.step != _step_of(path):
+            raise ValueError(f"state.json is of step {progress.step}")
         adapter = load_file(path / "adapter" / "adapter_model.safetensors")
         moments = load_file(path / "optimizer.safetensors")
         trainable = policy.adapter_parameters()
@@ -167,18 +162,6 @@ def load_checkpoint(path: Path, policy: Policy, optimizer: torch.optim.Optimizer
         raise UserError(f"{path}: cannot be resumed: {error}") from None
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     return progress
-
-
-def _read_progress(path: Path) -> Progress:
-    record = read_json(path / "state.json")
-    names = [field.name for field in fields(Progress)]
-    if not isinstance(record, dict) or record.keys() != set(names):
-        raise ValueError(f"state.json: expected exactly the keys {', '.join(names)}")
-    if not all(type(count) is int and count >= 0 for count in record.values()):
-        raise ValueError(f"state.json: {' and '.join(names)} must be non-negative integers")
-    if record["step"] != _step_of(path):
-        raise ValueError(f"state.json is of step {record['step']}")
-    return Progress(**record)
 
 
 def _size_and_sha256(path: Path) -> dict[str, Any]:
