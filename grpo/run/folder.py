@@ -39,6 +39,7 @@ from grpo.runtime.atomic_files import (
     remove_if_present,
     write_atomic,
 )
+from grpo.runtime.distributed import differing_keys
 from grpo.runtime.errors import UserError
 from rewards import Reward, dump_reward
 from rewards.safe_files import MEBIBYTE, check_no_links_out, is_regular, read_json
@@ -111,7 +112,8 @@ def check_folder(path: Path, config: Config, *, resume: bool) -> None:
         recorded = upgrade_recorded_config(record.get("config"))
     except UserError as error:
         raise UserError(f"{path / 'config.json'}: {error}") from None
-    if changed := sorted(_changed_keys(recorded, config.model_dump(mode="json")) - CHANGEABLE_ON_RESUME):
+    keys = differing_keys(recorded, config.model_dump(mode="json"))
+    if changed := [key for key in keys if key not in CHANGEABLE_ON_RESUME]:
         raise UserError(
             f"{path}: was started with a different {', '.join(changed) or 'config'}. Resume with the original config "
             f"and --set, or use --out to start a new run"
@@ -278,14 +280,6 @@ def _is_unstarted(path: Path) -> bool:
     """Return whether a folder contains only files of a run that was killed before it started, and at least one."""
     names = {file.name for file in path.iterdir()}
     return bool(names) and names <= {".lock", "reward.json", ".reward.json.partial", ".config.json.partial"}
-
-
-def _changed_keys(before: Any, now: Any, prefix: str = "") -> set[str]:
-    """Return the dotted keys in which two nested objects differ."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = set(before) | set(now)
-        return {d for k in keys for d in _changed_keys(before.get(k), now.get(k), f"{prefix}.{k}" if prefix else k)}
-    return set() if before == now else {prefix}
 
 
 def _commit() -> str | None:

@@ -79,7 +79,7 @@ class World:
         return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
 
     def all_gather(self, items: Sequence[T]) -> list[T]:
-        """Return the items of all ranks in rank order, which restores the order of items divided by `mine`."""
+        """Return the items of all ranks in rank order, which restores the order of items divided by `slice_of`."""
         return [item for part in self.all_gather_object(items) for item in part]
 
     def all_gather_object(self, value: T) -> list[T]:
@@ -98,16 +98,12 @@ class World:
         return UserError(message) if self.is_main else ReportedByMainRank(message)
 
     def check_identical(self, value: Mapping[str, Any]) -> None:
-        """Check that all ranks have the same value as rank 0.
-
-        Raises:
-            UserError: on rank 0; names the other ranks and the keys that differ, dotted for nested mappings.
-            Elsewhere: on the others.
-        """
-        first, *others = self.all_gather_object(_flatten(value))
+        """Check that all ranks have the same value as rank 0; otherwise raise `error`, which names the other ranks and
+        the dotted keys that differ."""
+        first, *others = self.all_gather_object(value)
         ranks_of: dict[str, list[str]] = {}
         for rank, other in enumerate(others, 1):
-            if keys := sorted(key for key in first.keys() | other.keys() if first.get(key) != other.get(key)):
+            if keys := differing_keys(first, other):
                 ranks_of.setdefault(", ".join(keys), []).append(str(rank))
         if ranks_of:
             differences = (f"rank {', '.join(ranks)}: other {keys}" for keys, ranks in ranks_of.items())
@@ -115,23 +111,20 @@ class World:
 
     @contextlib.contextmanager
     def fail_together(self, *faults: type[Exception]) -> Iterator[None]:
-        """Context that all ranks leave normally, or none: if one of ``faults`` is raised on one rank, all stop.
-
-        Raises:
-            UserError: on rank 0; the error of the other rank.
-            Elsewhere: on the others.
-        """
+        """Context that all ranks leave normally, or none: if one of ``faults`` is raised on one rank, it is raised on
+        rank 0, which prints it, and `ReportedByMainRank` on the others."""
         fault = None
         try:
             yield
         except faults as error:
             fault = error
-        messages = self.all_gather_object(None if fault is None else str(fault))
-        if self.is_main and fault is not None:
-            raise fault
-        for rank, message in enumerate(messages):
-            if message is not None:
-                raise self.error(f"rank {rank}: {message}")
+        for rank, error in enumerate(self.all_gather_object(fault)):
+            if error is not None:
+                if not self.is_main:
+                    raise ReportedByMainRank(str(error))
+                if rank:
+                    error.args = (f"rank {rank}: {error}",)
+                raise error
 
     def all_reduce_(self, flat: Tensor) -> None:
         """Sum [n] over the ranks in place. Summed in float64 and rounded once, the result is the same on every rank."""
@@ -141,7 +134,7 @@ class World:
             flat.copy_(total)
 
     def all_reduce_gradients(self, parameters: Iterable[Tensor], loss: Tensor) -> Tensor:
-        """Sum the gradients over the ranks in place, in one flat `sum_`; return the sum of the losses, []. Every
+        """Sum the gradients over the ranks in place, in one `all_reduce_`; return the sum of the losses, []. Every
         parameter must have a gradient."""
         if self.size == 1:
             return loss
@@ -186,8 +179,7 @@ class World:
             raise
         except RuntimeError as error:
             text = str(error).strip().partition("\n")[0][:200]
-            text = text.partition("] ")[2] or text  # Gloo's begins with a line of its source
-            raise RankLost(f"another rank ended: {text.partition('. ')[0]}") from None
+            raise RankLost(f"another rank ended: {text}") from None
 
 
 SINGLE_PROCESS = World()
@@ -256,10 +248,8 @@ def check_cards(store: dist.Store, rank: int, size: int, uuid: str) -> None:
 
 def launched_world() -> World:
     """Return this process's place on its host before the ranks have joined; local rank 0 prints for all of them."""
-    size, local_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
-    if size.isdecimal() and local_rank.isdecimal() and int(size) > 1:
-        return World(int(local_rank), int(size))
-    return SINGLE_PROCESS
+    size, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    return World(local_rank, size) if size > 1 else SINGLE_PROCESS
 
 
 def require_single_process(program: str) -> None:
@@ -300,11 +290,7 @@ def _environment() -> tuple[int, int, int, int]:
             f"RANK or WORLD_SIZE is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: launch "
             f"with `torchrun --nproc-per-node N -m grpo train ...`, or unset RANK and WORLD_SIZE to run one process"
         )
-    texts = [os.environ[name] for name in TORCHRUN_VARIABLES[:4]]
-    rank, size, local_rank, local_size = (int(text) if text.isdecimal() else -1 for text in texts)
-    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
-        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
-        raise UserError(f"{values} are not ranks of one run: launch with `torchrun`")
+    rank, size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
     return rank, size, local_rank, local_size
 
 
@@ -327,12 +313,13 @@ def _rank_device(device: str, size: int, local_rank: int, local_size: int) -> to
     return chosen
 
 
-def _flatten(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def differing_keys(first: Any, other: Any, prefix: str = "") -> list[str]:
+    """Return the sorted dotted keys in which two nested mappings differ.
+
+    >>> differing_keys({"torch": "2.9", "loss": {"beta": 0.1, "kl": "k3"}}, {"loss": {"beta": 0.2, "kl": "k3"}})
+    ['loss.beta', 'torch']
     """
-    >>> _flatten({"torch": "2.9", "loss": {"beta": 0.1, "kl": "k3"}})
-    {'torch': '2.9', 'loss.beta': 0.1, 'loss.kl': 'k3'}
-    """
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        flat |= _flatten(inner, f"{prefix}{key}.") if isinstance(inner, Mapping) else {f"{prefix}{key}": inner}
-    return flat
+    if not isinstance(first, Mapping) or not isinstance(other, Mapping):
+        return [] if first == other else [prefix]
+    dotted = {key: f"{prefix}.{key}" if prefix else key for key in first.keys() | other.keys()}
+    return sorted(d for key, name in dotted.items() for d in differing_keys(first.get(key), other.get(key), name))

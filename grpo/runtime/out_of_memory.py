@@ -1,4 +1,4 @@
-"""One error for a device that has no more memory, wherever it is met: it says where, and which keys to lower."""
+"""The error for a device without memory, which names the task and the keys to lower."""
 
 import contextlib
 import re
@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from grpo.runtime.distributed import SINGLE_PROCESS, ReportedByMainRank, World
+from grpo.runtime.distributed import SINGLE_PROCESS, World
 from grpo.runtime.errors import UserError
 
 LOADING = "use a smaller dtype (model.dtype, --dtype) or another device (model.device, --device)"
@@ -30,27 +30,23 @@ class OutOfMemory(UserError):
 
 @contextlib.contextmanager
 def memory_errors(task: str, advice: str, ranks: World = SINGLE_PROCESS, *, midway: bool = False) -> Iterator[None]:
-    """Turn torch's out-of-memory error into an `OutOfMemory`. With several ranks it is an exchange: all ranks leave
-    with an error if any of them met one.
+    """Turn torch's out-of-memory error into an `OutOfMemory`. With several ranks it is an exchange: see
+    `World.fail_together`.
 
     Args:
         task: what the device was doing, for the message.
         advice: the keys to lower.
         midway: of the error, see `OutOfMemory`.
-
-    Raises:
-        OutOfMemory: on rank 0; names the first rank that met it.
-        Elsewhere: on the others.
     """
-    fault = ""
-    try:
-        yield
-    except OutOfMemory as error:
-        fault, midway = str(error), error.midway or midway
-    except torch.OutOfMemoryError as error:
-        size = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
-        fault = f"{task}: out of memory on the device{f' ({size[1]} more)' if size else ''}: {advice}"
-    for rank, message in enumerate(ranks.all_gather_object(fault)):
-        if message:
-            message = f"rank {rank}: {message}" if ranks.size > 1 else message
-            raise OutOfMemory(message, midway=midway) if ranks.is_main else ReportedByMainRank(message)
+    with ranks.fail_together(OutOfMemory):
+        try:
+            yield
+            return
+        except OutOfMemory as error:
+            error.midway |= midway
+            raise
+        except torch.OutOfMemoryError as error:
+            size = re.search(r"Tried to allocate ([\d.]+ \w+)", str(error))
+        # raised only here, since the frames of torch's error hold tensors
+        more = f" ({size[1]} more)" if size else ""
+        raise OutOfMemory(f"{task}: out of memory on the device{more}: {advice}", midway=midway)
