@@ -118,13 +118,13 @@ class World:
             yield
         except faults as error:
             fault = error
-        for rank, error in enumerate(self.all_gather_object(fault)):
-            if error is not None:
+        for rank, reason in enumerate(self.all_gather_object(fault)):
+            if reason is not None:
                 if not self.is_main:
-                    raise ReportedByMainRank(str(error))
+                    raise ReportedByMainRank(str(reason))
                 if rank:
-                    error.args = (f"rank {rank}: {error}",)
-                raise error
+                    reason.args = (f"rank {rank}: {reason}",)
+                raise reason
 
     def all_reduce_(self, flat: Tensor) -> None:
         """Sum [n] over the ranks in place. Summed in float64 and rounded once, the result is the same on every rank."""
