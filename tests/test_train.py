@@ -116,8 +116,7 @@ def test_a_run_leaves_what_the_readme_says(
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
     shown = capsys.readouterr().out
-    assert "2 prompts × 3 completions = 6 completions\n" in shown
-    assert "micro-batches: 2 of up to 4 completions; inner epochs: 1\n" in shown
+    assert "2 prompts × 3 completions of up to 40 tokens; inner epochs: 1\n" in shown
     assert (
         "\n\n% of cases" in shown and "\ntest, thinking on, n = 5\n  step 0 " in shown and str(out / "adapter") in shown
     )

@@ -67,21 +67,20 @@ def stopped_early(error: Interrupted | RankLost, requested: int | None, ranks: W
         hint: from `resume_hint`.
     """
     lost = isinstance(error, RankLost)
-    if lost and requested is None:
+    number = requested if isinstance(error, RankLost) else error.number
+    if number is None:
         if ranks.rank < 2:
-            print(
-                f"\nerror: rank {ranks.rank}: {error}; if it printed a reason, fix that first. {hint}", file=sys.stderr
-            )
+            message = f"rank {ranks.rank}: {error}; if it printed a reason, fix that first"
+            print(f"\nerror: {message}. {hint}", file=sys.stderr)
         return 4
-    stopped = error if isinstance(error, Interrupted) else Interrupted(requested or signal.SIGINT)
-    by_torchrun = stopped.number == signal.SIGTERM and ranks.size > 1
+    by_torchrun = number == signal.SIGTERM and ranks.size > 1
     if ranks.is_main or (ranks.rank == 1 and lost and by_torchrun):
         prefix = "" if ranks.is_main else f"rank {ranks.rank}: "
         cause = " (torchrun sends it when another rank has ended)" if by_torchrun else ""
         advice = "; if it printed a reason, fix that first" if lost and by_torchrun else ""
         with contextlib.suppress(OSError):  # the terminal may be gone after SIGHUP
-            print(f"\n{prefix}stopped by {stopped.name}{cause}{advice}. {hint}", file=sys.stderr)
-    return stopped.exit_code
+            print(f"\n{prefix}stopped by {signal.Signals(number).name}{cause}{advice}. {hint}", file=sys.stderr)
+    return Interrupted(number).exit_code
 
 
 def resume_hint(arguments: argparse.Namespace, out: Path | None, ranks: World) -> str:

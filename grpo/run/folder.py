@@ -18,7 +18,6 @@ import json
 import math
 import os
 import platform
-import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -31,12 +30,11 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, TypeAdapter, 
 
 from grpo.config import Config, ConfigSource, upgrade_recorded_config
 from grpo.run.checkpoint import Progress, delete_old_checkpoints
-from grpo.run.ledger import file_errors, lines_up_to, truncate_ledger
+from grpo.run.ledger import file_errors, lines_up_to, remove_later_files, truncate_ledger
 from grpo.runtime.atomic_files import (
     append_line_synced,
     disk_errors,
     make_private_folder,
-    remove_if_present,
     write_atomic,
 )
 from grpo.runtime.distributed import differing_keys
@@ -226,10 +224,7 @@ def rewind_run(path: Path, progress: Progress, config: Config, inputs: Mapping[s
         write_atomic(run.metrics, metrics)
     if run.evaluations.is_file():
         write_json(run.evaluations, [record for record in records if record["step"] <= step])
-    for answers in (path / "eval").glob("*"):
-        match = re.fullmatch(r"step_(\d{6,})_.*\.jsonl|\..*\.partial", answers.name)
-        if match and int(match[1] or step + 1) > step:
-            remove_if_present(answers)
+    remove_later_files(path / "eval", step)
     return run
 
 

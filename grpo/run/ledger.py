@@ -27,7 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from grpo.metrics import TokenTerms, rewards_of
-from grpo.runtime.atomic_files import append_line_synced, disk_errors, make_private_folder, write_atomic
+from grpo.runtime.atomic_files import append_line_synced, make_private_folder, remove_if_present, write_atomic
 from grpo.runtime.errors import UserError
 from grpo.runtime.tensor_files import open_tensors, read_tensor_header
 from grpo.types import Batch, Case, Completion, Group, Prompt, ReplacedGroup, StepLogprobs, StepRecord
@@ -166,11 +166,15 @@ def truncate_ledger(folder: Path, *, step: int) -> None:
     if not folder.is_dir():
         return
     write_atomic(folder / "index.jsonl", lines_up_to(folder / "index.jsonl", step))
-    for path in folder.iterdir():
-        match = re.fullmatch(r"\.?step_(\d{6,})\..*", path.name)
+    remove_later_files(folder, step)
+
+
+def remove_later_files(folder: Path, step: int) -> None:
+    """Remove the files of steps after ``step``, and those that a crash left half written."""
+    for path in folder.glob("*"):
+        match = re.fullmatch(r"\.?step_(\d{6,})\D.*", path.name)
         if match and (int(match[1]) > step or path.suffix == ".partial"):
-            with disk_errors(path):
-                path.unlink()
+            remove_if_present(path)
 
 
 def lines_up_to(file: Path, step: int) -> str:
@@ -425,8 +429,11 @@ def _groups(
     )
     for row, (ids, logprobs, finished, predicted, total, parts) in enumerate(rows):
         line = completion_lines.get(divmod(row, size))
+        reason: Reason = "parsed" if predicted else "no answer"
+        answer = Answer(predicted or None, line.reason if line else reason, line.span if line else None)
+        fired, timed_out = (line.fired, line.timed_out) if line else ((), False)
         completions.append(Completion(ids, logprobs, finished, line.content if line else ""))
-        scores.append(_score(line, dict(zip(components, parts, strict=True)), total, predicted or None))
+        scores.append(Score(total, dict(zip(components, parts, strict=True)), answer, fired, timed_out))
     starts = range(0, len(lengths), size)
     groups = (Group(prompt, tuple(completions[i : i + size])) for prompt, i in zip(prompts, starts, strict=True))
     return tuple(groups), tuple(tuple(scores[i : i + size]) for i in starts)
@@ -436,9 +443,3 @@ def _unpack(packed: Tensor | None, lengths: list[int]) -> list[tuple[Any, ...]]:
     if packed is None:
         return [(0,) * length for length in lengths]
     return [tuple(row.tolist()) for row in packed.split(lengths)]
-
-
-def _score(line: _CompletionLine | None, parts: dict[str, float], total: float, predicted: int | None) -> Score:
-    if line is None:
-        return Score(total, parts, Answer(predicted, "parsed" if predicted else "no answer", None), (), False)
-    return Score(total, parts, Answer(predicted, line.reason, line.span), line.fired, line.timed_out)

@@ -48,6 +48,8 @@ STEPS = 4
 """Forced tokens: the first is decoded eagerly, the second captured, and the graph replayed for the others."""
 OPS = ("norm", "swiglu", "convolve", "remember", "attend")
 """The functions of `grpo.qwen3_5.decode_ops`."""
+REPLACEMENTS = {"triton": "plain PyTorch", "graphs": "no CUDA graphs", "fla": "no flash-linear-attention"}
+"""Field of `Kernels` → what is used if it is switched off, in the order of the checks."""
 NUDGE = 0.05
 """Standard deviation of the noise added to the adapter's B, without which a fresh adapter has no effect."""
 ROUNDING: dict[torch.dtype, float] = {torch.float32: 2**-16, torch.bfloat16: 2**-9}
@@ -141,9 +143,9 @@ def self_check(policy: Policy) -> SelfCheck:
                 f"self-check in plain PyTorch: {fault}: sampler and trainer disagree, so nothing can be trained or "
                 f'evaluated here; try model.dtype = "float32", or other versions of torch and transformers'
             )
-        for name, replacement, comparisons in FALLBACKS:
-            chosen = replace(policy, kernels=kernels)
-            if fault := first_fault(comparisons(chosen, probe), policy, figures):
+        for name, replacement in REPLACEMENTS.items():
+            comparisons = kernel_comparisons(replace(policy, kernels=kernels), probe, name)
+            if fault := first_fault(comparisons, policy, figures):
                 kernels = replace(kernels, **{name: False})
                 warnings.append(f"warning: using {replacement}: {fault}")
         allow_fla_in_layers(kernels.fla)
@@ -175,38 +177,23 @@ def plain_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
     )
 
 
-def triton_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
-    """Yield the comparisons of the Triton ops with the plain ones: op by op, then over whole steps."""
+def kernel_comparisons(policy: Policy, probe: Probe, kernel: str) -> Iterator[Comparison]:
+    """Yield the comparisons that decide about a field of `Kernels`; none if the policy does not use it."""
     eager = without(policy, "graphs")
-    if (ops := decode.ops_of(policy)) is not plain:
+    if kernel == "triton" and (ops := decode.ops_of(policy)) is not plain:
         yield "op", "plain PyTorch", lambda: op_differences(eager, probe, ops)
         yield "triton", "plain PyTorch", lambda: decoded_differences(eager, without(eager, "triton"), probe)
-
-
-def graph_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
-    """Yield the comparison of captured and replayed steps with eager ones that use the same ops."""
-    if decode.uses_graphs(policy):
-        yield "graphs", "the eager step", lambda: decoded_differences(policy, without(policy, "graphs"), probe)
-
-
-def fla_comparisons(policy: Policy, probe: Probe) -> Iterator[Comparison]:
-    """Yield the comparison of prompts and a training pass through flash-linear-attention with plain scans."""
-    if shared_prefix.uses_fla(policy):
-        forward = passes.forward_of(policy)
-        fast, slow = without(policy, "graphs"), without(policy, "graphs", "fla")
+    if kernel == "graphs" and decode.uses_graphs(policy):
+        yield "graphs", "the eager step", lambda: decoded_differences(policy, eager, probe)
+    if kernel == "fla" and shared_prefix.uses_fla(policy):
+        forward, slow = passes.forward_of(policy), without(eager, "fla")
         yield (
             "fla",
             "the plain scan",
-            lambda: decoded_differences(fast, slow, probe) | gradient_differences(fast, probe, forward, slow, forward),
+            lambda: (
+                decoded_differences(eager, slow, probe) | gradient_differences(eager, probe, forward, slow, forward)
+            ),
         )
-
-
-FALLBACKS = (
-    ("triton", "plain PyTorch", triton_comparisons),
-    ("graphs", "no CUDA graphs", graph_comparisons),
-    ("fla", "no flash-linear-attention", fla_comparisons),
-)
-"""Field of `Kernels` to switch off, its replacement, and the comparisons that decide."""
 
 
 def first_fault(comparisons: Iterable[Comparison], policy: Policy, figures: dict[str, float]) -> str | None:

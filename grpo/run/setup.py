@@ -105,11 +105,8 @@ def device_name(device: torch.device) -> str:
 
 
 def describe_run(setup: Setup) -> str:
-    """Return the sizes of the run and its batch arithmetic as lines of at most 80 columns, unless a name or a reason is
-    long."""
-    config, policy = setup.config, setup.policy
-    rows = config.rollout.prompts_per_step * config.rollout.group_size
-    micro_batches = -(-rows // config.optim.micro_batch_size)
+    """Return the sizes of the run as lines of at most 80 columns, unless a name or a reason is long."""
+    config, policy, rollout = setup.config, setup.policy, setup.config.rollout
     trained = sum(p.numel() for p in policy.adapter_parameters().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
     reason = f" (unsound or not, allowed: {config.reward.unsound_reason})" if config.reward.allow_unsound else ""
@@ -120,12 +117,8 @@ def describe_run(setup: Setup) -> str:
             f"weights   {frozen:,} frozen, {trained:,} trained (LoRA r={config.lora.r})",
             f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch_indices):,} after oversampling",
             f"reward    {setup.reward.name}{reason}",
-            f"step      {config.rollout.prompts_per_step:,} prompts × {config.rollout.group_size:,} completions = "
-            f"{rows:,} completions",
-            f"update    micro-batches: {micro_batches:,} of up to {config.optim.micro_batch_size:,} completions; "
-            f"inner epochs: {config.optim.inner_epochs:,}",
-            f"budget    {config.rollout.max_new_tokens:,} tokens per completion, "
-            f"{rows * config.rollout.max_new_tokens:,} per step at most",
-            f"run       {config.train.steps:,} steps = {config.train.steps * rows:,} completions",
+            f"step      {rollout.prompts_per_step:,} prompts × {rollout.group_size:,} completions of up to "
+            f"{rollout.max_new_tokens:,} tokens; inner epochs: {config.optim.inner_epochs:,}",
+            f"run       {config.train.steps:,} steps",
         )
     )
