@@ -101,14 +101,14 @@ def token_slots(completion_mask: Tensor, device: torch.device) -> Tensor:
     return completion_mask.flatten().nonzero()[:, 0].to(device, non_blocking=True)
 
 
-def spread(values: Tensor, completion_mask: Tensor, slots: Tensor | None = None) -> Tensor:
-    """The [M] values back at their tokens, [n,T], zeros at padding; differentiable, and neither direction waits for the
-    values' device. (The derivative of `masked_scatter` does: it is a `masked_select`, whose size the host has to read.)
+def unpack_tokens(values: Tensor, completion_mask: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Return packed values [M] as [n,T], zero at padding. Differentiable, and neither direction synchronizes with the
+    device (the derivative of `masked_scatter` does: a `masked_select`, whose size the host has to read).
 
     Args:
         slots: `token_slots` of the mask, where the caller has them already.
 
-    >>> spread(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
+    >>> unpack_tokens(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([[True, False], [True, True]]))
     tensor([[1., 0.],
             [2., 3.]])
     """

@@ -107,14 +107,14 @@ def rollout(
         ids: list[list[int]] = []
         logprobs: list[list[float]] = []
         if owners:
-            ids, logprobs = ENGINES[engine or choose(policy)](policy, prompts, owners, noise, temperature)
+            ids, logprobs = ENGINES[engine or choose_engine(policy)](policy, prompts, owners, noise, temperature)
     finally:
         policy.model.train(was_training)
     rows = iter(_completion(policy, i, lp) for i, lp in zip(ids, logprobs, strict=True))
     return tuple(Group(prompt, tuple(next(rows) for _ in row)) for prompt, row in zip(prompts, keys, strict=True))
 
 
-def choose(policy: Policy) -> str:
+def choose_engine(policy: Policy) -> str:
     """The name of the fastest engine that knows the model."""
     return "own" if readable(policy) else "generic"
 

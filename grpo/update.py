@@ -27,7 +27,7 @@ from torch import Tensor
 from grpo.cases import stable_seed
 from grpo.config import Config, OptimSection
 from grpo.forward import forward_of
-from grpo.logprobs import spread, token_logprobs, token_slots
+from grpo.logprobs import token_logprobs, token_slots, unpack_tokens
 from grpo.loss import LossTerms, grpo_loss, silent_rows
 from grpo.policy.policy import Policy, as_reference
 from grpo.qwen3_5.train_forward import shared
@@ -320,7 +320,7 @@ def micro_batch_logprobs(
     mask = batch.completion_mask[cut.rows, : max(len(ids) for ids in completions)]
     slots = token_slots(mask, policy.device)
     sent = mask.to(policy.device, non_blocking=True)
-    return spread(logprobs, mask, slots), spread(entropy, mask, slots), sent
+    return unpack_tokens(logprobs, mask, slots), unpack_tokens(entropy, mask, slots), sent
 
 
 def reference_logprobs(

@@ -90,7 +90,7 @@ def test_logprobs_of_a_causal_model_alone_and_in_a_batch(maths: Maths) -> None:
         states = maths.logprobs.predicting_states(causal_states(some.input_ids, table), some)
         targets = some.completion_ids[some.completion_mask]
         values, _ = maths.logprobs.token_logprobs(states, head, targets, temperature=1.3, chunk_tokens=3)
-        return maths.logprobs.spread(values, some.completion_mask)
+        return maths.logprobs.unpack_tokens(values, some.completion_mask)
 
     leaf = embedding.clone().requires_grad_()
     together = score(list(range(len(prompts))), leaf)
@@ -113,12 +113,12 @@ def test_logprobs_of_a_causal_model_alone_and_in_a_batch(maths: Maths) -> None:
 def test_spread(maths: Maths) -> None:
     mask = torch.tensor([[True, False, False], [True, True, True], [True, True, False]])
     values = torch.arange(1.0, 7.0, dtype=torch.float64, requires_grad=True)
-    out = maths.logprobs.spread(values, mask)
+    out = maths.logprobs.unpack_tokens(values, mask)
     assert out.tolist() == [[1, 0, 0], [2, 3, 4], [5, 6, 0]] and out.dtype == torch.float64
     (grad,) = torch.autograd.grad((out * torch.arange(9.0).reshape(3, 3)).sum(), values)
     assert grad.tolist() == [0, 3, 4, 5, 6, 7]
     with pytest.raises(ValueError, match="one value per True"):
-        maths.logprobs.spread(values[:5], mask)
+        maths.logprobs.unpack_tokens(values[:5], mask)
 
 
 # --- the log-probabilities ----------------------------------------------------------------------------------

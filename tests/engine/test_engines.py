@@ -16,7 +16,7 @@ from grpo.engine.sampling import ROW_MULTIPLE, draw, slots_for, uniforms
 from grpo.policy.policy import Policy, as_reference, load_policy
 from grpo.qwen3_5 import decode, weights
 from grpo.qwen3_5.decode_state import State
-from grpo.rollout import ENGINES, choose, rollout
+from grpo.rollout import ENGINES, choose_engine, rollout
 from grpo.runtime.errors import UserError
 from grpo.token_budget import finish_reason
 from grpo.types import Case, Group, Prompt
@@ -211,7 +211,7 @@ def test_any_causal_language_model(name: str, tmp_path: Path) -> None:
     kind, more = OTHERS[name]
     policy = other_policy(kind, tmp_path, **more)
     before = {name: p.detach().clone() for name, p in policy.model.named_parameters()}
-    assert choose(policy) == "generic"
+    assert choose_engine(policy) == "generic"
     prompts = prompts_of(policy, FEW)
     expected = sample(policy, prompts, "reference", 2)
     assert_same_draws(sample(policy, prompts, members=2), expected)
@@ -235,7 +235,7 @@ def move(policy: Policy) -> None:
 
 
 def test_qwen35_is_decoded_by_our_own_step(make_policy: Callable[..., Policy]) -> None:
-    assert choose(make_policy()) == "own"
+    assert choose_engine(make_policy()) == "own"
 
 
 DELTA = ("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj")
