@@ -105,7 +105,7 @@ class RunPlan:
     inner_epochs: int
     steps: int
     max_tokens_per_step: int
-    """Upper bound per step: each completion uses the whole budget, each refill round is full."""
+    """Upper bound per step: each completion uses the whole budget, each round that replaces groups is full."""
     frozen: int | None
     """Parameters of the base; None if its shape is unknown."""
     trained: int | None

@@ -54,7 +54,10 @@ def pieces(device: torch.device) -> ModuleType:
         raise
     except Exception as error:  # no C compiler, an old driver, …: plain PyTorch works as well
         reason = " ".join(str(error).split())[:200]
-        print(f"decode    in plain torch, which is slower: Triton cannot compile here ({reason})", file=sys.stderr)
+        print(
+            f"warning: decoding runs in plain PyTorch, which is slower: Triton cannot compile here ({reason})",
+            file=sys.stderr,
+        )
         return plain
     return fused
 
