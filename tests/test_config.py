@@ -82,6 +82,7 @@ def test_unknown_section_is_refused(tmp_path: Path) -> None:
     ("override", "says"),
     [
         ("rollout.group_size=1", "greater than or equal to 2, got 1"),
+        ("evaluate.ends={}", "unknown key evaluate.ends; it is now evaluate.before_and_after"),
         ("rollout.group_size=8.0", "valid integer"),
         ("rollout.temperature=0.0", "greater than or equal to 0.000001"),
         ("evaluate.temperature=1e-45", "expected 0 (greedy) or at least 1e-06"),
