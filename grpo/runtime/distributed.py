@@ -248,8 +248,10 @@ def check_cards(store: dist.Store, rank: int, size: int, uuid: str) -> None:
 
 def launched_world() -> World:
     """Return this process's place on its host before the ranks have joined; local rank 0 prints for all of them."""
-    size, local_rank = (int(os.environ.get(name, default)) for name, default in (("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    return World(local_rank, size) if size > 1 else SINGLE_PROCESS
+    size, local_rank = os.environ.get("WORLD_SIZE", "1"), os.environ.get("LOCAL_RANK", "0")
+    if size.isdecimal() and local_rank.isdecimal() and int(size) > 1:
+        return World(int(local_rank), int(size))
+    return SINGLE_PROCESS
 
 
 def require_single_process(program: str) -> None:
@@ -290,7 +292,11 @@ def _environment() -> tuple[int, int, int, int]:
             f"RANK or WORLD_SIZE is set, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not: launch "
             f"with `torchrun --nproc-per-node N -m grpo train ...`, or unset RANK and WORLD_SIZE to run one process"
         )
-    rank, size, local_rank, local_size = (int(os.environ[name]) for name in TORCHRUN_VARIABLES[:4])
+    texts = [os.environ[name] for name in TORCHRUN_VARIABLES[:4]]
+    rank, size, local_rank, local_size = (int(text) if text.isdecimal() else -1 for text in texts)
+    if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+        values = ", ".join(f"{name}={os.environ[name]!r}" for name in TORCHRUN_VARIABLES[:4])
+        raise UserError(f"{values} are not ranks of one run: launch with `torchrun`")
     return rank, size, local_rank, local_size
 
 

@@ -474,6 +474,8 @@ def test_torchrun_starts_it(world: list[str], whole: Path, tmp_path: Path) -> No
     [
         ({"RANK": "0"}, "cpu", 0, "LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT are not: launch"),
         ({"WORLD_SIZE": "2"}, "cpu", 0, "unset RANK and WORLD_SIZE to run one process"),
+        ({**STARTED, "RANK": "one"}, "cpu", 0, "RANK='one', WORLD_SIZE='2'"),
+        ({**STARTED, "RANK": "2"}, "cpu", 0, "RANK='2', WORLD_SIZE='2'"),
         ({**STARTED, "WORLD_SIZE": "3", "LOCAL_WORLD_SIZE": "3"}, "auto", 2, "3 ranks on a host with 2 CUDA device(s)"),
         (STARTED, "cuda", 0, "2 ranks on a host with 0 CUDA device(s)"),
         ({**STARTED, "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "cuda:5", 1, "this machine has 1 CUDA device(s)"),
