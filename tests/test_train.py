@@ -116,7 +116,8 @@ def test_a_run_leaves_what_the_readme_says(
     assert sorted(p.name for p in (out / "checkpoints").iterdir()) == ["step_000002", "step_000004"]
 
     shown = capsys.readouterr().out
-    assert "2 prompts × 3 completions of up to 40 tokens; inner epochs: 1\n" in shown
+    assert "2 prompts × 3 completions; inner epochs: 1\n" in shown
+    assert "40 tokens per completion, 240 per step\n" in shown
     assert (
         "\n\n% of cases" in shown and "\ntest, thinking on, n = 5\n  step 0 " in shown and str(out / "adapter") in shown
     )

@@ -107,6 +107,7 @@ def device_name(device: torch.device) -> str:
 def describe_run(setup: Setup) -> str:
     """Return the sizes of the run as lines of at most 80 columns, unless a name or a reason is long."""
     config, policy, rollout = setup.config, setup.policy, setup.config.rollout
+    rows = rollout.prompts_per_step * rollout.group_size
     trained = sum(p.numel() for p in policy.adapter_parameters().values())
     frozen = sum(p.numel() for p in policy.model.parameters()) - trained
     reason = f" (unsound or not, allowed: {config.reward.unsound_reason})" if config.reward.allow_unsound else ""
@@ -117,8 +118,9 @@ def describe_run(setup: Setup) -> str:
             f"weights   {frozen:,} frozen, {trained:,} trained (LoRA r={config.lora.r})",
             f"cases     {len(setup.cases):,}, a stream of {len(setup.epoch_indices):,} after oversampling",
             f"reward    {setup.reward.name}{reason}",
-            f"step      {rollout.prompts_per_step:,} prompts × {rollout.group_size:,} completions of up to "
-            f"{rollout.max_new_tokens:,} tokens; inner epochs: {config.optim.inner_epochs:,}",
+            f"step      {rollout.prompts_per_step:,} prompts × {rollout.group_size:,} completions; "
+            f"inner epochs: {config.optim.inner_epochs:,}",
+            f"budget    {rollout.max_new_tokens:,} tokens per completion, {rows * rollout.max_new_tokens:,} per step",
             f"run       {config.train.steps:,} steps",
         )
     )
