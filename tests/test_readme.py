@@ -69,7 +69,7 @@ def test_every_folder_has_a_page(folder: Path) -> None:
 
 
 def test_the_first_page_is_short() -> None:
-    assert len(README.encode()) <= 13_500
+    assert len(README.encode()) <= 12_300
 
 
 @pytest.mark.parametrize("page", PAGES)
