@@ -20,20 +20,6 @@ def sum_and_count(values: Iterable[float]) -> tuple[float, float]:
     return math.fsum(floats), float(len(floats))
 
 
-def add_stats(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
-    """Add up sums and counts by name.
-
-    >>> add_stats([{"kl": (1.0, 2.0)}, {"kl": (5.0, 1.0)}])
-    {'kl': (6.0, 3.0)}
-    """
-    total: Stats = {}
-    for part in parts:
-        for name, (value, count) in part.items():
-            sum_, number = total.get(name, (0.0, 0.0))
-            total[name] = (sum_ + value, number + count)
-    return total
-
-
 def to_means(stats: Mapping[str, tuple[float, float]]) -> dict[str, float | None]:
     """Divide each sum by its count; None for a count of 0, never NaN.
 

@@ -12,7 +12,7 @@ SOURCES = [path for folder in ("grpo", "rewards") for path in sorted((ROOT / fol
 FLAT = {path.stem: path for path in sorted((ROOT / "grpo").glob("*.py")) if path.stem != "__init__"}
 PASSIVE = {"config", "metrics", "token_budget", "stats"}
 """Flat modules that the core path reads from but does not pass through."""
-MAX_LINES = 18_815
+MAX_LINES = 18_800
 """Lines of grpo and rewards; the aim is 17,000."""
 MAX_CORE_LINES = 900
 """Lines of code reachable from `train()` within the flat modules; the aim is 700."""

@@ -4,7 +4,7 @@ An id of `END` is an end token and nothing else is: the oracles read the last id
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo.runtime.errors import UserError
-from grpo.stats import Stats, add_stats, to_means
+from grpo.stats import Stats, to_means
 from grpo.token_budget import (
     NO_PARSE_REASONS,
     clipped_ratio_forecast,
@@ -28,6 +28,16 @@ from rewards.types import Score
 
 END = 2
 BUDGET = 10
+
+
+def add_stats(parts: Iterable[Mapping[str, tuple[float, float]]]) -> Stats:
+    """Sums and counts added up by name."""
+    total: Stats = {}
+    for part in parts:
+        for name, (value, count) in part.items():
+            sum_, number = total.get(name, (0.0, 0.0))
+            total[name] = (sum_ + value, number + count)
+    return total
 
 
 def made(length: int, finished: bool, text: str = "…") -> Completion:
