@@ -482,8 +482,7 @@ def _error_line(file: Path, text: str, overridden: set[tuple[str, ...]], entry: 
         known = _fields(keys[:-1])
         close = difflib.get_close_matches(keys[-1][:80], known, n=1, cutoff=0.6)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(known)}"
-        if name in RENAMED_KEYS:
-            hint = f"it is now {RENAMED_KEYS[name]}"
+        hint = f"it is now {RENAMED_KEYS[name]}" if name in RENAMED_KEYS else hint
         return f"{where}: unknown key {name}; {hint}"
     if entry["type"] == "missing":
         return f"{where}: missing key {name}; every key that affects training must be set explicitly"
